@@ -1,0 +1,29 @@
+"""What the user can do something about: raised with a message that says what, where and how.
+
+The command lines show the message alone, without a traceback, and exit with `exit_code`. Anything
+else that is raised is a defect of this project.
+"""
+
+
+class CpfeanError(Exception):
+    """A mistake in what was asked for or given; the message is complete as it stands."""
+
+    exit_code = 1
+
+
+class ConfigError(CpfeanError):
+    """A configuration or command line that cannot be run."""
+
+    exit_code = 2
+
+
+class DataError(CpfeanError):
+    """Files that are missing, damaged, or do not belong together."""
+
+    exit_code = 3
+
+
+class CheckpointError(CpfeanError):
+    """A checkpoint that is incomplete, damaged, or of another experiment."""
+
+    exit_code = 5
