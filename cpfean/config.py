@@ -39,7 +39,9 @@ class _Part:
                 checked = _typed(value, hints[item.name], path=self._path(item.name))
                 object.__setattr__(self, item.name, checked)
             elif not isinstance(value, hints[item.name]):
-                raise ConfigError(f"{self._path(item.name)} must be a table of settings; got {value!r}.")
+                raise ConfigError(
+                    f"{self._path(item.name)} must be a table of settings; got {value!r}."
+                )
         self._validate()
 
     def _validate(self) -> None:
@@ -144,7 +146,9 @@ class TextConfig(_Part):
     scratch_vocabulary: int = 4000
 
     def _validate(self) -> None:
-        self._need(bool(self.encoder.strip()), "encoder", '"scratch", a Hugging Face name or a folder')
+        self._need(
+            bool(self.encoder.strip()), "encoder", '"scratch", a Hugging Face name or a folder'
+        )
         self._need(
             self.trainable or self.encoder != "scratch",
             "trainable",
@@ -251,9 +255,13 @@ class AlignmentConfig(_Part):
         self._need(1 <= self.rounds <= 8, "rounds", "from 1 to 8")
         self._need(0 <= self.global_weight <= 1, "global_weight", "a share, in [0, 1]")
         repeats = self.rounds == 1 or (self.fusion and self.kind == "prominent")
-        self._need(repeats, "rounds", "1 where fusion is off or replaced: there is nothing to repeat")
         self._need(
-            self.fusion or self.gate != "hard", "gate", '"soft" or "off" where fusion is off: no gate acts'
+            repeats, "rounds", "1 where fusion is off or replaced: there is nothing to repeat"
+        )
+        self._need(
+            self.fusion or self.gate != "hard",
+            "gate",
+            '"soft" or "off" where fusion is off: no gate acts',
         )
 
 
@@ -283,8 +291,8 @@ class ModelConfig(_Part):
             )
         if self.words.graph == "syntax" and self.text.units == "pieces":
             raise ConfigError(
-                'model.words.graph = "syntax" links words and model.text.units = "pieces" has none: '
-                "choose one."
+                'model.words.graph = "syntax" links words and model.text.units = "pieces" has '
+                "none: choose one."
             )
 
 
@@ -444,12 +452,12 @@ class ExperimentConfig(_Part):
                 and what `from_dict` raises.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from None
         try:
             return cls.from_dict(tomllib.loads(text))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
@@ -490,7 +498,9 @@ def _nearest(path: str, known: Mapping[str, Any]) -> str:
 
 def _type_hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
+    return {
+        name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar
+    }
 
 
 def _typed(value: Any, hint: Any, *, path: str) -> Plain:
@@ -504,12 +514,18 @@ def _typed(value: Any, hint: Any, *, path: str) -> Plain:
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{path} must be a number; got {value!r}.")
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number may have more digits than a float can hold
+            number = math.inf
+        if not math.isfinite(number):
             raise ConfigError(f"{path} must be finite; got {value!r}.")
-        return float(value)
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        return number
+    if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         names = {int: "a whole number", bool: "true or false", str: "a text"}
         raise ConfigError(f"{path} must be {names[hint]}; got {value!r}.")
+    if hint is str and not value.isprintable():
+        raise ConfigError(f"{path} must be a text of printable characters; got {value!r}.")
     return value
 
 
@@ -532,7 +548,7 @@ def _from_text(text: str, hint: Any, *, path: str) -> Plain:
 
 def _replaced(part: Any, tree: Mapping[str, Any]) -> Any:
     changes = {
-        name: _replaced(getattr(part, name), value) if isinstance(value, Mapping) else value
+        name: _replaced(getattr(part, name), value) if is_dataclass(getattr(part, name)) else value
         for name, value in tree.items()
     }
     return replace(part, **changes)
@@ -540,7 +556,9 @@ def _replaced(part: Any, tree: Mapping[str, Any]) -> Any:
 
 def _built(cls: type, data: Any, *, path: str) -> Any:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} must be a table of settings; got {data!r}.")
+        raise ConfigError(
+            f"{path or 'the configuration'} must be a table of settings; got {data!r}."
+        )
     hints = _type_hints(cls)
     values = {}
     for name, value in data.items():
@@ -570,7 +588,9 @@ def _write_toml(table: Mapping[str, Any], path: str, lines: list[str]) -> None:
     if path and scalars:
         lines += ["", f"[{path}]"]
     # A JSON string, number or boolean is written the same way in TOML.
-    lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in scalars.items()]
+    lines += [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in scalars.items()
+    ]
     for name, value in table.items():
         if isinstance(value, Mapping):
             _write_toml(value, f"{path}.{name}" if path else name, lines)
