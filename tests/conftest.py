@@ -1,0 +1,27 @@
+"""What all tests share: shape checks, Hypothesis, threads, and no network.
+
+Every shape in a signature of cpfean.model, .losses and .metrics is checked at each call. The hook
+acts on imports, so it has to be in place before any test file is read. Configurations are left
+out: their own messages are what users see.
+"""
+
+import os
+
+# Before the libraries that read them are imported; Ray's workers inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["cpfean.losses", "cpfean.metrics", "cpfean.model"], "beartype.beartype")
+
+# The first torch call is slow, which a deadline would take for a slow test; and a suite that is
+# green today has to be green tomorrow.
+hypothesis.settings.register_profile("cpfean", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("cpfean")
+
+# The tensors of the tests are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)

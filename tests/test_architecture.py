@@ -1,0 +1,263 @@
+"""Who may import whom, and what no part of the product ever calls."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("cpfean", "orchestration", "experiments")
+CLUSTER = frozenset({"ray", "optuna", "mlflow"})
+FOUNDATION = frozenset({"cpfean.config", "cpfean.errors", "cpfean.processes"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What the modules under one name may import.
+
+    Attributes:
+        ours: modules and packages of this project, besides the room itself.
+        never: packages of others.
+        only_standard_library: no package of others at all.
+    """
+
+    ours: frozenset[str]
+    never: frozenset[str] = CLUSTER
+    only_standard_library: bool = False
+
+
+# The room with the longest name that fits a module is its room.
+ROOMS = {
+    "cpfean": Room(ours=FOUNDATION),
+    "cpfean.config": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
+    "cpfean.errors": Room(ours=frozenset(), only_standard_library=True),
+    "cpfean.data": Room(ours=FOUNDATION),
+    "cpfean.losses": Room(ours=FOUNDATION),
+    "cpfean.metrics": Room(ours=FOUNDATION),
+    "cpfean.model": Room(ours=FOUNDATION),
+    "cpfean.processes": Room(ours=frozenset()),
+    "cpfean.training": Room(ours=frozenset({"cpfean"})),
+    "orchestration": Room(ours=frozenset({"cpfean"}), never=frozenset()),
+    "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
+}
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Name and file of every module of the product."""
+    for floor in FLOORS:
+        for path in sorted((ROOT / floor).rglob("*.py")):
+            yield module_name(path), path
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def imported(module: str, tree: ast.AST, *, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that is imported, in functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")
+            base = base[: len(base) - node.level + is_package] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                # `from cpfean import model` names a module, `from torch import Tensor` does not;
+                # the longer name falls under the same rules either way.
+                yield node.lineno, f"{origin}.{alias.name}"
+
+
+def trespasses(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """The imports of a module that its room does not allow."""
+    name = max((room for room in ROOMS if within(module, room)), key=len)
+    room = ROOMS[name]
+    found = []
+    for line, target in imported(module, ast.parse(source), is_package=is_package):
+        top = target.split(".")[0]
+        if top in FLOORS:
+            # A room of its own inside this one ("cpfean" holds "cpfean.data") is not this one.
+            home = max((other for other in ROOMS if within(target, other)), key=len)
+            allowed = home == name or any(within(target, other) for other in room.ours)
+        elif top in sys.stdlib_module_names:
+            allowed = True
+        else:
+            allowed = top not in room.never and not room.only_standard_library
+        if not allowed:
+            found.append(f"{module}, line {line}: {target}")
+    return found
+
+
+def test_every_module_keeps_to_its_room() -> None:
+    found = [
+        trespass
+        for module, path in sources()
+        for trespass in trespasses(
+            module, path.read_text(encoding="utf-8"), is_package=path.name == "__init__.py"
+        )
+    ]
+    assert found == []
+
+
+def test_every_package_of_the_science_has_its_row() -> None:
+    packages = {module_name(path) for path in (ROOT / "cpfean").glob("*/__init__.py")}
+    assert packages <= ROOMS.keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("cpfean.config", "import torch"),
+        ("cpfean.config", "from cpfean.data import split"),
+        ("cpfean.errors", "from cpfean.config import ExperimentConfig"),
+        ("cpfean.errors", "import numpy.linalg"),
+        ("cpfean.data.split", "from cpfean.model.cpfean import Cpfean"),
+        ("cpfean.data.split", "from ..metrics import retrieval"),
+        ("cpfean.model.cpfean", "def forward():\n    from cpfean import data"),
+        ("cpfean.losses.triplet", "import cpfean.training.loop"),
+        ("cpfean.processes", "from cpfean.config import ExperimentConfig"),
+        ("cpfean.metrics.retrieval", "import ray.train"),
+        ("cpfean.training.loop", "from mlflow import log_metric"),
+        ("cpfean.training.loop", "def report():\n    import optuna as study"),
+        ("cpfean.training.loop", "import orchestration.study"),
+        ("orchestration.study", "from experiments.baselines import BASELINES"),
+        ("experiments.sweep", "import ray"),
+        ("experiments.sweep", "from optuna.samplers import TPESampler"),
+    ],
+)
+def test_an_import_across_the_rooms_is_found(module: str, source: str) -> None:
+    assert len(trespasses(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("cpfean.config", "import tomllib\nfrom cpfean.errors import ConfigError"),
+        ("cpfean.data.split", "from cpfean.data.regions import RegionStore\nimport numpy as np"),
+        ("cpfean.data.split", "from .regions import RegionStore\nfrom ..errors import DataError"),
+        ("cpfean.training.loop", "from cpfean.model.cpfean import Cpfean\nimport torch"),
+        ("orchestration.study", "import ray\nfrom cpfean.training.loop import fit"),
+        ("experiments.sweep", "from orchestration.study import sweep\nimport argparse"),
+    ],
+)
+def test_an_import_that_the_table_allows_is_not_reported(module: str, source: str) -> None:
+    assert trespasses(module, source) == []
+
+
+def test_importing_all_of_the_science_loads_no_cluster_or_tracking_library() -> None:
+    """The syntax tree sees our own imports only; this sees those of every library we use, too."""
+    modules = [module for module, _ in sources() if within(module, "cpfean")]
+    program = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        f"print(*sorted({set(CLUSTER)!r} & sys.modules.keys()))\n"
+        "print(*sorted(name for name in sys.modules if name.split('.')[0] == 'cpfean'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded, ours = done.stdout.splitlines()
+    assert loaded == ""
+    assert set(modules) <= set(ours.split())
+
+
+# What runs code out of a file or a string. No entry is ever taken out for one place.
+CODE_IN_DATA = frozenset({"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"})
+RUNS_TEXT = frozenset({"eval", "exec", "compile", "__import__"})
+UNSAFE_CALLS = frozenset(
+    {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
+)
+SAFE_VALUES = {
+    "allow_pickle": False,
+    "shell": False,
+    "trust_remote_code": False,
+    "weights_only": True,
+}
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of an attribute or a name; what comes before a call or an index is left out."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def dangers(source: str) -> list[str]:
+    """What in a source text could run code that came with a file."""
+    tree = ast.parse(source)
+    found = [
+        f"line {line}: import of {target}"
+        for line, target in imported("", tree, is_package=False)
+        if target.split(".")[0] in CODE_IN_DATA or target in UNSAFE_CALLS
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        if name in RUNS_TEXT | UNSAFE_CALLS or name.split(".")[-1] in {"load_model", "unsafe_load"}:
+            found.append(f"line {node.lineno}: {name}()")
+        for keyword in node.keywords:
+            if keyword.arg in SAFE_VALUES:
+                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                if value is not SAFE_VALUES[keyword.arg]:
+                    found.append(f"line {node.lineno}: {keyword.arg}={ast.unparse(keyword.value)}")
+    return found
+
+
+def test_nothing_in_the_product_runs_code_out_of_data() -> None:
+    found = {
+        module: dangers(path.read_text(encoding="utf-8"))
+        for module, path in sources()
+        if dangers(path.read_text(encoding="utf-8"))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import load",
+        "def read():\n    import cloudpickle as c",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=trusted)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=True)",
+        "load(path, weights_only=False)",
+        "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "from yaml import load",
+        "mlflow.pytorch.load_model(uri)",
+        "eval(text)",
+        "exec(compile(text, '', 'exec'))",
+        "subprocess.run(command, shell=True)",
+        "os.system('ls')",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_a_call_that_could_run_foreign_code_is_found(source: str) -> None:
+    assert dangers(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "re.compile('a')",
+        "np.load(path, mmap_mode='r', allow_pickle=False)",
+        "yaml.safe_load(text)",
+        "subprocess.run(['git', 'status'])",
+        "json.load(file)",
+    ],
+)
+def test_a_harmless_call_is_not_reported(source: str) -> None:
+    assert dangers(source) == []
