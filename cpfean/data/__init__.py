@@ -1,0 +1,1 @@
+"""Images as regions and captions as words: from files on disk to padded batches."""

@@ -1,0 +1,428 @@
+"""Captions as word pieces and words, the text encoder's way.
+
+Axes:  caption, piece   of all captions given, one after the other      word   of one caption
+
+A word is what the tokenizer's pre-tokenizer takes for one (for BERT: a run of letters and digits,
+or one punctuation mark); a piece is an entry of its vocabulary; a word has one piece or more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from cpfean.config import TextConfig
+from cpfean.errors import CheckpointError, ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+SPACY_MODEL = "en_core_web_sm"
+_SETTINGS = "caption_tokenizer.json"  # ours, beside the files of the Hugging Face tokenizer
+_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CHUNK = 4096  # captions tokenized at a time
+
+Units = Literal["words", "pieces"]
+Graph = Literal["dense", "window", "syntax"]
+
+
+class ParsedToken(NamedTuple):
+    """A token of a dependency parse.
+
+    Attributes:
+        start, stop: its characters in the caption.
+        head: position of the token that it depends on; its own for a root.
+    """
+
+    start: int
+    stop: int
+    head: int
+
+
+Parser = Callable[[Sequence[str]], Iterable[Sequence[ParsedToken]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokenized captions, flat: caption c has pieces offsets[c] to offsets[c + 1].
+
+    Attributes:
+        pieces: ids in the vocabulary, [CLS] and [SEP] included.
+        offsets: where each caption starts; one more than there are captions.
+        word_index: the word of its caption that a piece belongs to, from 0; -1 for none. With
+            units "pieces", the piece's own place.
+        num_words: words of each caption, at least 1.
+        links: for the syntax graph, which words of a caption are neighbours, symmetric, a word and
+            itself included; None for other graphs.
+        num_truncated: captions that were cut.
+    """
+
+    pieces: Int32[np.ndarray, "piece"]
+    offsets: Int64[np.ndarray, "caption+1"]
+    word_index: Int32[np.ndarray, "piece"]
+    num_words: Int32[np.ndarray, "caption"]
+    links: list[Bool[np.ndarray, "word word"]] | None
+    num_truncated: int
+
+    @property
+    def num_captions(self) -> int:
+        return len(self.num_words)
+
+    @cached_property
+    def content_key(self) -> str:
+        """SHA-256 over everything, to recognise what was computed from the same tokens."""
+        digest = hashlib.sha256()
+        for array in (self.pieces, self.offsets, self.word_index, self.num_words):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        for links in self.links or ():
+            digest.update(np.packbits(links).tobytes())
+        return digest.hexdigest()
+
+
+class CaptionTokenizer:
+    """A Hugging Face tokenizer of the BERT family, and what counts as a word.
+
+    Args:
+        tokenizer: a fast one, which knows where its pieces come from.
+        units: "words", or "pieces" to take every piece and special for a word.
+        max_tokens: pieces that a caption is cut to, specials included.
+        graph: "syntax" makes `encode` parse the captions.
+        parser: gives the dependency parses; spaCy's if None.
+
+    Raises:
+        ConfigError: a tokenizer without [PAD] or [MASK] or without words; no spaCy for "syntax".
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        units: Units,
+        max_tokens: int,
+        graph: Graph = "dense",
+        parser: Parser | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                "model.text.encoder needs a fast tokenizer, which knows the word of each piece; "
+                f"{type(tokenizer).__name__} is none. Choose a BERT-type encoder."
+            )
+        for role in ("pad_token", "mask_token"):
+            if getattr(tokenizer, role) is None:
+                raise ConfigError(
+                    f"model.text.encoder needs a tokenizer with a {role}; this one has none. Choose "
+                    "a BERT-type encoder."
+                )
+        self.units = units
+        self.max_tokens = max_tokens
+        self.graph = graph
+        self._tokenizer = tokenizer
+        self._parser = (parser or spacy_parser()) if graph == "syntax" else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that an embedding of the pieces must have: one more than the largest id."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def mask_id(self) -> int:
+        return self._tokenizer.mask_token_id
+
+    @property
+    def pad_id(self) -> int:
+        return self._tokenizer.pad_token_id
+
+    @property
+    def unknown_id(self) -> int:
+        """The piece that stands for a word the vocabulary cannot spell; -1 if there is none."""
+        unknown = self._tokenizer.unk_token_id
+        return -1 if unknown is None else unknown
+
+    @property
+    def num_special(self) -> int:
+        """Pieces that stand for no text, [CLS] for one."""
+        return len(self.special_ids)
+
+    @cached_property
+    def special_ids(self) -> Int32[np.ndarray, "special"]:
+        """Ids of the pieces that stand for no text, ascending."""
+        return np.array(sorted(set(self._tokenizer.all_special_ids)), dtype=np.int32)
+
+    @cached_property
+    def ordinary_ids(self) -> Int32[np.ndarray, "ordinary"]:
+        """Ids of all other pieces, ascending, without BERT's [unused...] places."""
+        special = set(self.special_ids.tolist())
+        vocabulary = self._tokenizer.get_vocab().items()
+        ids = [i for piece, i in vocabulary if i not in special and not piece.startswith("[unused")]
+        return np.array(sorted(ids), dtype=np.int32)
+
+    def encode(self, captions: Sequence[str]) -> Tokens:
+        """Tokenizes captions.
+
+        Raises:
+            DataError: a caption in which the tokenizer finds no word.
+        """
+        pieces: list[int] = []
+        word_index: list[int] = []
+        offsets = [0]
+        num_words: list[int] = []
+        links: list[np.ndarray] | None = None if self._parser is None else []
+        num_truncated = 0
+        for first in range(0, len(captions), _CHUNK):
+            chunk = list(captions[first : first + _CHUNK])
+            coded = self._tokenizer(
+                chunk, truncation=True, max_length=self.max_tokens, return_attention_mask=False
+            ).encodings
+            parses: Iterator[Sequence[ParsedToken] | None] = iter([None] * len(chunk))
+            if self._parser is not None:
+                parses = iter(self._parser(chunk))
+            for row, (coding, parse) in enumerate(zip(coded, parses, strict=True), start=first):
+                num_truncated += bool(coding.overflowing)
+                words = _numbered(coding.word_ids)
+                if max(words, default=-1) < 0:
+                    raise DataError(
+                        f"caption {row}: expected words, found none that the text encoder knows in "
+                        f"{captions[row]!r}; write a caption, or drop the image with its captions."
+                    )
+                if self.units == "pieces":
+                    words = list(range(len(words)))
+                pieces += coding.ids
+                word_index += words
+                offsets.append(len(pieces))
+                num_words.append(max(words) + 1)
+                if links is not None and parse is not None:
+                    links.append(_links(words, coding.offsets, parse))
+        if num_truncated:
+            logger.info(
+                "%d of %d captions were cut to %d pieces",
+                num_truncated,
+                len(captions),
+                self.max_tokens,
+            )
+        return Tokens(
+            pieces=np.array(pieces, dtype=np.int32),
+            offsets=np.array(offsets, dtype=np.int64),
+            word_index=np.array(word_index, dtype=np.int32),
+            num_words=np.array(num_words, dtype=np.int32),
+            links=links,
+            num_truncated=num_truncated,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's files and our settings; `load` takes them back."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save_pretrained(folder)
+        settings = {"units": self.units, "max_tokens": self.max_tokens, "graph": self.graph}
+        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, *, parser: Parser | None = None) -> CaptionTokenizer:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: files that are missing or damaged.
+            ConfigError: graph "syntax" and no spaCy.
+        """
+        try:
+            settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+            units, graph = settings["units"], settings["graph"]
+            max_tokens = settings["max_tokens"]
+            known = units in ("words", "pieces") and graph in ("dense", "window", "syntax")
+            if not known or not isinstance(max_tokens, int):
+                raise ValueError(f"unknown settings {settings}")
+            tokenizer = _pretrained(str(folder))
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from None
+        return cls(tokenizer, units=units, max_tokens=max_tokens, graph=graph, parser=parser)
+
+
+def load_tokenizer(
+    text: TextConfig,
+    *,
+    train_captions: Sequence[str],
+    max_tokens: int,
+    graph: Graph = "dense",
+    parser: Parser | None = None,
+) -> CaptionTokenizer:
+    """The tokenizer of the configured text encoder.
+
+    Args:
+        train_captions: what the vocabulary of "scratch" is made from; not looked at otherwise.
+        max_tokens: pieces that a caption is cut to, specials included.
+        graph: `model.words.graph`.
+        parser: gives the parses for graph "syntax"; spaCy's if None.
+
+    Raises:
+        ConfigError: a tokenizer that cannot be loaded or lacks what is needed.
+    """
+    if text.encoder == "scratch":
+        tokenizer = _scratch(train_captions, size=text.scratch_vocabulary)
+    else:
+        tokenizer = _pretrained(text.encoder)
+    return CaptionTokenizer(
+        tokenizer, units=text.units, max_tokens=max_tokens, graph=graph, parser=parser
+    )
+
+
+def spacy_parser() -> Parser:
+    """Dependency parses by spaCy's small English model.
+
+    Raises:
+        ConfigError: spaCy or the model is not installed.
+    """
+    advice = (
+        'model.words.graph = "syntax" needs spaCy and its model: pip install "cpfean[syntax]" and '
+        f'python -m spacy download {SPACY_MODEL}; or choose "dense" or "window".'
+    )
+    try:
+        import spacy
+    except ImportError:
+        raise ConfigError(f"spaCy is not installed. {advice}") from None
+    try:
+        nlp = spacy.load(SPACY_MODEL, exclude=["ner", "lemmatizer"])
+    except OSError:
+        raise ConfigError(f"spaCy's model {SPACY_MODEL} is not installed. {advice}") from None
+
+    def parse(captions: Sequence[str]) -> Iterator[list[ParsedToken]]:
+        for document in nlp.pipe(captions, batch_size=256):
+            yield [ParsedToken(t.idx, t.idx + len(t.text), t.head.i) for t in document]
+
+    return parse
+
+
+def _pretrained(name: str) -> Any:
+    from transformers import AutoTokenizer  # seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model.text.encoder {name!r}: no tokenizer can be loaded ({first}). Give a local "
+            'folder or a Hugging Face name (the first use downloads it), or "scratch", which needs '
+            "neither."
+        ) from None
+
+
+def _scratch(captions: Sequence[str], *, size: int) -> Any:
+    """A lower-case WordPiece tokenizer whose vocabulary is made from the captions."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for caption in captions:
+        text = normalizer.normalize_str(caption)
+        words.update(word for word, _ in splitter.pre_tokenize_str(text))
+    vocabulary = {piece: i for i, piece in enumerate(_vocabulary(words, size=size))}
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(piece, vocabulary[piece]) for piece in ("[CLS]", "[SEP]")],
+    )
+    pad, unknown, first, last, mask = _SPECIALS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        unk_token=unknown,
+        cls_token=first,
+        sep_token=last,
+        mask_token=mask,
+    )
+
+
+def _vocabulary(words: Counter[str], *, size: int) -> list[str]:
+    """WordPiece vocabulary of at most `size` pieces, the same for the same words.
+
+    The trainer numbers the pieces that continue a word as it meets them in a hash table, which
+    differs from run to run, and breaks ties by these numbers. So all single characters, with and
+    without the prefix, are handed to it in a fixed order; what follows is then fixed too.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    # Rare characters of a large script must leave room for words.
+    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[: size // 4]
+    known = set(alphabet)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        special_tokens=[*_SPECIALS, *alphabet, *(f"##{c}" for c in alphabet)],
+        show_progress=False,
+    )
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    lines = (" ".join([w] * n) for w, n in sorted(words.items()) if known.issuperset(w))
+    trained.train_from_iterator(lines, trainer)
+    pieces = trained.get_vocab()
+    return sorted(pieces, key=pieces.__getitem__)
+
+
+def _numbered(word_ids: Sequence[int | None]) -> list[int]:
+    """Words counted from 0 without gaps; -1 for pieces of none."""
+    result = []
+    last, number = None, -1
+    for word in word_ids:
+        if word is not None and word != last:
+            last, number = word, number + 1
+        result.append(-1 if word is None else number)
+    return result
+
+
+def _links(
+    words: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    parse: Sequence[ParsedToken],
+) -> Bool[np.ndarray, "word word"]:
+    """Dependency edges carried over from the parser's tokens to the words they overlap with.
+
+    Two words are neighbours if their tokens are the ends of an edge, or if they overlap with the
+    same token; the two tokenizations need not agree anywhere.
+
+    Args:
+        words: the word of each piece, -1 for none.
+        spans: the characters of each piece in the caption.
+    """
+    num_words = max(words) + 1
+    starts = np.full(num_words, np.iinfo(np.int64).max)
+    stops = np.zeros(num_words, dtype=np.int64)
+    for word, (start, stop) in zip(words, spans, strict=True):
+        if word >= 0:
+            starts[word], stops[word] = min(starts[word], start), max(stops[word], stop)
+    links = np.eye(num_words, dtype=bool)
+    if not parse:
+        return links
+    tokens = np.array(parse, dtype=np.int64)  # token (start stop head)
+    covers = (starts < tokens[:, 1:2]) & (stops > tokens[:, 0:1])  # token word
+    for token, head in enumerate(tokens[:, 2]):
+        ends = covers[token] | covers[head]
+        links |= np.outer(covers[token], ends)
+    return links | links.T
+
+
+__all__ = [
+    "SPACY_MODEL",
+    "CaptionTokenizer",
+    "ParsedToken",
+    "Parser",
+    "Tokens",
+    "load_tokenizer",
+    "spacy_parser",
+]
