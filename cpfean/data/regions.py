@@ -103,7 +103,8 @@ class RegionFiles:
                 "dtype",
                 name,
                 "expected float16 or float32, little-endian, in C order, found "
-                f"{features.dtype.str!r}{order}; save numpy.ascontiguousarray(features, dtype='<f4')",
+                f"{features.dtype.str!r}{order}; save "
+                "numpy.ascontiguousarray(features, dtype='<f4')",
             )
             return None
         if features.ndim != 3:
@@ -483,7 +484,7 @@ def _guessed_format(
     if inverted.any() and as_extent and start.min() >= -_PIXEL:
         return (
             f"expected x1, y1, x2, y2, found {inverted.sum():,} of {len(boxes):,} boxes with "
-            "x2 <= x1 or y2 <= y1, and all make sense as x, y, width, height; if they are that, save "
+            "x2 <= x1 or y2 <= y1, and all make sense as x, y, width, height; if they are, save "
             "boxes[..., 2:] + boxes[..., :2] as x2, y2"
         )
     return None

@@ -441,7 +441,7 @@ def _agree(
             "caption-count",
             caps,
             f"expected {per_image} captions an image, found {rows:,} captions, {rows:,} rows in "
-            f"{ims} and {rows:,} different names in {names}; if each image has one row for each of its "
+            f"{ims} and {rows:,} different names in {names}; if an image has a row for each of its "
             "captions, write its name once",
         )
         return 1, ids

@@ -120,8 +120,8 @@ class CaptionTokenizer:
         for role in ("pad_token", "mask_token"):
             if getattr(tokenizer, role) is None:
                 raise ConfigError(
-                    f"model.text.encoder needs a tokenizer with a {role}; this one has none. Choose "
-                    "a BERT-type encoder."
+                    f"model.text.encoder needs a tokenizer with a {role}; this one has none. "
+                    "Choose a BERT-type encoder."
                 )
         self.units = units
         self.max_tokens = max_tokens

@@ -1,0 +1,262 @@
+"""Where a data folder comes from: generated, already there, or fetched from object storage.
+
+What is made or fetched goes to a cache folder. Several processes may ask for the same data at the
+same time: one works, the others wait for it. A file is in the cache whole or not at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fsspec.callbacks import Callback
+
+from cpfean.config import DataConfig, SyntheticConfig
+from cpfean.data import concepts, scenes, synthetic, wording
+from cpfean.data.split import native_names
+from cpfean.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "fetched.json"  # in a cached folder: which version of each file it holds
+_UNFINISHED = ".unfinished-"
+_WAIT = 3600.0  # seconds to wait for another process that fetches the same data
+
+
+def resolve_data(config: DataConfig, *, cache_dir: Path) -> Path:
+    """The folder that holds the configured data, made or fetched if need be.
+
+    Args:
+        config: `path` is "synthetic", an s3:// URL, or a folder.
+        cache_dir: where generated and fetched data are kept; made if absent.
+
+    Raises:
+        DataError: no such folder, or storage that cannot be read.
+    """
+    path = config.path.strip()
+    if path == "synthetic":
+        return _generated(config.synthetic, cache_dir)
+    if path.startswith("s3://"):
+        import s3fs  # only those who need it pay for the import
+
+        return fetch_folder(s3fs.S3FileSystem(), path, cache_dir=cache_dir)
+    if "://" in path:
+        raise DataError(
+            f'data.path {path!r}: expected "synthetic", a folder or an s3:// URL; copy the data to '
+            "one of them."
+        )
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    raise DataError(f"data.path {path!r}: expected a folder, found none{_nearby(folder)}")
+
+
+def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
+    """Brings a folder of object storage up to date in the cache.
+
+    Only files of the native format are fetched, and of those only what changed since the last
+    time, by size and by version (ETag, or time of change). Local files that are gone in the
+    storage are removed.
+
+    Args:
+        filesystem: an fsspec file system.
+        url: of the folder, as the file system takes it.
+
+    Raises:
+        DataError: the folder is absent or empty, or the storage fails after its own retries.
+    """
+    url = url.rstrip("/")
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cache_dir / f"remote-{name}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(cache_dir / f"remote-{name}.lock"):
+        listed = _listed(filesystem, url)
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(f"{_UNFINISHED}*"):
+            leftover.unlink()
+        record = _read_record(folder / _RECORD)
+        changed = [
+            name
+            for name, (_, size, version) in listed.items()
+            if record.get(name) != [size, version] or not _has(folder / name, size)
+        ]
+        total = sum(listed[name][1] for name in changed)
+        if changed:
+            logger.info("fetching %d files (%.0f MB) from %s", len(changed), total / 1e6, url)
+        progress = _Progress(url, total)
+        for name in changed:
+            source, size, version = listed[name]
+            record.pop(name, None)
+            _write_record(folder / _RECORD, record)
+            _fetch(filesystem, source, folder / name, size=size, progress=progress)
+            record[name] = [size, version]
+            _write_record(folder / _RECORD, record)
+        for name in native_names():
+            if name not in listed:
+                (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+class _Progress(Callback):
+    """Says every ten seconds how much of all files has come and how long the rest will take."""
+
+    def __init__(self, url: str, total: int) -> None:
+        super().__init__()
+        self._url = url
+        self._total = total
+        self._done = 0
+        self._started = self._told = time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._done += inc
+        now = time.monotonic()
+        if now - self._told > 10 and self._done:
+            left = (now - self._started) * (self._total - self._done) / self._done
+            share = 100 * self._done / self._total
+            logger.info("fetching %s: %.0f %%, about %.0f s left", self._url, share, left)
+            self._told = now
+
+
+def _generated(config: SyntheticConfig, cache_dir: Path) -> Path:
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for module in (concepts, scenes, wording, synthetic):  # another generator, another set
+        digest.update(inspect.getsource(module).encode())
+    folder = cache_dir / f"synthetic-{digest.hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(cache_dir / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            for leftover in cache_dir.glob(f"{folder.name}-*"):
+                shutil.rmtree(leftover)
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache_dir))
+            try:
+                synthetic.write_synthetic(unfinished, config)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _listed(filesystem: Any, url: str) -> dict[str, tuple[str, int, str]]:
+    """Files of the native format by name: where, how large, which version."""
+    with _readable(url):
+        filesystem.invalidate_cache()
+        entries = filesystem.ls(url, detail=True)
+    wanted = set(native_names())
+    files = {}
+    for entry in entries:
+        name = entry["name"].rsplit("/", 1)[-1]
+        if entry["type"] == "file" and name in wanted:
+            versions = (entry.get(key) for key in ("ETag", "LastModified", "mtime", "created"))
+            version = next((str(v) for v in versions if v is not None), "")
+            files[name] = (entry["name"], int(entry["size"]), version)
+    if not files:
+        others = [entry["name"].rsplit("/", 1)[-1] for entry in entries]
+        raise DataError(
+            f"{url}: expected files like train_ims.npy, found "
+            f"{', '.join(sorted(others)[:5]) or 'nothing'}; check the prefix."
+        )
+    return files
+
+
+def _fetch(filesystem: Any, source: str, target: Path, *, size: int, progress: Callback) -> None:
+    handle, unfinished = tempfile.mkstemp(prefix=_UNFINISHED, dir=target.parent)
+    os.close(handle)
+    try:
+        with _readable(source):
+            filesystem.get_file(source, unfinished, callback=progress)
+        found = os.path.getsize(unfinished)
+        if found != size:
+            raise DataError(
+                f"{source}: expected {size:,} bytes, got {found:,}; was it being written? "
+                "Try again."
+            )
+        os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+@contextmanager
+def _readable(url: str) -> Iterator[None]:
+    """Turns what storage clients raise into a DataError; they have retried already."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(
+            f"{url}: no such folder or file; check the bucket and the prefix."
+        ) from None
+    except PermissionError as error:
+        raise DataError(f"{url}: not allowed ({error}); check the credentials.") from None
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read: {error}; check the connection.") from None
+    except Exception as error:
+        # botocore's own errors (no credentials, no endpoint) have no ancestor but Exception.
+        if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+            raise
+        raise DataError(f"{url}: {error}; check credentials and AWS_ENDPOINT_URL.") from None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=_WAIT)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout:
+        raise DataError(
+            f"{path}: another process has been preparing the same data for {_WAIT / 60:.0f} "
+            "minutes; see whether it hangs, then try again."
+        ) from None
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _read_record(path: Path) -> dict[str, list[Any]]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # nothing was fetched yet, or a damaged record: fetch everything
+    return record if isinstance(record, dict) else {}
+
+
+def _write_record(path: Path, record: dict[str, list[Any]]) -> None:
+    unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _nearby(folder: Path) -> str:
+    """What exists instead: folders of a like name, or data folders in the same place."""
+    parent = folder.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    try:
+        siblings = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    except OSError:
+        siblings = []
+    near = difflib.get_close_matches(folder.name, siblings, n=3, cutoff=0.5)
+    near += [
+        name for name in siblings if any((parent / name).glob("*_ims.npy")) and name not in near
+    ]
+    shown = ", ".join(str(parent / name) for name in near[:5])
+    return f"; nearest: {shown}." if shown else f"; {parent} has no data folder either."
+
+
+__all__ = ["fetch_folder", "resolve_data"]
