@@ -1,0 +1,294 @@
+"""What the commands share: flags, how mistakes are answered, and the way to a checked plan."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cpfean.config import ExperimentConfig, Plain, nearest
+from cpfean.errors import ConfigError, CpfeanError
+from experiments.baselines import BASELINES
+from orchestration.records import RunFolder
+from orchestration.search import Choice, SearchSpace
+from orchestration.settings import Settings, check_name, prepare_environment
+from orchestration.study import Interrupted, StudyPlan, StudyResult, closing_lines, run_study
+
+# A setting -> the file that data must have for it to make a difference, and what is in it.
+_NEEDS = {
+    "model.regions.iou_threshold": ("train_boxes.npy", "boxes"),
+    "model.regions.graph": ("train_boxes.npy", "boxes"),
+    "model.regions.geometry": ("train_boxes.npy", "boxes"),
+    "model.regions.prior": ("train_labels.npy", "object labels"),
+    "model.regions.label_confidence": ("train_scores.npy", "confidences of the labels"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses abbreviated, repeated and unknown flags; names the nearest known one."""
+
+    def __init__(self, *, description: str, epilog: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                flag = word.split("=")[0]
+                known = [name for name in self._option_string_actions if name.startswith("--")]
+                self.error(f"no flag {flag}{nearest(flag, known)}")
+        if unknown:
+            self.error(f"unexpected: {' '.join(unknown)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+
+
+class _Once(argparse.Action):
+    """Stores a flag's value; a second one would silently win."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if option_string and self.dest in given:
+            raise argparse.ArgumentError(self, "given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
+    """The flags of every command that trains."""
+    what = parser.add_argument_group("what to train")
+    what.add_argument(
+        "--data",
+        metavar="DIR|URL|synthetic",
+        help="folder in the native format (docs/data.md), s3:// URL of one, or the generated set",
+    )
+    what.add_argument(
+        "--config",
+        metavar="NAME|FILE.toml",
+        help=f"a complete configuration: {', '.join(BASELINES)}, or a file such as a sweep's "
+        "best_config.toml (default: small with --data DIR, else synthetic)",
+    )
+    what.add_argument(
+        "--set",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help="change any setting, e.g. --set loss.margin=0.3; may be repeated",
+    )
+    what.add_argument("--epochs", metavar="N", help="optim.epochs")
+    what.add_argument("--seed", metavar="N", help="of weights, data order and search")
+    where = parser.add_argument_group("where, and under which name")
+    where.add_argument("--workers", metavar="N", type=int, default=workers, help=workers_help)
+    where.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help='a running Ray cluster; "local" uses this machine alone (default: RAY_ADDRESS, else the '
+        "cluster whose head runs here, else this machine)",
+    )
+    where.add_argument("--name", help="of the folder and of the tracking run (default: by date)")
+    where.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("runs"), help="default: runs"
+    )
+    where.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="of MLflow (default: MLFLOW_TRACKING_URI, else a sqlite file in the output folder)",
+    )
+    where.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where it stopped, whatever stopped it: the same flags again, and --name or the "
+        "newest unfinished one",
+    )
+    where.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
+    """Parses, runs, and turns what went wrong into a message and an exit code."""
+    arguments = parser.parse_args()
+    prepare_environment()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cpfean").setLevel(logging.INFO)
+    try:
+        sys.exit(body(arguments))
+    except Interrupted as stopped:
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except CpfeanError as error:
+        if arguments.debug:
+            raise
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def say(line: str) -> None:
+    """Shows the user a line at once, with the time."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
+    """The configuration that the flags ask for.
+
+    Raises:
+        ConfigError: an unknown name, path or value, or a setting that is given twice.
+    """
+    synthetic = arguments.data in (None, "synthetic")
+    name = arguments.config or ("synthetic" if synthetic else "small")
+    if name in BASELINES:
+        config = BASELINES[name]
+    elif name.endswith(".toml") or "/" in name:
+        config = ExperimentConfig.from_toml(Path(name))
+    else:
+        raise ConfigError(f"no configuration {name!r}{nearest(name, BASELINES)}")
+    overrides: dict[str, Any] = {}
+    flags = (("data", "data.path"), ("epochs", "optim.epochs"), ("seed", "seed"))
+    for flag, path in flags:
+        if getattr(arguments, flag, None) is not None:
+            overrides[path] = getattr(arguments, flag)
+    for text in arguments.set:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs PATH=VALUE, e.g. --set loss.margin=0.3; got {text!r}.")
+        if path in overrides:
+            raise ConfigError(f"{path} is given twice.")
+        overrides[path] = value
+    config = config.with_overrides(overrides)
+    # Workers run in other folders and on other machines.
+    places: dict[str, Any] = {"data.path": _absolute(config.data.path, "synthetic")}
+    encoder = config.model.text.encoder
+    if Path(encoder).expanduser().is_dir():
+        places["model.text.encoder"] = _absolute(encoder, "scratch")
+    return config.with_overrides(places)
+
+
+def settings(arguments: argparse.Namespace) -> Settings:
+    return Settings.resolve(
+        output=arguments.output, tracking_uri=arguments.tracking_uri, address=arguments.address
+    )
+
+
+def positive(value: int, flag: str, *, least: int = 1) -> int:
+    """Raises ConfigError if a count is too small."""
+    if value < least:
+        raise ConfigError(f"{flag} must be at least {least}; got {value}.")
+    return value
+
+
+def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
+    """The name given, or of the newest unfinished run for a resume, or one made of the date.
+
+    Raises:
+        ConfigError: a name that cannot be one, or nothing to resume.
+    """
+    if arguments.name is not None:
+        return check_name(arguments.name)
+    if arguments.resume:
+        name = RunFolder.newest_unfinished(where.output, kind).name
+        say(f"resuming {name}")
+        return name
+    return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def checked_data(
+    config: ExperimentConfig, where: Settings, *, num_regions: int
+) -> tuple[Path, str]:
+    """Fetches or makes the data and checks all of it; returns its folder and fingerprint.
+
+    Args:
+        num_regions: the most that any trial asks for.
+
+    Raises:
+        DataError: every fault that was found.
+    """
+    from cpfean.data.sources import resolve_data
+    from cpfean.data.split import check_folder, data_fingerprint
+
+    folder = resolve_data(config.data, cache_dir=where.cache_dir)
+    check_folder(folder, num_regions=num_regions, train_images=config.data.train_images)
+    return folder, data_fingerprint(folder)
+
+
+def check_needs(folder: Path, paths: Sequence[str], *, who: str, instead: str) -> None:
+    """Refuses to vary what the data lacks: all trials would be the same.
+
+    Raises:
+        ConfigError: names the file that is missing.
+    """
+    for path in paths:
+        file, what = _NEEDS.get(path, ("", ""))
+        if file and not (folder / file).exists():
+            raise ConfigError(
+                f"{who} varies {path}, and {folder} has no {what} ({file}): it would make no "
+                f"difference. {instead}"
+            )
+
+
+def stored_regions(folder: Path) -> int:
+    """Regions that every image of the data has."""
+    import numpy as np
+
+    files = [folder / f"{split}_ims.npy" for split in ("train", "dev", "test")]
+    return min(np.load(file, mmap_mode="r").shape[1] for file in files if file.exists())
+
+
+def fitting_space(space: SearchSpace, stored: int) -> SearchSpace:
+    """The space without region counts that the data does not have."""
+    counts = space.parameters.get("data.num_regions")
+    if not isinstance(counts, Choice):
+        return space
+    kept = tuple(count for count in counts.values if isinstance(count, int) and count <= stored)
+    if kept == counts.values:
+        return space
+    say(
+        f"the data has {stored} regions an image: region counts {', '.join(map(str, kept))} are tried."
+    )
+    parameters = dict(space.parameters) | {"data.num_regions": Choice(kept or (stored,))}
+    return SearchSpace(
+        name=space.name, question=space.question, parameters=parameters, only_if=space.only_if
+    )
+
+
+def finish(plan: StudyPlan, where: Settings, *, resume: bool) -> StudyResult:
+    """Runs a study and says where everything is."""
+    result = run_study(plan, where, resume=resume, say=say)
+    print()
+    return result
+
+
+def print_closing(result: StudyResult, where: Settings) -> None:
+    print("\n" + "\n".join(closing_lines(result, where)), flush=True)
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """Recalls in a small table."""
+    print(f"{'':16}{'R@1':>7}{'R@5':>7}{'R@10':>7}")
+    for title, direction in (("image to text", "i2t"), ("text to image", "t2i")):
+        cells = "".join(f"{metrics[f'{direction}_r{k}']:7.1f}" for k in (1, 5, 10))
+        print(f"{title:16}{cells}")
+    print(f"{'rSum':16}{metrics['rsum']:7.1f}")
+
+
+def _absolute(path: str, name: str) -> Plain:
+    if path == name or "://" in path:
+        return path
+    return str(Path(path).expanduser().absolute())

@@ -1,0 +1,102 @@
+"""Recalls and rSum of a trained model on a split, as JSON on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cpfean.config import DataConfig, ExperimentConfig
+from cpfean.errors import CheckpointError
+from experiments import command_line
+
+_EPILOG = """\
+  python experiments/evaluate.py runs/NAME --data DIR --split test
+  python experiments/evaluate.py runs/NAME/best_model --data DIR --protocol coco-1k
+
+Six recalls in percent and their sum, rSum (0 to 600). Everything else goes to standard error.
+Exit codes: 0 done, 2 flags, 3 data, 5 checkpoint.
+"""
+
+
+def main() -> None:
+    parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a run, checkpoint or model"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR|URL|synthetic",
+        help="default: the data that the model was trained on",
+    )
+    parser.add_argument(
+        "--split", choices=("train", "dev", "test"), default="test", help="default: test"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("full", "coco-1k"),
+        help="rank among the whole split, or mean over folds of 1000 images (default: the model's)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    command_line.run(parser, body)
+
+
+def body(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from cpfean.data.sources import resolve_data
+    from cpfean.data.split import check_folder
+    from cpfean.training.setup import evaluate_checkpoint
+    from orchestration.settings import Settings
+
+    model = model_folder(arguments.checkpoint)
+    config = trained_configuration(model)
+    data = config.data
+    if arguments.data is not None:
+        data = DataConfig(
+            path=arguments.data, num_regions=data.num_regions, synthetic=data.synthetic
+        )
+    cache_dir = Settings.resolve(output=Path("runs"), address="local").cache_dir
+    folder = resolve_data(data, cache_dir=cache_dir)
+    check_folder(folder, num_regions=data.num_regions, splits=(arguments.split,))
+    metrics = evaluate_checkpoint(
+        model,
+        data_folder=folder,
+        split=arguments.split,
+        protocol=arguments.protocol or config.evaluation.protocol,
+        cache_dir=cache_dir,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        num_regions=data.num_regions,
+        batch_size=config.evaluation.batch_size,
+    )
+    json.dump(metrics.as_dict(), sys.stdout, indent=1)
+    print()
+    return 0
+
+
+def model_folder(path: Path) -> Path:
+    """The model in the folder of a run, a checkpoint or a model.
+
+    Raises:
+        CheckpointError: none of these.
+    """
+    for folder in (path / "best_model", path):
+        if (folder / "config.toml").is_file() or (folder / "state.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"{path} is no folder of a finished run (with best_model/), of a checkpoint or of a model."
+    )
+
+
+def trained_configuration(folder: Path) -> ExperimentConfig:
+    """The experiment that a model or checkpoint comes from."""
+    from cpfean.training.checkpoint import read_state
+
+    if (folder / "config.toml").is_file():
+        return ExperimentConfig.from_toml(folder / "config.toml")
+    return read_state(folder).config
+
+
+if __name__ == "__main__":
+    main()

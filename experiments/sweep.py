@@ -1,0 +1,88 @@
+"""Sweep: which gate, overlap threshold, margin and region count give the highest rSum?"""
+
+from __future__ import annotations
+
+import argparse
+
+from cpfean.config import nearest
+from cpfean.errors import ConfigError
+from experiments import command_line
+from experiments.search_spaces import SEARCH_SPACES
+
+_EPILOG = """\
+Ray Tune runs the trials, Optuna proposes them, successive halving stops those far behind, and
+MLflow shows them: a parent run for the sweep, a child for each trial. Ends with a table of trials,
+the best configuration as a file for train.py, and the best model tested once on the test split.
+
+  python experiments/sweep.py                               the generated data, on this machine
+  python experiments/sweep.py --data DIR --workers 2        own regions and captions
+  python experiments/sweep.py --set optim.batch_size=64     any setting, fixed for all trials
+  python experiments/sweep.py --resume                      after a crash: finished trials stay
+
+Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some trials failed, 5 cluster or storage,
+130 or 143 stopped.
+"""
+
+
+def main() -> None:
+    parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
+    parser.add_argument("--trials", metavar="N", type=int, default=6, help="default: 6")
+    parser.add_argument(
+        "--space",
+        default="default",
+        help="; ".join(f"{space.name}: {space.question}" for space in SEARCH_SPACES.values()),
+    )
+    command_line.add_run_flags(
+        parser, workers=1, workers_help="data-parallel processes of a trial (default: 1)"
+    )
+    command_line.run(parser, body)
+
+
+def body(arguments: argparse.Namespace) -> int:
+    from orchestration.study import StudyPlan, table
+
+    trials = command_line.positive(arguments.trials, "--trials")
+    workers = command_line.positive(arguments.workers, "--workers")
+    if arguments.space not in SEARCH_SPACES:
+        raise ConfigError(
+            f"no search space {arguments.space!r}{nearest(arguments.space, SEARCH_SPACES)}"
+        )
+    config = command_line.configuration(arguments)
+    space = SEARCH_SPACES[arguments.space]
+    space.check(config)
+    where = command_line.settings(arguments)
+    name = command_line.run_name(arguments, "sweep", where)
+    folder, fingerprint = command_line.checked_data(
+        config, where, num_regions=config.data.num_regions
+    )
+    command_line.check_needs(
+        folder,
+        list(space.parameters),
+        who=f"search space {space.name!r}",
+        instead=f"Another --space: {', '.join(SEARCH_SPACES)}.",
+    )
+    space = command_line.fitting_space(space, command_line.stored_regions(folder))
+    epochs = config.optim.epochs
+    plan = StudyPlan(
+        kind="sweep",
+        name=name,
+        base=config,
+        trials=trials,
+        workers=workers,
+        space=space,
+        # After the warm-up epoch and some of the real loss; a few epochs are too few to judge.
+        grace=max(2, epochs // 3) if epochs >= 4 else 0,
+        data_folder=folder,
+        data_fingerprint=fingerprint,
+    )
+    result = command_line.finish(plan, where, resume=arguments.resume)
+    print(table(result.records))
+    if result.test:
+        print(f"\n{result.best.name if result.best else ''} on the test split:")
+        command_line.print_metrics(result.test)
+    command_line.print_closing(result, where)
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Train one configuration, keep its best epoch by rSum on dev, and test it once."""
+
+from __future__ import annotations
+
+import argparse
+
+from experiments import command_line
+
+_EPILOG = """\
+  python experiments/train.py                                    the generated data, in a minute
+  python experiments/train.py --data DIR --config small          own regions and captions
+  python experiments/train.py --config runs/NAME/best_config.toml
+  python experiments/train.py --data DIR --workers 4             four processes share each batch
+  python experiments/train.py --resume                           from the newest checkpoint
+
+Exit codes: 0 done, 2 flags or configuration, 3 data, 4 the training failed, 5 cluster or storage,
+130 or 143 stopped.
+"""
+
+
+def main() -> None:
+    parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
+    command_line.add_run_flags(
+        parser,
+        workers=0,
+        workers_help="data-parallel processes, through Ray Train; 0 trains in this process "
+        "(default: 0)",
+    )
+    command_line.run(parser, body)
+
+
+def body(arguments: argparse.Namespace) -> int:
+    from orchestration.local import run_here
+    from orchestration.study import StudyPlan, TrialPlan
+
+    workers = command_line.positive(arguments.workers, "--workers", least=0)
+    config = command_line.configuration(arguments)
+    where = command_line.settings(arguments)
+    name = command_line.run_name(arguments, "train", where)
+    folder, fingerprint = command_line.checked_data(
+        config, where, num_regions=config.data.num_regions
+    )
+    plan = StudyPlan(
+        kind="train",
+        name=name,
+        base=config,
+        trials=1,
+        workers=workers,
+        fixed=(TrialPlan(name=name, overrides={}, config=config),),
+        data_folder=folder,
+        data_fingerprint=fingerprint,
+    )
+    if workers == 0:
+        result = run_here(plan, where, resume=arguments.resume, say=command_line.say)
+    else:
+        result = command_line.finish(plan, where, resume=arguments.resume)
+    if result.test:
+        print(f"\n{name}, best epoch, on the test split:")
+        command_line.print_metrics(result.test)
+    command_line.print_closing(result, where)
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    main()

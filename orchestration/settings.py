@@ -1,0 +1,158 @@
+"""Where things are: the cluster, the tracker, records and checkpoints.
+
+What is asked for on the command line wins over the environment, which wins over the defaults.
+Nothing here belongs to an experiment: the same configuration gives the same model anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cpfean.errors import ConfigError, CpfeanError
+
+# What Ray, Tune and MLflow read from the environment; a value that the user has set is kept.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next poll
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own records say more
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+class ServiceError(CpfeanError):
+    """A cluster, tracker or storage that cannot be reached or does not answer."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Where the cluster, the tracking server and the storage are.
+
+    Attributes:
+        output: folder of the records; a run or sweep has its own folder in it.
+        cache_dir: folder on every node for data that was fetched or generated.
+        tracking_uri: of MLflow.
+        address: of a Ray cluster, host:port; None starts Ray on this machine.
+        storage: URL or folder that all nodes can write checkpoints to; None: in the output folder,
+            which is enough on one machine.
+    """
+
+    output: Path
+    cache_dir: Path
+    tracking_uri: str
+    address: str | None = None
+    storage: str | None = None
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        output: Path,
+        tracking_uri: str | None = None,
+        address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Settings:
+        """Settings from what was asked for and from the environment.
+
+        MLFLOW_TRACKING_URI, RAY_ADDRESS, CPFEAN_STORAGE and CPFEAN_CACHE (default ~/.cache/cpfean)
+        are read. Without an address, a cluster that was started on this host with `ray start` or
+        `ray up` is used.
+
+        Raises:
+            ConfigError: an address that is not host:port.
+        """
+        environment = os.environ if environment is None else environment
+        output = output.expanduser().absolute()
+        cache = Path(environment.get("CPFEAN_CACHE") or "~/.cache/cpfean")
+        address = address or environment.get("RAY_ADDRESS") or running_head()
+        if address is not None:
+            _host_and_port(address)
+        return cls(
+            output=output,
+            cache_dir=cache.expanduser().absolute(),
+            tracking_uri=tracking_uri
+            or environment.get("MLFLOW_TRACKING_URI")
+            or f"sqlite:///{output / 'mlflow.db'}",
+            address=None if address == "local" else address,
+            storage=environment.get("CPFEAN_STORAGE") or None,
+        )
+
+    def check_address(self) -> None:
+        """Raises ServiceError if nothing listens at the address; Ray itself would wait long."""
+        if self.address is None:
+            return
+        host, port = _host_and_port(self.address)
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            raise ServiceError(
+                f"no Ray cluster answers at {self.address} ({error}); start one with `ray up` or "
+                "`ray start --head`, or run on this machine with --address local."
+            ) from None
+
+
+def prepare_environment() -> None:
+    """Sets what Ray and MLflow read when they are imported; call it before that."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def running_head() -> str | None:
+    """The address of a cluster whose head was started on this host by `ray start`, if it lives."""
+    file = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    try:
+        address = file.read_text(encoding="utf-8").strip()
+        host, port = _host_and_port(address)
+        socket.create_connection((host, port), timeout=1).close()
+    except (OSError, ConfigError):
+        return None  # never started, or left behind by one that is gone
+    return address
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be that of a folder, a run and a file on any storage.
+
+    Raises:
+        ConfigError: anything but 1 to 80 letters, digits, dots, dashes and underscores.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name must be 1 to 80 letters, digits, '.', '-' or '_', and start with a letter or "
+            f"digit; got {name[:100]!r}."
+        )
+    return name
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    if address == "local":
+        return "127.0.0.1", 0
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port or "/" in address:
+        raise ConfigError(
+            f'--address must be host:port of a Ray head (port 6379 by default), or "local"; '
+            f"got {address!r}."
+        )
+    return host, port

@@ -1,0 +1,640 @@
+"""One study: trials on a cluster, recorded, tracked, resumable. A sweep is one, ablations another.
+
+The driver's records on disk are the truth. A driver that is started again reads them, runs what is
+not settled (each trial from its newest checkpoint) and brings the tracker up to date; it makes no
+difference whether the last driver ended, was stopped or was killed, nor when.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cpfean.config import ExperimentConfig, Plain
+from cpfean.errors import CpfeanError
+from orchestration.records import RunFolder, State, TrialRecord, write_json, write_text
+from orchestration.search import Proposals, SearchSpace
+from orchestration.settings import ServiceError, Settings
+from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
+
+_SILENCE_SECONDS = 60.0  # without news: say what is waited for
+_SAME_FAILURES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialPlan:
+    """One trial that is asked for by name: what it changes, and the whole configuration."""
+
+    name: str
+    overrides: Mapping[str, Plain]
+    config: ExperimentConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyPlan:
+    """What to run; where it runs and where it is recorded is in the settings.
+
+    Attributes:
+        base: configuration that the trials vary.
+        trials: how many, if a space is searched.
+        workers: data-parallel processes of each trial.
+        space: searched by Optuna; None runs `fixed`.
+        fixed: trials to run as they are.
+        grace: epochs before a trial may be stopped for being behind; 0 stops none.
+        data_folder: the data, checked, on this node.
+        data_fingerprint: of the data.
+    """
+
+    kind: Literal["sweep", "ablations", "train"]
+    name: str
+    base: ExperimentConfig
+    workers: int
+    data_folder: Path
+    data_fingerprint: str
+    trials: int
+    space: SearchSpace | None = None
+    fixed: tuple[TrialPlan, ...] = ()
+    grace: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What a resume has to ask for again."""
+        return {
+            "kind": self.kind,
+            "metric": "val/rsum, maximized",
+            "trials": self.trials,
+            "workers": self.workers,
+            "grace": self.grace,
+            "data_fingerprint": self.data_fingerprint,
+            "space": self.space.to_dict() if self.space else {},
+            "fixed": {plan.name: dict(plan.overrides) for plan in self.fixed},
+            "config": self.base.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """What came out.
+
+    Attributes:
+        records: all trials, by number.
+        best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
+        test: its metrics on the test split.
+    """
+
+    folder: Path
+    records: tuple[TrialRecord, ...]
+    best: TrialRecord | None = None
+    test: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 4 if trials failed."""
+        return 4 if any(record.state == "failed" for record in self.records) else 0
+
+
+class StudyError(CpfeanError):
+    """A study in which nothing but failures is to be expected."""
+
+    exit_code = 4
+
+
+class Interrupted(BaseException):
+    """The user or the system asked us to stop; everything is recorded for a resume."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+
+def run_study(
+    plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
+) -> StudyResult:
+    """Runs a study to its end, or on to its end.
+
+    Args:
+        resume: the folder of that name exists, and was made for the same plan.
+        say: shows the user a line.
+
+    Raises:
+        ConfigError: the folder exists, or does not, or was made for another plan.
+        ServiceError: no cluster, or nothing moves any more.
+        Interrupted: after SIGINT or SIGTERM, once everything is written.
+    """
+    folder = RunFolder(settings.output / plan.name)
+    if resume:
+        folder.check_same(plan.identity())
+    else:
+        folder.create(plan.identity())
+    with folder.lock():
+        tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
+        study = _Study(plan, settings, folder, tracker, say)
+        return study.run()
+
+
+def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
+    """How the tracker knows a study."""
+    parameters = {
+        "study.trials": plan.trials,
+        "study.workers": plan.workers,
+        "study.space": plan.space.name if plan.space else "",
+    }
+    return TrackedRun(
+        id=folder.id,
+        name=plan.name,
+        kind=plan.kind,
+        tags={"cpfean.data": plan.data_fingerprint, "cpfean.data_path": plan.base.data.path},
+        parameters=parameters | plan.base.flat(),
+    )
+
+
+class _Study:
+    """The state of a study while it runs; `orchestration.tuner` calls its hooks."""
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        settings: Settings,
+        folder: RunFolder,
+        tracker: Tracker,
+        say: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._folder = folder
+        self._tracker = tracker
+        self._say = say
+        self._records = {record.number: record for record in folder.records()}
+        self._waiting = [record for record in self._records.values() if not record.settled]
+        self._proposals: Proposals | None = None
+        self._clock = _Clock()
+        self._running: dict[int, float] = {}
+        self._failures: list[tuple[str, str]] = []
+        self._signal = 0
+        self._error: CpfeanError | None = None
+
+    def run(self) -> StudyResult:
+        self._tracker.start()
+        self._tracker.update_parent("running", {})
+        for record in self._records.values():
+            if record.settled:
+                self._tracker.update(record)
+        self._prepare()
+        outcome: State = "failed"
+        try:
+            if self._num_open() > 0:
+                self._run_open()
+            result = self._conclude()
+            outcome = "finished"
+            return result
+        except Interrupted:
+            outcome = "interrupted"
+            raise
+        finally:
+            self._close(outcome)
+
+    # The hooks of orchestration.tuner.
+
+    def next_trial(self) -> TrialRecord | None:
+        """The next trial to run: one that was cut off first, then a new one."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        number = len(self._records)
+        if number >= self._plan.trials:
+            return None
+        if self._plan.space is None:
+            plan = self._plan.fixed[number]
+            name, overrides, config = plan.name, dict(plan.overrides), plan.config
+        else:
+            assert self._proposals is not None
+            drawn = self._proposals.ask(number, list(self._records.values()))
+            if drawn is None:
+                self._say(f"the search space has no more than {number} different configurations.")
+                return None
+            name, overrides = f"trial-{number:03d}", drawn
+            config = self._plan.base.with_overrides(drawn)
+        record = TrialRecord(number=number, name=name, overrides=overrides, config=config.to_dict())
+        self._records[number] = record
+        self._folder.write(record)
+        return record
+
+    def started(self, number: int) -> None:
+        record = self._records[number]
+        self._running[number] = time.monotonic()
+        self._set_state(record, "running")
+        self._clock.news()
+
+    def reported(self, number: int, metrics: dict[str, Any]) -> None:
+        record = self._records[number]
+        known = len(record.history)
+        record.history = [dict(row) for row in metrics["history"]]
+        record.checkpoint = metrics.get("checkpoint_path") or record.checkpoint
+        record.complete = bool(metrics["ended"])
+        self._count_seconds(record)
+        self._folder.write(record)
+        self._tracker.update(record)
+        self._clock.news(epochs=len(record.history) - known)
+        if len(record.history) > known:
+            self._show(record)
+
+    def ended(self, number: int, *, pruned: bool) -> None:
+        record = self._records[number]
+        if self._signal and not pruned and not record.complete:
+            return  # Tune stopped it because we are to stop
+        if pruned:
+            self._settle(record, "pruned")
+            self._say(f"{record.name}: stopped after epoch {record.epochs}, behind the others.")
+        elif record.complete:
+            self._settle(record, "finished")
+        else:
+            self.failed(
+                number, "infra", "the training ended before its last epoch without an error"
+            )
+
+    def failed(self, number: int, failure: str, message: str) -> None:
+        record = self._records[number]
+        record.failure, record.message = failure, message
+        self._settle(record, "failed")
+        last = message.strip().splitlines()[-1] if message.strip() else ""
+        self._say(f"{record.name}: failed ({failure}): {last}")
+        self._failures.append((failure, last))
+        if (
+            len(self._failures) == len(self._done()) == _SAME_FAILURES
+            and len(set(self._failures)) == 1
+        ):
+            self._error = StudyError(
+                f"the first {_SAME_FAILURES} trials failed alike ({failure}), so the rest is not "
+                f"tried:\n{message}"
+            )
+            self._interrupt_tune()
+
+    def tick(self) -> None:
+        """Called about every second: says what is waited for, and ends what hangs."""
+        silent = self._clock.silent
+        if silent > self._clock.next_notice:
+            self._clock.next_notice *= 2
+            names = (
+                ", ".join(self._records[number].name for number in self._running)
+                or "the first trial"
+            )
+            self._say(
+                f"no news for {silent:.0f} s; waiting for {names}: {self._plan.workers} worker(s) each."
+            )
+        if silent > self._clock.limit and self._error is None:
+            self._error = ServiceError(
+                f"nothing has moved for {silent:.0f} s: the cluster does not give "
+                f"{self._plan.workers} worker(s) to a trial, or the workers hang. Everything so far is "
+                f"recorded; see `ray status`, then {self._resume_line()}"
+            )
+            self._interrupt_tune()
+
+    def _prepare(self) -> None:
+        if self._plan.space is not None:
+            self._proposals = Proposals(
+                self._plan.space,
+                file=self._folder.path / "study.db",
+                seed=self._plan.base.seed,
+                baseline=self._plan.space.baseline(self._plan.base),
+                trials=self._plan.trials,
+            )
+            for record in self._records.values():
+                if record.settled:
+                    self._proposals.tell(record)
+        done = self._done()
+        self._failures = [
+            (record.failure, (record.message.splitlines() or [""])[-1])
+            for record in done
+            if record.state == "failed"
+        ]
+        if self._records:
+            cut_off = ", ".join(record.name for record in self._waiting) or "none"
+            new = self._plan.trials - len(self._records)
+            self._say(
+                f"resuming {self._plan.name}: {len(done)} settled, cut off: {cut_off}, {new} new."
+            )
+
+    def _run_open(self) -> None:
+        from orchestration import tuner
+
+        storage = self._settings.storage
+        cluster = tuner.connect(self._settings)
+        try:
+            resources = tuner.share_out(
+                cluster, workers=self._plan.workers, trials=self._num_open()
+            )
+            where = (
+                "this machine" if cluster.is_local else f"the cluster at {self._settings.address}"
+            )
+            device = "1 GPU" if resources.use_gpu else f"{resources.cpus} CPU(s)"
+            self._say(
+                f"{self._num_open()} trial(s) to run on {where}, {resources.concurrent} at a time, "
+                f"each with {resources.workers} worker(s) of {device}."
+            )
+            self._clock = _Clock(is_local=cluster.is_local)
+            self._clock.epochs_left = self._epochs_left()
+            early = None
+            if self._plan.grace:
+                epochs = self._plan.base.optim.epochs
+                early = tuner.EarlyStopping(grace=self._plan.grace, epochs=epochs)
+            with self._signals():
+                tuner.run_trials(
+                    self,
+                    num_trials=self._num_open(),
+                    resources=resources,
+                    settings=self._settings,
+                    run_name=self._plan.name,
+                    train_storage=f"{storage.rstrip('/')}/{self._folder.id}"
+                    if storage
+                    else str(self._folder.path / "train"),
+                    tune_storage=str(self._folder.path / "tune"),
+                    early_stopping=early,
+                    past=list(self._records.values()),
+                )
+        finally:
+            tuner.disconnect()
+        if self._error is not None:
+            raise self._error
+        if self._signal:
+            self._say(f"stopped; continue with {self._resume_line()}")
+            raise Interrupted(self._signal)
+        if self._waiting or any(not record.settled for record in self._records.values()):
+            raise ServiceError(f"the cluster was lost; continue with {self._resume_line()}")
+
+    def _conclude(self) -> StudyResult:
+        """The best trial, its test metrics and its files."""
+        records = tuple(self._records[number] for number in sorted(self._records))
+        finished = [record for record in records if record.state == "finished"]
+        pruned = [record for record in records if record.state == "pruned"]
+        candidates = finished or pruned
+        result = StudyResult(folder=self._folder.path, records=records)
+        if not candidates:
+            write_json(self._folder.path / "summary.json", summary(result))
+            return result
+        best = max(candidates, key=lambda record: record.best_rsum)
+        write_text(self._folder.path / "best_config.toml", best.experiment.to_toml())
+        if self._plan.kind != "ablations":
+            self._test(best)
+        result = StudyResult(folder=self._folder.path, records=records, best=best, test=best.test)
+        write_json(self._folder.path / "summary.json", summary(result))
+        return result
+
+    def _test(self, best: TrialRecord) -> None:
+        if not best.test:
+            self._say(f"testing {best.name} ...")
+            best.test = self._test_metrics(best)
+            self._folder.write(best)
+        self._tracker.update(best)
+
+    def _test_metrics(self, record: TrialRecord) -> dict[str, float]:
+        model = keep_model(record, self._folder.path / "best_model")
+        return test_metrics(
+            model,
+            record.experiment,
+            data_folder=self._plan.data_folder,
+            cache_dir=self._settings.cache_dir,
+        )
+
+    def _close(self, outcome: State) -> None:
+        for record in self._records.values():
+            if record.state == "running":
+                self._count_seconds(record)
+                self._set_state(record, "interrupted")
+        metrics = {}
+        done = [record for record in self._done() if record.history]
+        if done:
+            best = max(done, key=lambda record: record.best_rsum)
+            tested = next((record for record in done if record.test), None)
+            metrics["best/val_rsum"] = (tested or best).best_rsum
+            if tested is not None:
+                metrics |= {f"test/{name}": value for name, value in tested.test.items()}
+        self._tracker.update_parent(outcome, metrics)
+        if not self._tracker.close():
+            self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
+
+    def _settle(self, record: TrialRecord, state: State) -> None:
+        self._count_seconds(record)
+        self._running.pop(record.number, None)
+        self._set_state(record, state)
+        if self._proposals is not None:
+            self._proposals.tell(record)
+        self._clock.news()
+        self._clock.epochs_left = self._epochs_left()
+
+    def _set_state(self, record: TrialRecord, state: State) -> None:
+        record.state = state
+        self._folder.write(record)
+        self._tracker.update(record)
+
+    def _count_seconds(self, record: TrialRecord) -> None:
+        now = time.monotonic()
+        if record.number in self._running:
+            record.seconds += now - self._running[record.number]
+            self._running[record.number] = now
+
+    def _done(self) -> list[TrialRecord]:
+        return [record for record in self._records.values() if record.settled]
+
+    def _num_open(self) -> int:
+        return self._plan.trials - len(self._done())
+
+    def _epochs_left(self) -> int:
+        """Epochs still to come, if no further trial is stopped early."""
+        each = self._plan.base.optim.epochs
+        begun = sum(each - r.epochs for r in self._records.values() if not r.settled)
+        return begun + each * (self._plan.trials - len(self._records))
+
+    def _show(self, record: TrialRecord) -> None:
+        row = record.history[-1]
+        done, running = len(self._done()), len(self._running)
+        self._say(
+            f"[{done}/{self._plan.trials} done, {running} running, {self._clock.eta(self._epochs_left())}] "
+            f"{record.name}  epoch {record.epochs}/{record.experiment.optim.epochs}  "
+            f"rSum {row['val/rsum']:.1f}  best {record.best_rsum:.1f}  loss {row['train/loss']:.4g}  "
+            f"{row['train/seconds']:.0f} s"
+        )
+
+    def _resume_line(self) -> str:
+        script = {"sweep": "sweep.py", "ablations": "run_ablations.py", "train": "train.py"}
+        return f"`{script[self._plan.kind]} --resume --name {self._plan.name}` with the same flags."
+
+    def _interrupt_tune(self) -> None:
+        # Tune stops in good order on SIGUSR1; an exception out of a callback would leave trials.
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the trials in good order; the second one ends us at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, _frame: object) -> None:
+            if self._signal:
+                os._exit(128 + number)
+            self._signal = number
+            self._say("stopping ... (once more to stop at once)")
+            self._interrupt_tune()
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """How long nothing has happened, and how long the rest will take."""
+
+    def __init__(self, *, is_local: bool = True) -> None:
+        self._start = self._last = time.monotonic()
+        self._epochs = 0
+        self._slowest = 0.0
+        self._floor = 600.0 if is_local else 3600.0  # a cluster may have to start its machines
+        self.epochs_left = 0
+        self.next_notice = _SILENCE_SECONDS
+
+    @property
+    def silent(self) -> float:
+        return time.monotonic() - self._last
+
+    @property
+    def limit(self) -> float:
+        """Seconds of silence after which nothing is expected any more.
+
+        Before the first epoch nobody knows how long one takes, hence the long wait.
+        """
+        return (
+            max(self._floor, 10 * self._slowest) if self._epochs else max(self._floor, 4 * 3600.0)
+        )
+
+    def news(self, *, epochs: int = 0) -> None:
+        if epochs > 0:
+            self._slowest = max(self._slowest, self.silent)
+            self._epochs += epochs
+        self._last = time.monotonic()
+        self.next_notice = max(_SILENCE_SECONDS, 3 * self._slowest)
+
+    def eta(self, epochs_left: int) -> str:
+        if not self._epochs:
+            return "ETA unknown"
+        seconds = (self._last - self._start) / self._epochs * epochs_left
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return (
+            f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
+        )
+
+
+def keep_model(record: TrialRecord, folder: Path) -> Path:
+    """Copies the best weights out of a trial's checkpoint, wherever it is stored.
+
+    The folder is one for `Cpfean.from_pretrained`; `config.toml` beside the weights is the whole
+    experiment.
+
+    Raises:
+        ServiceError: the checkpoint cannot be read.
+    """
+    from ray.train import Checkpoint
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with Checkpoint(record.checkpoint).as_directory() as source:
+            shutil.copytree(Path(source) / "best", temporary)
+    except OSError as error:
+        raise ServiceError(f"{record.checkpoint}: cannot be read: {error}") from None
+    write_text(temporary / "config.toml", record.experiment.to_toml())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def test_metrics(
+    model: Path, config: ExperimentConfig, *, data_folder: Path, cache_dir: Path
+) -> dict[str, float]:
+    """Six recalls and rSum on the test split."""
+    import torch
+
+    from cpfean.training.setup import evaluate_checkpoint
+
+    return evaluate_checkpoint(
+        model,
+        data_folder=data_folder,
+        split="test",
+        protocol=config.evaluation.protocol,
+        cache_dir=cache_dir,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        num_regions=config.data.num_regions,
+        batch_size=config.evaluation.batch_size,
+    ).as_dict()
+
+
+def summary(result: StudyResult) -> dict[str, Any]:
+    """The outcome as plain data, for programs."""
+    rows = []
+    for record in result.records:
+        row = asdict(record)
+        del row["config"], row["history"]
+        best = {"best_rsum": record.best_rsum} if record.history else {}
+        rows.append(row | {"epochs": record.epochs} | best)
+    return {
+        "best": result.best.number if result.best else None,
+        "test": dict(result.test),
+        "commit": git_commit(),
+        "trials": rows,
+    }
+
+
+def table(records: Sequence[TrialRecord]) -> str:
+    """Trials as lines for people: state, rSum, epochs, what was varied, seconds."""
+    paths = list(dict.fromkeys(path for record in records for path in record.overrides))
+    header = ["trial", "state", "dev rSum", "epochs", *(_short(path) for path in paths), "seconds"]
+    rows = [
+        [
+            record.name,
+            record.state + (f" ({record.failure})" if record.failure else ""),
+            f"{record.best_rsum:.1f}" if record.history else "-",
+            str(record.epochs),
+            *(_value(record.overrides.get(path, "-")) for path in paths),
+            f"{record.seconds:.0f}",
+        ]
+        for record in sorted(records, key=lambda record: (-record.best_rsum, record.number))
+    ]
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *rows]
+    )
+
+
+def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
+    """Where everything is."""
+    lines = [f"records         {result.folder}"]
+    if result.best is not None:
+        lines += [
+            f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
+            f"configuration   {result.folder / 'best_config.toml'}",
+        ]
+    if result.test:
+        lines.append(f"test rSum       {result.test['rsum']:.1f}")
+        lines.append(f"model           {result.folder / 'best_model'}")
+    return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
+
+
+def _short(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _value(value: Plain) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,474 @@
+"""Ray, Tune and Train: the only module that knows their classes; imported when a study starts.
+
+Tune runs a function for each trial, the function runs a Ray Train trainer. What a trial is, what is
+known of it and what comes next is the study's business, behind `Hooks`; Tune's own snapshots are
+not read back, so that a restart depends on nothing but our records and the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchTrainer
+from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from cpfean.errors import CpfeanError, DataError, DivergedError
+from orchestration.records import TrialRecord
+from orchestration.search import METRIC
+from orchestration.settings import ServiceError, Settings
+from orchestration.worker import train_worker
+
+_RETRIED = ("infra", "preempted")
+_MAX_RETRIES = 3
+# A trial's function and its Train controller hold no CPU: on two CPUs two workers must fit. The
+# head's own resource keeps them off nodes that may be taken away.
+_HEAD = "node:__internal_head__"
+
+_CLASSES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (DivergedError, "diverged"),
+    (DataError, "data"),
+    (CpfeanError, "config"),
+    ((OutOfMemoryError, MemoryError), "oom"),
+)
+
+
+class Hooks(Protocol):
+    """What a study does as its trials come and go; called in the driver's main thread."""
+
+    def next_trial(self) -> TrialRecord | None: ...
+
+    def started(self, number: int) -> None: ...
+
+    def reported(self, number: int, metrics: dict[str, Any]) -> None: ...
+
+    def ended(self, number: int, *, pruned: bool) -> None: ...
+
+    def failed(self, number: int, failure: str, message: str) -> None: ...
+
+    def tick(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What there is to run on.
+
+    Attributes:
+        cpus, gpus: of all nodes now.
+        is_local: Ray was started by this process, on this machine.
+    """
+
+    cpus: int
+    gpus: int
+    is_local: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What the trials take.
+
+    Attributes:
+        workers: of one trial.
+        cpus: of one worker.
+        use_gpu: one for each worker.
+        concurrent: trials at a time. Tune does not count the workers of a trial: without this
+            limit trials hold each other up for ever.
+    """
+
+    workers: int
+    cpus: int
+    use_gpu: bool
+    concurrent: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStopping:
+    """Successive halving: what is clearly behind after `grace` epochs, and so on, is stopped."""
+
+    grace: int
+    epochs: int
+    reduction: float = 2.0
+
+
+class TrialFailure(Exception):  # noqa: N818  (it is the trial's, not ours)
+    """A trial that failed for good: the class of its error and its last lines."""
+
+    def __init__(self, failure: str, message: str) -> None:
+        super().__init__(failure, message)
+        self.failure = failure
+        self.message = message
+
+
+def connect(settings: Settings) -> Cluster:
+    """Joins the cluster, or starts Ray on this machine.
+
+    Raises:
+        ServiceError: no cluster at the address, or Ray does not start.
+    """
+    settings.check_address()
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        if settings.address is None:
+            # The dashboard process answers the queries by which Train frees a stopped trial's workers.
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=True,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=200 * 2**20,
+            )
+        else:
+            ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
+    # Ray raises many kinds here, down to OSError and its own.
+    except Exception as error:
+        where = settings.address or "on this machine"
+        raise ServiceError(f"Ray does not start or answer ({where}): {error}") from error
+    # An instance that a neighbour started on this host must not be taken for ours.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    total = ray.cluster_resources()
+    return Cluster(
+        cpus=int(total.get("CPU", 0)),
+        gpus=int(total.get("GPU", 0)),
+        is_local=settings.address is None,
+    )
+
+
+def disconnect() -> None:
+    """Leaves the cluster; ends Ray if this process started it."""
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.shutdown()
+
+
+def share_out(cluster: Cluster, *, workers: int, trials: int) -> Resources:
+    """How many trials of so many workers run at a time, and with what.
+
+    Raises:
+        ServiceError: one trial alone asks for more than there is.
+    """
+    use_gpu = cluster.gpus > 0
+    there, what = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")
+    if workers > there and cluster.is_local:
+        raise ServiceError(
+            f"{workers} workers need {workers} {what} and this machine has {there}; lower --workers or "
+            "give a cluster with --address."
+        )
+    # A cluster may grow to what a first trial waits for; one trial at a time is always right.
+    concurrent = max(1, min(trials, there // workers))
+    cpus = max(1, cluster.cpus // (workers * concurrent))
+    if not cluster.is_local:
+        cpus = min(cpus, 8)  # nodes differ; a worker that asks for much may fit on none
+    return Resources(workers=workers, cpus=cpus, use_gpu=use_gpu, concurrent=concurrent)
+
+
+def run_trials(
+    hooks: Hooks,
+    *,
+    num_trials: int,
+    resources: Resources,
+    settings: Settings,
+    run_name: str,
+    train_storage: str,
+    tune_storage: str,
+    early_stopping: EarlyStopping | None,
+    past: Iterable[TrialRecord],
+) -> None:
+    """Runs trials until the hooks have no more.
+
+    Args:
+        num_trials: at most so many are asked for.
+        train_storage: folder or URL of the checkpoints; all nodes reach it.
+        tune_storage: folder of Tune's own files.
+        past: trials of earlier drivers; the scheduler compares with them.
+    """
+    job = {
+        "cache_dir": str(settings.cache_dir),
+        "workers": resources.workers,
+        "cpus": resources.cpus,
+        "use_gpu": resources.use_gpu,
+        "storage": train_storage,
+        "run_name": run_name,
+    }
+
+    def trial(config: dict[str, Any]) -> None:
+        _train_trial(config, job)
+
+    scheduler: _Halving | FIFOScheduler = FIFOScheduler()
+    if early_stopping is not None:
+        scheduler = _Halving(early_stopping, list(past))
+    tuner = tune.Tuner(
+        tune.with_resources(trial, tune.PlacementGroupFactory([{_HEAD: 0.001}])),
+        tune_config=tune.TuneConfig(
+            search_alg=_Source(hooks),
+            scheduler=scheduler,
+            num_samples=num_trials,
+            max_concurrent_trials=resources.concurrent,
+            metric=METRIC,
+            mode="max",
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=tune_storage,
+            callbacks=[_Watcher(hooks, scheduler)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
+    """One trial, in a process of its own: a Train run, again if its workers are lost."""
+    retries = 0
+    while True:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "config": json.loads(config["config"]),
+                "cache_dir": job["cache_dir"],
+                "cpus": job["cpus"],
+            },
+            scaling_config=ScalingConfig(
+                num_workers=job["workers"],
+                use_gpu=job["use_gpu"],
+                resources_per_worker={"CPU": job["cpus"]} | ({"GPU": 1} if job["use_gpu"] else {}),
+            ),
+            run_config=RunConfig(
+                # The same name finds the same checkpoints: after a lost worker or a lost driver.
+                name=f"{job['run_name']}-{config['number']:03d}",
+                storage_path=job["storage"],
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+                callbacks=[TuneReportCallback()],
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            failure, message = classify(error)
+            if failure not in _RETRIED or retries >= _MAX_RETRIES:
+                raise TrialFailure(failure, message) from None
+            retries += 1
+        else:
+            break
+    # Once more: the last report travels through a queue that the end of this function can overtake,
+    # and a run that was complete already has not reported at all. Known epochs count once.
+    if result.metrics:
+        tune.report(dict(result.metrics))
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """The class of a failure and its last lines.
+
+    Classes: preempted, infra (something was lost), oom, diverged, data, config, bug.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, TrialFailure):
+            return cause.failure, cause.message
+    for kinds, failure in _CLASSES:
+        for cause in causes:
+            if isinstance(cause, kinds):
+                return failure, _tail(str(cause))
+    for cause in causes:
+        if "out of memory" in str(cause).lower():
+            return "oom", _tail(str(cause))
+    if any(type(cause).__name__ == "PreemptionError" for cause in causes):
+        return "preempted", _tail(str(error))
+    if any(_is_loss(cause) for cause in causes):
+        return "infra", _tail(str(error))
+    return "bug", _tail(str(causes[-1] if causes else error))
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether a process, node or connection was lost; Ray's names differ with who noticed."""
+    lost = ("WorkerHealthCheck", "WorkerGroupStartup", "InsufficientClusterResources", "NodeDied")
+    return isinstance(error, RayActorError | ConnectionError | TimeoutError) or type(
+        error
+    ).__name__.startswith(lost)
+
+
+def _causes(error: BaseException) -> Iterable[BaseException]:
+    """The error and all that is wrapped in it, outermost first."""
+    todo: list[BaseException] = [error]
+    seen: set[int] = set()
+    while todo:
+        current = todo.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if isinstance(current, WorkerGroupError):
+            todo += [e for _, e in sorted(current.worker_failures.items())]
+        inner = [
+            getattr(current, name, None) for name in ("cause", "_base_exc", "controller_failure")
+        ]
+        inner += [getattr(current, "health_check_failure", None), current.__cause__]
+        todo += [e for e in inner if isinstance(e, BaseException)]
+
+
+def _tail(text: str, *, lines: int = 30) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
+class _Source(Searcher):
+    """Hands the study's trials to Tune, one at a time."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self._hooks = hooks
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        record = self._hooks.next_trial()
+        if record is None:
+            return Searcher.FINISHED
+        return {"number": record.number, "config": json.dumps(record.config)}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """The study tells its proposals itself, with states that Tune does not pass on."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune takes snapshots; ours are the records."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a study is resumed from its records, not from Tune's snapshot")
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return (_Source, (None,))  # in a snapshot: nothing of the driver's state
+
+
+class _Halving(ASHAScheduler):
+    """ASHA that knows the trials of earlier drivers, and which trials it stopped itself."""
+
+    def __init__(self, rule: EarlyStopping, past: list[TrialRecord]) -> None:
+        # One epoch more than there are: a trial that reaches its end ends by itself, which frees
+        # its workers in good order.
+        super().__init__(
+            time_attr="epoch",
+            metric=METRIC,
+            mode="max",
+            max_t=rule.epochs + 1,
+            grace_period=rule.grace,
+            reduction_factor=rule.reduction,
+        )
+        self.stopped: set[str] = set()
+        self._past = {record.number: record for record in past}
+        for record in past:
+            if record.settled and record.history:
+                settled = _Settled(f"settled-{record.number}")
+                super().on_trial_add(None, settled)
+                for row in record.history:
+                    super().on_trial_result(None, settled, row)
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        known = self._past.get(trial.config["number"])
+        # The epochs before a restart were judged when they came.
+        for row in known.history if known else ():
+            super().on_trial_result(tune_controller, trial, row)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP and not result.get("ended"):
+            self.stopped.add(trial.trial_id)
+            return decision
+        # What has come to its end anyway is finished, however it compares.
+        return TrialScheduler.CONTINUE if decision == TrialScheduler.STOP else decision
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """All that ASHA asks of a trial."""
+
+    trial_id: str
+
+
+class _Watcher(tune.Callback):
+    """Tells the study what happens, and frees what a stopped trial holds."""
+
+    def __init__(self, hooks: Hooks, scheduler: Any) -> None:
+        self._hooks = hooks
+        self._scheduler = scheduler
+        self._groups: dict[int, str] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[None, None]]:
+        return (_Watcher, (None, None))  # in a snapshot: nothing of the driver's state
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._hooks.tick()
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._hooks.started(trial.config["number"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
+    ) -> None:
+        number = trial.config["number"]
+        if "placement_group" in result:
+            self._groups[number] = result["placement_group"]
+        self._hooks.reported(number, result)
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        number = trial.config["number"]
+        pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
+        self._free(number)
+        self._hooks.ended(number, pruned=pruned)
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        number = trial.config["number"]
+        self._free(number)
+        error = trial.get_pickled_error()
+        failure, message = classify(error) if error else ("bug", "no error was left behind")
+        self._hooks.failed(number, failure, message)
+
+    def _free(self, number: int) -> None:
+        """Removes the workers of a trial that is over.
+
+        A trial that ASHA stops dies without tidying up; Train's own cleaner asks the State API,
+        which fails where two Ray instances are on one host. Then the CPUs would be lost, and the
+        next trial would wait for ever.
+        """
+        group = self._groups.pop(number, None)
+        if group is not None:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+
+__all__ = [
+    "Cluster",
+    "EarlyStopping",
+    "Hooks",
+    "Resources",
+    "TrialFailure",
+    "classify",
+    "connect",
+    "disconnect",
+    "run_trials",
+    "share_out",
+]
