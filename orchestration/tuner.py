@@ -222,8 +222,6 @@ def run_trials(
             scheduler=scheduler,
             num_samples=num_trials,
             max_concurrent_trials=resources.concurrent,
-            metric=METRIC,
-            mode="max",
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
         run_config=tune.RunConfig(
