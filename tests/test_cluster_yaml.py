@@ -1,0 +1,312 @@
+"""cluster.yaml, checked without an account: Ray's schema, AWS's requests, and a policy.
+
+The policy holds what neither Ray nor AWS insists on: a token, nothing open to the world, no public
+address, encrypted disks, metadata version 2, rights of our own choosing, and an end to idle cost.
+"""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "cluster.yaml"
+TEXT = FILE.read_text(encoding="utf-8")
+
+Cluster = dict[str, Any]
+
+
+def cluster() -> Cluster:
+    return yaml.safe_load(TEXT)
+
+
+def violations(config: Cluster) -> list[str]:
+    """Everything about a cluster that the policy does not allow."""
+    head = config["head_node_type"]
+    found = []
+
+    def need(holds: object, rule: str) -> None:
+        if not holds:
+            found.append(rule)
+
+    for role in ("head", "worker"):
+        starts = [line for line in config[f"{role}_start_ray_commands"] if "ray start" in line]
+        need(starts, f"{role}: Ray is started")
+        for line in starts:
+            mode = re.search(r"\bRAY_AUTH_MODE=token\b.*\bray start\b", line)
+            need(mode, f"{role}: the token is asked for")
+            hosts = re.findall(r"--dashboard-host[= ](\S+)", line)
+            loopback = set(hosts) <= {"127.0.0.1", "localhost"}
+            need(loopback and (hosts or role == "worker"), f"{role}: dashboard on loopback")
+    need("~/.ray/auth_token" in config["file_mounts"], "the token comes from a file")
+    need(
+        any("chmod 600 ~/.ray/auth_token" in line for line in config["setup_commands"]),
+        "only the owner reads the token",
+    )
+    need("RAY_AUTH_TOKEN" not in json.dumps(config), "no token in the file itself")
+
+    provider = config["provider"]
+    need(provider.get("use_internal_ips") is True, "private addresses only")
+    need("security_group" not in provider, "no security group made or changed by Ray")
+    need(provider.get("cache_stopped_nodes") is False, "instances end, and do not just stop")
+    need(0 < config["idle_timeout_minutes"] <= 60, "idle workers are given back within the hour")
+
+    groups = set()
+    for name, kind in config["available_node_types"].items():
+        node = kind["node_config"]
+        interfaces = node.get("NetworkInterfaces", [])
+        need(interfaces, f"{name}: its own network interface")
+        for interface in interfaces:
+            public = interface.get("AssociatePublicIpAddress")
+            need(public is False, f"{name}: no public address")
+            need(interface.get("Groups"), f"{name}: a security group of ours")
+            groups.update(interface.get("Groups", []))
+        metadata = node.get("MetadataOptions", {})
+        need(metadata.get("HttpTokens") == "required", f"{name}: metadata version 2")
+        disks = node.get("BlockDeviceMappings", [])
+        need(disks, f"{name}: its disk is described")
+        for disk in disks:
+            need(disk["Ebs"].get("Encrypted") is True, f"{name}: disks are encrypted")
+            need(disk["Ebs"].get("DeleteOnTermination") is True, f"{name}: disks end with it")
+        need(node.get("IamInstanceProfile"), f"{name}: rights of our own choosing")
+        gpus = kind["resources"].get("GPU", 0)
+        spot = node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+        if name == head:
+            need(gpus == 0, "head: no GPU")
+            need(not spot, "head: not on spot, it keeps the state")
+            need(kind.get("max_workers") == 0, "head: no second machine of its type")
+        else:
+            need(gpus >= 1, f"{name}: a GPU")
+            need(spot, f"{name}: spot")
+            least, most = kind.get("min_workers", 0), kind.get("max_workers", 0)
+            need(0 <= least <= most <= config["max_workers"], f"{name}: bounded both ways")
+    need(len(groups) <= 1, "one security group, which lets in only itself")
+    return found
+
+
+def test_the_cluster_keeps_the_policy() -> None:
+    assert violations(cluster()) == []
+
+
+def node(config: Cluster, name: str) -> Cluster:
+    return config["available_node_types"][name]["node_config"]
+
+
+def without_token_mode(config: Cluster, role: str) -> None:
+    lines = config[f"{role}_start_ray_commands"]
+    lines[:] = [line.replace("RAY_AUTH_MODE=token ", "") for line in lines]
+
+
+def open_ssh(config: Cluster) -> None:
+    world = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": ["0.0.0.0/0"]}
+    config["provider"]["security_group"] = {"IpPermissions": [world]}
+
+
+def dashboard_on(config: Cluster, host: str) -> None:
+    lines = config["head_start_ray_commands"]
+    lines[:] = [line.replace("--dashboard-host=127.0.0.1", host) for line in lines]
+
+
+def public_address(config: Cluster, name: str) -> None:
+    node(config, name)["NetworkInterfaces"][0]["AssociatePublicIpAddress"] = True
+
+
+def group_left_to_ray(config: Cluster) -> None:
+    interface = node(config, "gpu-worker").pop("NetworkInterfaces")[0]
+    node(config, "gpu-worker")["SubnetIds"] = [interface["SubnetId"]]
+
+
+def second_group(config: Cluster) -> None:
+    node(config, "head")["NetworkInterfaces"][0]["Groups"].append("sg-11111111111111111")
+
+
+MUTATIONS: dict[str, Callable[[Cluster], Any]] = {
+    "head without token": lambda c: without_token_mode(c, "head"),
+    "workers without token": lambda c: without_token_mode(c, "worker"),
+    "token mode switched off": lambda c: c["head_start_ray_commands"].append(
+        "RAY_AUTH_MODE=disabled ~/venv/bin/ray start --head --dashboard-host=127.0.0.1"
+    ),
+    "token not shipped": lambda c: c["file_mounts"].pop("~/.ray/auth_token"),
+    "token for all to read": lambda c: c["setup_commands"].pop(0),
+    "token in the file": lambda c: c["setup_commands"].append("export RAY_AUTH_TOKEN=abc"),
+    "dashboard on every address": lambda c: dashboard_on(c, "--dashboard-host=0.0.0.0"),
+    "dashboard on Ray's default": lambda c: dashboard_on(c, ""),
+    "SSH open to the world": open_ssh,
+    "group left to Ray": group_left_to_ray,
+    "second group": second_group,
+    "public worker": lambda c: public_address(c, "gpu-worker"),
+    "public head": lambda c: public_address(c, "head"),
+    "SSH over public addresses": lambda c: c["provider"].pop("use_internal_ips"),
+    "metadata version 1": lambda c: node(c, "gpu-worker").pop("MetadataOptions"),
+    "metadata version optional": lambda c: node(c, "head")["MetadataOptions"].update(
+        HttpTokens="optional"
+    ),
+    "plain disk": lambda c: node(c, "head")["BlockDeviceMappings"][0]["Ebs"].pop("Encrypted"),
+    "disk of the image": lambda c: node(c, "gpu-worker").pop("BlockDeviceMappings"),
+    "full rights": lambda c: node(c, "head").pop("IamInstanceProfile"),
+    "head on spot": lambda c: node(c, "head").update(InstanceMarketOptions={"MarketType": "spot"}),
+    "worker without GPU": lambda c: c["available_node_types"]["gpu-worker"]["resources"].pop("GPU"),
+    "no upper bound": lambda c: c["available_node_types"]["gpu-worker"].update(max_workers=80),
+    "never idle": lambda c: c.update(idle_timeout_minutes=10**6),
+    "stopped, not ended": lambda c: c["provider"].update(cache_stopped_nodes=True),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_policy_sees(name: str) -> None:
+    config = cluster()
+    MUTATIONS[name](config)
+    assert config != cluster()
+    assert violations(config)
+
+
+# What Ray and AWS themselves say.
+
+
+def prepared() -> Cluster:
+    from ray.autoscaler._private.util import prepare_config
+
+    return prepare_config(cluster())
+
+
+def test_ray_accepts_the_file() -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    config = prepared()
+    validate_config(config)
+    assert config["available_node_types"]["gpu-worker"]["max_workers"] <= config["max_workers"]
+
+
+def test_ray_refuses_a_node_type_without_resources_or_an_unknown_key() -> None:
+    import jsonschema
+    from ray.autoscaler._private.util import validate_config
+
+    for spoil in (
+        lambda c: c["available_node_types"]["head"].pop("resources"),
+        lambda c: c.update(idle_timeout=5),
+    ):
+        config = prepared()
+        spoil(config)
+        with pytest.raises(jsonschema.ValidationError):
+            validate_config(config)
+
+
+def test_ray_finds_a_security_group_for_every_node_and_makes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.autoscaler._private.aws import config as aws
+
+    def called(*_: Any) -> None:
+        raise AssertionError("Ray would make or change a security group")
+
+    monkeypatch.setattr(aws, "_upsert_security_groups", called)
+    config = aws._configure_security_group(aws._configure_from_network_interfaces(prepared()))
+    for kind in config["available_node_types"].values():
+        assert kind["node_config"]["SecurityGroupIds"] == ["sg-00000000000000000"]
+
+
+def test_aws_knows_every_field_of_the_nodes() -> None:
+    import boto3
+    from botocore.validate import ParamValidator
+
+    client = boto3.client(
+        "ec2", region_name="us-west-2", aws_access_key_id="none", aws_secret_access_key="none"
+    )
+    request = client.meta.service_model.operation_model("RunInstances").input_shape
+
+    def report(node_config: Cluster) -> str:
+        call = {**node_config, "MinCount": 1, "MaxCount": 1}
+        return ParamValidator().validate(call, request).generate_report()
+
+    config = cluster()
+    for name in config["available_node_types"]:
+        assert report(node(config, name)) == ""
+    misspelt = copy.deepcopy(node(config, "head"))
+    misspelt["MetadataOptions"]["HttpToken"] = "required"
+    assert "HttpToken" in report(misspelt)
+
+
+# What the file says about this project.
+
+
+def test_everything_that_is_shipped_exists_and_is_all_that_an_installation_needs() -> None:
+    shipped = cluster()["file_mounts"]
+    ours = {local: remote for remote, local in shipped.items() if local.startswith("./")}
+    assert {local for local in ours if not (ROOT / local).exists()} == set()
+    assert {"./pyproject.toml", "./constraints.txt", "./README.md", "./LICENSE"} <= ours.keys()
+    packages = {f"./{path.parent.name}" for path in ROOT.glob("*/__init__.py")} - {"./tests"}
+    assert packages <= ours.keys()
+    assert all(remote == f"~/cpfean/{local[2:]}" for local, remote in ours.items())
+
+
+def test_the_region_is_the_same_where_it_is_named() -> None:
+    regions = set(re.findall(r"\b[a-z]{2}-[a-z]+-\d\b", TEXT))
+    assert regions == {cluster()["provider"]["region"]}
+
+
+HEAD = r"""
+set -eu
+python - <<'END'
+import fcntl, socket, struct
+up_and_running = struct.pack("16sh", b"lo", 0x1 | 0x40)
+fcntl.ioctl(socket.socket(), 0x8914, up_and_running)  # SIOCSIFFLAGS
+END
+mkdir -p /tmp/ray
+mount -t tmpfs none /tmp/ray
+export HOME="$1" RAY_USAGE_STATS_ENABLED=0
+ray get-auth-token --generate > /dev/null 2>&1
+bash -c "$2 --num-cpus=1 --object-store-memory=100000000" >&2
+python - "$HOME/.ray/auth_token" <<'END'
+import json, sys, time, urllib.error, urllib.request
+
+def status(path, token):
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"http://127.0.0.1:8265{path}", headers=headers)
+    try:
+        return urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+token = open(sys.argv[1]).read()
+paths = ("/api/jobs/", "/api/v0/nodes")
+for _ in range(60):
+    if {status(path, token) for path in paths} == {200}:
+        break
+    time.sleep(0.5)
+answers = {name: sorted({status(path, given) for path in paths})
+           for name, given in (("right", token), ("none", ""), ("wrong", "0" * 64))}
+print(json.dumps(answers))
+END
+"""
+
+
+@pytest.mark.slow
+def test_a_head_started_by_the_file_answers_nobody_without_the_token(tmp_path: Path) -> None:
+    """In namespaces of its own, where it meets no other Ray and ends with the test."""
+    apart = ["unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*apart, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("needs Linux and the right to make namespaces (root)")
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    start = next(line for line in cluster()["head_start_ray_commands"] if "ray start" in line)
+    start = start.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
+    done = subprocess.run(
+        [*apart, "bash", "-c", HEAD, "head", str(tmp_path), start],
+        env={"PATH": f"{sys.prefix}/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers == {"right": [200], "none": [401], "wrong": [403]}
