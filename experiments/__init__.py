@@ -1,1 +1,1 @@
-"""What to run: named configurations, search spaces and ablations, and the commands that run them."""
+"""What to run: named configurations, search spaces, ablations, and the commands for them."""

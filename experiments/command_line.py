@@ -101,8 +101,8 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
     where.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help='a running Ray cluster; "local" uses this machine alone (default: RAY_ADDRESS, else the '
-        "cluster whose head runs here, else this machine)",
+        help='a running Ray cluster; "local" uses this machine alone (default: RAY_ADDRESS, else '
+        "the cluster whose head runs here, else this machine)",
     )
     where.add_argument("--name", help="of the folder and of the tracking run (default: by date)")
     where.add_argument(
@@ -259,9 +259,8 @@ def fitting_space(space: SearchSpace, stored: int) -> SearchSpace:
     kept = tuple(count for count in counts.values if isinstance(count, int) and count <= stored)
     if kept == counts.values:
         return space
-    say(
-        f"the data has {stored} regions an image: region counts {', '.join(map(str, kept))} are tried."
-    )
+    counts_kept = ", ".join(map(str, kept))
+    say(f"the data has {stored} regions an image: region counts {counts_kept} are tried.")
     parameters = dict(space.parameters) | {"data.num_regions": Choice(kept or (stored,))}
     return SearchSpace(
         name=space.name, question=space.question, parameters=parameters, only_if=space.only_if

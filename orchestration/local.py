@@ -51,9 +51,7 @@ def run_here(
             record.state = "finished"
         except KeyboardInterrupt:
             record.state = "interrupted"
-            say(
-                f"stopped; continue with `train.py --resume --name {plan.name}` with the same flags."
-            )
+            say(f"stopped; go on with `train.py --resume --name {plan.name}` and the same flags.")
             raise
         # The record has to tell of any failure, whoever raises what.
         except Exception as error:

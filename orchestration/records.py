@@ -98,8 +98,8 @@ class RunFolder:
         """
         if self.identity_file.exists():
             raise ConfigError(
-                f"{self.path} holds a run already; continue it with --resume --name {self.name}, or "
-                "choose another --name."
+                f"{self.path} holds a run already; continue it with --resume --name {self.name}, "
+                "or choose another --name."
             )
         try:
             (self.path / "trials").mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,8 @@ class SearchSpace:
 
     def baseline(self, config: ExperimentConfig) -> dict[str, Plain] | None:
         """The base configuration as a point of the space, or None if it lies outside."""
-        flat, drawn = config.flat(), {}
+        flat = config.flat()
+        drawn: dict[str, Plain] = {}
         for path, values in self.parameters.items():
             if self.applies(path, drawn):
                 if flat[path] not in values:
@@ -222,7 +223,9 @@ class Proposals:
             if not self._space.applies(path, drawn):
                 continue
             if isinstance(values, Choice):
-                drawn[path] = trial.suggest_categorical(path, values.values)
+                choice = trial.suggest_categorical(path, values.values)
+                assert choice is not None
+                drawn[path] = choice
             elif isinstance(values.low, int) and isinstance(values.high, int):
                 step = int(values.step or 1)
                 drawn[path] = trial.suggest_int(

@@ -194,7 +194,7 @@ class _Study:
             result = self._conclude()
             outcome = "finished"
             return result
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
             raise
         finally:
@@ -285,13 +285,14 @@ class _Study:
                 or "the first trial"
             )
             self._say(
-                f"no news for {silent:.0f} s; waiting for {names}: {self._plan.workers} worker(s) each."
+                f"no news for {silent:.0f} s; waiting for {names}, "
+                f"{self._plan.workers} worker(s) each."
             )
         if silent > self._clock.limit and self._error is None:
             self._error = ServiceError(
                 f"nothing has moved for {silent:.0f} s: the cluster does not give "
-                f"{self._plan.workers} worker(s) to a trial, or the workers hang. Everything so far is "
-                f"recorded; see `ray status`, then {self._resume_line()}"
+                f"{self._plan.workers} worker(s) to a trial, or the workers hang. Everything so "
+                f"far is recorded; see `ray status`, then {self._resume_line()}"
             )
             self._interrupt_tune()
 
@@ -453,11 +454,12 @@ class _Study:
     def _show(self, record: TrialRecord) -> None:
         row = record.history[-1]
         done, running = len(self._done()), len(self._running)
+        eta = self._clock.eta(self._epochs_left())
         self._say(
-            f"[{done}/{self._plan.trials} done, {running} running, {self._clock.eta(self._epochs_left())}] "
+            f"[{done}/{self._plan.trials} done, {running} running, {eta}] "
             f"{record.name}  epoch {record.epochs}/{record.experiment.optim.epochs}  "
-            f"rSum {row['val/rsum']:.1f}  best {record.best_rsum:.1f}  loss {row['train/loss']:.4g}  "
-            f"{row['train/seconds']:.0f} s"
+            f"rSum {row['val/rsum']:.1f}  best {record.best_rsum:.1f}  "
+            f"loss {row['train/loss']:.4g}  {row['train/seconds']:.0f} s"
         )
 
     def _resume_line(self) -> str:

@@ -98,8 +98,8 @@ class Tracker:
         """Starts the writer. MLflow is imported here: importing it beside Ray can deadlock."""
         import mlflow  # noqa: F401
 
-        for name in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for library in ("mlflow", "alembic", "sqlalchemy"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         self._thread.start()
 
     def update(self, record: TrialRecord) -> None:
@@ -218,7 +218,7 @@ class Tracker:
             self._log(known.run_id, metrics=test)
             known.tested = True
         if known.state != record.state:
-            tags = {"cpfean.state": record.state}
+            tags: dict[str, str] = {"cpfean.state": record.state}
             if record.failure:
                 tags |= {"cpfean.failure": record.failure, "cpfean.message": record.message[-4000:]}
             self._log(known.run_id, tags=tags)

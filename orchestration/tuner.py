@@ -8,6 +8,7 @@ not read back, so that a restart depends on nothing but our records and the chec
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from cpfean.errors import CpfeanError, DataError, DivergedError
 from orchestration.records import TrialRecord
 from orchestration.search import METRIC
-from orchestration.settings import ServiceError, Settings
+from orchestration.settings import ServiceError, Settings, prepare_environment
 from orchestration.worker import train_worker
 
 _RETRIED = ("infra", "preempted")
@@ -128,17 +129,17 @@ def connect(settings: Settings) -> Cluster:
     cpus = len(os.sched_getaffinity(0))
     try:
         if settings.address is None:
-            # The dashboard process answers the queries by which Train frees a stopped trial's workers.
+            # The dashboard answers the queries by which Train frees a stopped trial's workers.
             ray.init(
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=True,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 object_store_memory=200 * 2**20,
             )
         else:
-            ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
     # Ray raises many kinds here, down to OSError and its own.
     except Exception as error:
         where = settings.address or "on this machine"
@@ -169,8 +170,8 @@ def share_out(cluster: Cluster, *, workers: int, trials: int) -> Resources:
     there, what = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")
     if workers > there and cluster.is_local:
         raise ServiceError(
-            f"{workers} workers need {workers} {what} and this machine has {there}; lower --workers or "
-            "give a cluster with --address."
+            f"{workers} workers need {workers} {what} and this machine has {there}; lower "
+            "--workers or give a cluster with --address."
         )
     # A cluster may grow to what a first trial waits for; one trial at a time is always right.
     concurrent = max(1, min(trials, there // workers))
@@ -205,6 +206,7 @@ def run_trials(
         "workers": resources.workers,
         "cpus": resources.cpus,
         "use_gpu": resources.use_gpu,
+        "is_local": settings.address is None,
         "storage": train_storage,
         "run_name": run_name,
     }
@@ -236,6 +238,10 @@ def run_trials(
 
 def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
     """One trial, in a process of its own: a Train run, again if its workers are lost."""
+    prepare_environment()
+    if job["is_local"]:
+        # Nobody takes this machine away; that is one process less for every trial.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     retries = 0
     while True:
         trainer = TorchTrainer(
@@ -255,8 +261,12 @@ def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
                 name=f"{job['run_name']}-{config['number']:03d}",
                 storage_path=job["storage"],
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
-                callbacks=[TuneReportCallback()],
+                # Typed as the classes of the older Train; at run time they are those of V2.
+                failure_config=FailureConfig(
+                    max_failures=0,
+                    controller_failure_limit=3,  # type: ignore[call-arg]
+                ),
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             ),
         )
         try:
@@ -266,8 +276,8 @@ def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
             if failure not in _RETRIED or retries >= _MAX_RETRIES:
                 raise TrialFailure(failure, message) from None
             retries += 1
-        else:
-            break
+            continue
+        break
     # Once more: the last report travels through a queue that the end of this function can overtake,
     # and a run that was complete already has not reported at all. Known epochs count once.
     if result.metrics:
@@ -335,7 +345,7 @@ class _Source(Searcher):
         super().__init__(metric=METRIC, mode="max")
         self._hooks = hooks
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:  # FINISHED is a text, whatever Tune's types say
         record = self._hooks.next_trial()
         if record is None:
             return Searcher.FINISHED
@@ -374,10 +384,11 @@ class _Halving(ASHAScheduler):
         self._past = {record.number: record for record in past}
         for record in past:
             if record.settled and record.history:
-                settled = _Settled(f"settled-{record.number}")
-                super().on_trial_add(None, settled)
+                settled: Any = _Settled(f"settled-{record.number}")
+                nobody: Any = None
+                super().on_trial_add(nobody, settled)
                 for row in record.history:
-                    super().on_trial_result(None, settled, row)
+                    super().on_trial_result(nobody, settled, row)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)

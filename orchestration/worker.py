@@ -69,7 +69,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
 
 class RayReporter:
-    """Hands each epoch to Ray Train; called by every worker, the checkpoint comes from the first."""
+    """Hands each epoch to Ray Train, in every worker; the first one brings the checkpoint."""
 
     def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
         from ray import train
