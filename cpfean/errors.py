@@ -27,3 +27,9 @@ class CheckpointError(CpfeanError):
     """A checkpoint that is incomplete, damaged, or of another experiment."""
 
     exit_code = 5
+
+
+class DivergedError(CpfeanError):
+    """A loss or a score that is not a finite number."""
+
+    exit_code = 4

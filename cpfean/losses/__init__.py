@@ -1,0 +1,1 @@
+"""Ranking losses over a score matrix."""

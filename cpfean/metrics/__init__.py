@@ -1,0 +1,1 @@
+"""Ranks, Recall@K and rSum."""

@@ -1,0 +1,1 @@
+"""The model: fragments of both modalities in, a score matrix out."""

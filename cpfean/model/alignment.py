@@ -1,0 +1,242 @@
+"""Fragments of both modalities to scores: gated fusion and prominent-fragment alignment.
+
+Axes:  image, caption   in the batch        region, word   fragments of each, padded
+       dim              width of the joint embedding space
+
+Everything after the cosines S works on "image caption word region" numbers and on the Gram matrices
+of an image's regions and of a caption's words; no tensor has both a pair and a `dim` axis. Regions
+are the last axis, which is the longest one that is reduced over.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cpfean.config import AlignmentConfig
+from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
+
+# log g of a closed hard gate. Not -inf: an image all of whose gates are closed must not give NaN.
+_CLOSED = math.log(1e-6)
+_TINY = 1e-12
+
+
+class Alignment(NamedTuple):
+    """A pair's score and what it was made of.
+
+    Attributes:
+        local: score of the fragments, in [-1, 1].
+        gates: g, how relevant a region is to the caption; 0 where masked.
+        prominence: P, for each region a distribution over the words.
+        word_weights: omega, for each caption a distribution over its words.
+    """
+
+    local: Float[Tensor, "image caption"]
+    gates: Float[Tensor, "image caption region"]
+    prominence: Float[Tensor, "image caption word region"]
+    word_weights: Float[Tensor, "image caption word"]
+
+
+class Pairs(NamedTuple):
+    """Pairs of images and captions, as all that their scores depend on.
+
+    The axes `image` and `caption` span either every pair of a batch of images with a batch of
+    captions, or a list of pairs, of length `image`, with a `caption` axis of length 1.
+
+    Attributes:
+        cosines: S, of every word with every region.
+        region_mask, word_mask: True where a fragment is real.
+        region_gram, word_gram: K and G, inner products within an image and within a caption.
+        thresholds: theta of each region.
+    """
+
+    cosines: Float[Tensor, "image caption word region"]
+    region_mask: Bool[Tensor, "image 1 1 region"]
+    word_mask: Bool[Tensor, "#image caption word 1"]
+    region_gram: Float[Tensor, "image region region"]
+    word_gram: Float[Tensor, "#image caption word word"]
+    thresholds: Float[Tensor, "image 1 region"]
+
+
+def every_pair(images: ImageEmbeddings, captions: CaptionEmbeddings) -> Pairs:
+    """All images with all captions; S comes from one matrix product for each image."""
+    num_captions, num_words, dim = captions.words.shape
+    flat = captions.words.reshape(1, num_captions * num_words, dim)
+    cosines = (flat @ images.regions.transpose(1, 2)).unflatten(1, (num_captions, num_words))
+    return _pairs(images, captions, cosines, over=0)
+
+
+def listed_pairs(images: ImageEmbeddings, captions: CaptionEmbeddings) -> Pairs:
+    """Image k with caption k, for every k."""
+    cosines = (captions.words @ images.regions.transpose(1, 2))[:, None]
+    return _pairs(images, captions, cosines, over=1)
+
+
+def _pairs(
+    images: ImageEmbeddings, captions: CaptionEmbeddings, cosines: Tensor, *, over: int
+) -> Pairs:
+    return Pairs(
+        cosines=cosines,
+        region_mask=images.mask[:, None, None, :],
+        word_mask=captions.mask[:, :, None].unsqueeze(over),
+        region_gram=images.regions @ images.regions.transpose(1, 2),
+        word_gram=(captions.words @ captions.words.transpose(1, 2)).unsqueeze(over),
+        thresholds=images.thresholds[:, None, :],
+    )
+
+
+class Scorer(Protocol):
+    """The local part of the score; all alignments look like this."""
+
+    def __call__(self, pairs: Pairs) -> Float[Tensor, "image caption"]: ...
+
+
+def quadratic_form(
+    weights: Float[Tensor, "image caption word region"],
+    region_gram: Float[Tensor, "image region region"],
+) -> Float[Tensor, "image caption word"]:
+    """Squared length of sum_r weights_r v_r, from the Gram matrix K of the regions: w' K w."""
+    flat = weights.flatten(1, 2)
+    return ((flat @ region_gram) * flat).sum(dim=-1).unflatten(1, weights.shape[1:3])
+
+
+def cosine_from(inner: Tensor, squared_length: Tensor) -> Tensor:
+    """The cosine with a unit vector, given the inner product with it and one's squared length."""
+    return inner * squared_length.clamp(min=_TINY).rsqrt()
+
+
+class ProminentAlignment(nn.Module):
+    """Gates irrelevant regions and lets prominent words count for more.
+
+    For unit vectors v_r (regions) and w_k (words), S_rk = <v_r, w_k>:
+
+        m_r  = max_k S_rk                              relevance of region r to the caption
+        g_r  = sigmoid(kappa (m_r - theta_r))          gate
+        P_rk = softmax_k(tau S_rk)                     the word that is prominent for region r
+        om_k = (1 + beta n_k) / sum_l (1 + beta n_l),  n_k = sum_r g_r P_rk
+        A_rk = softmax_r(lambda S_rk + log g_r)
+        c_k  = sum_r A_rk v_r,   d_r = sum_k P_rk w_k
+        local = 1/2 sum_k om_k cos(c_k, w_k) + 1/2 sum_r g_r cos(v_r, d_r) / sum_r g_r
+
+    c and d are never formed: cos(c_k, w_k) = (A'S)_kk / sqrt(A_k' K A_k) and
+    cos(v_r, d_r) = (P S')_rr / sqrt(P_r G P_r'), with K and G the Gram matrices of the regions and of
+    the words. Rounds after the first replace v_r by the unit vector along v_r + g_r d_r, which is
+    kept as its coefficients in the first v and in w.
+
+    The cost of a pair is `region word dim` multiplications for S and
+    `region word (region + word)` for the lengths.
+
+    Source: arXiv:2311.02183 (gate, prominent word); the forms of gate and weights are this
+    project's, docs/model.md section 4.
+    """
+
+    def __init__(self, config: AlignmentConfig, *, dim: int) -> None:
+        super().__init__()
+        self.gate: Literal["soft", "hard", "off"] = config.gate if config.fusion else "off"
+        self.prominence = config.prominence and config.fusion
+        self.rounds = config.rounds
+        self.word_temperature = config.word_temperature
+        self.region_temperature = config.region_temperature
+        # What is switched off is not built: data-parallel training waits for every gradient.
+        if self.gate != "off":
+            self.threshold = nn.Linear(dim, 1)
+            nn.init.zeros_(self.threshold.weight)
+            nn.init.constant_(self.threshold.bias, config.gate_threshold)
+            self.log_sharpness = nn.Parameter(torch.tensor(math.log(config.gate_sharpness)))
+        if self.prominence:
+            # softplus keeps beta positive; its inverse makes training start at the given value.
+            start = max(config.prominence_weight, 1e-3)
+            self.raw_prominence_weight = nn.Parameter(torch.tensor(math.log(math.expm1(start))))
+
+    def thresholds(
+        self, regions: Float[Tensor, "image region dim"]
+    ) -> Float[Tensor, "image region"]:
+        """theta_r = theta0 + u . v1_r, from the regions as they are before reasoning."""
+        if self.gate == "off":
+            return regions.new_zeros(regions.shape[:2])
+        return self.threshold(regions).squeeze(-1)
+
+    def forward(self, pairs: Pairs) -> Float[Tensor, "image caption"]:
+        """The local scores."""
+        return self.align(pairs).local
+
+    def align(self, pairs: Pairs) -> Alignment:
+        """The local scores with gates, prominent words and word weights."""
+        region_gram, word_gram = pairs.region_gram, pairs.word_gram
+        first = current = pairs.cosines
+        # v_r = own_r v_r(first) + sum_k added_kr w_k
+        own = added = None
+        for _ in range(self.rounds - 1):
+            log_gates = self._log_gates(current, pairs)
+            prominent = self._prominence(current, pairs.word_mask)
+            step = log_gates.exp()[:, :, None, :] * prominent
+            toward = word_gram @ step
+            squared = 1 + 2 * (step * current).sum(dim=2) + (step * toward).sum(dim=2)
+            scale = squared.clamp(min=_TINY).rsqrt()
+            current = (current + toward) * scale[:, :, None, :]
+            own = scale if own is None else own * scale
+            added = (step if added is None else added + step) * scale[:, :, None, :]
+
+        log_gates = self._log_gates(current, pairs)
+        gates = log_gates.exp()
+        prominent = self._prominence(current, pairs.word_mask)
+        weights = self._word_weights(gates, prominent, pairs.word_mask)
+
+        logits = self.region_temperature * current + log_gates[:, :, None, :]
+        attention = logits.masked_fill(~pairs.region_mask, -torch.inf).softmax(dim=-1)
+        if own is None or added is None:
+            length = quadratic_form(attention, region_gram)
+        else:
+            kept = attention * own[:, :, None, :]
+            mixed = attention @ added.transpose(2, 3)  # coefficients of c_k in the words
+            length = quadratic_form(kept, region_gram)
+            length = length + 2 * (mixed * (kept @ first.transpose(2, 3))).sum(dim=-1)
+            length = length + (mixed * (mixed @ word_gram)).sum(dim=-1)
+        of_words = cosine_from((attention * current).sum(dim=-1), length)
+
+        inner = (prominent * current).sum(dim=2)
+        of_regions = cosine_from(inner, ((word_gram @ prominent) * prominent).sum(dim=2))
+        relevant = (gates * of_regions).sum(dim=-1) / gates.sum(dim=-1).clamp(min=_TINY)
+        local = 0.5 * (weights * of_words).sum(dim=-1) + 0.5 * relevant
+        return Alignment(local, gates, prominent, weights)
+
+    def _log_gates(
+        self, scores: Float[Tensor, "image caption word region"], pairs: Pairs
+    ) -> Float[Tensor, "image caption region"]:
+        """log g; -inf where a region is masked."""
+        if self.gate == "off":
+            log_gates = scores.new_zeros(scores.shape[0], scores.shape[1], scores.shape[3])
+        else:
+            relevance = scores.masked_fill(~pairs.word_mask, -torch.inf).amax(dim=2)
+            excess = relevance - pairs.thresholds
+            log_gates = functional.logsigmoid(self.log_sharpness.exp() * excess)
+            if self.gate == "hard":
+                # Straight-through: 0 or 1 going forward, the soft gate's gradient going back.
+                hard = torch.where(excess > 0, 0.0, _CLOSED).to(log_gates.dtype)
+                log_gates = log_gates + (hard - log_gates).detach()
+        return log_gates.masked_fill(~pairs.region_mask[:, 0], -torch.inf)
+
+    def _prominence(
+        self,
+        scores: Float[Tensor, "image caption word region"],
+        word_mask: Bool[Tensor, "#image caption word 1"],
+    ) -> Float[Tensor, "image caption word region"]:
+        logits = self.word_temperature * scores
+        return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=2)
+
+    def _word_weights(
+        self,
+        gates: Float[Tensor, "image caption region"],
+        prominent: Float[Tensor, "image caption word region"],
+        word_mask: Bool[Tensor, "#image caption word 1"],
+    ) -> Float[Tensor, "image caption word"]:
+        weights = word_mask.squeeze(-1).to(prominent.dtype).expand(prominent.shape[:3])
+        if self.prominence:
+            named_by = (prominent @ gates[..., None]).squeeze(-1)
+            weights = weights * (1 + functional.softplus(self.raw_prominence_weight) * named_by)
+        return weights / weights.sum(dim=-1, keepdim=True)

@@ -1,0 +1,70 @@
+"""What the encoders hand to the alignment.
+
+Axes:  image, caption   of a batch or a whole split     region, word   fragments of each, padded
+       dim              width of the joint embedding space
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class ImageEmbeddings(NamedTuple):
+    """Images, encoded.
+
+    Attributes:
+        regions: unit-norm embeddings; arbitrary where masked.
+        mask: True where a region is real.
+        pooled: unit-norm mean of the regions before they reasoned over each other.
+        thresholds: theta, the relevance at which a region's gate is half open; zeros where no gate
+            is learned.
+    """
+
+    regions: Float[Tensor, "image region dim"]
+    mask: Bool[Tensor, "image region"]
+    pooled: Float[Tensor, "image dim"]
+    thresholds: Float[Tensor, "image region"]
+
+    def rows(self, index: Tensor | slice) -> ImageEmbeddings:
+        """The embeddings of some images."""
+        return ImageEmbeddings(*(field[index] for field in self))
+
+
+class CaptionEmbeddings(NamedTuple):
+    """Captions, encoded.
+
+    Attributes:
+        words: unit-norm embeddings; arbitrary where masked.
+        mask: True where a word is real.
+        pooled: unit-norm mean of the words.
+    """
+
+    words: Float[Tensor, "caption word dim"]
+    mask: Bool[Tensor, "caption word"]
+    pooled: Float[Tensor, "caption dim"]
+
+    def rows(self, index: Tensor | slice) -> CaptionEmbeddings:
+        """The embeddings of some captions, cut to the longest of them."""
+        mask = self.mask[index]
+        longest = max(1, int(mask.sum(dim=1).max()))
+        return CaptionEmbeddings(
+            self.words[index][:, :longest], mask[:, :longest], self.pooled[index]
+        )
+
+
+def unit(vectors: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+    """Scales the vectors to length 1; a zero vector stays zero."""
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def masked_mean(
+    fragments: Float[Tensor, "rows fragment dim"], mask: Bool[Tensor, "rows fragment"]
+) -> Float[Tensor, "rows dim"]:
+    """Mean over the real fragments."""
+    weights = mask.to(fragments.dtype)
+    total = torch.einsum("nfd,nf->nd", fragments, weights)
+    return total / weights.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,0 +1,133 @@
+"""Captions to word vectors through a BERT-type encoder.
+
+Axes:  caption    in the batch      piece, word   word pieces and words of a caption, padded
+       text_dim   width of the encoder           dim   width of the joint embedding space
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cpfean.config import TextConfig
+from cpfean.errors import ConfigError
+
+
+def pool_words(
+    pieces: Float[Tensor, "caption piece text_dim"],
+    word_index: Int[Tensor, "caption piece"],
+    num_words: int,
+) -> Float[Tensor, "caption word text_dim"]:
+    """Each word is the mean of its pieces; zero where a caption has fewer words.
+
+    A product with a 0/1 matrix rather than a scatter, whose order of summation on a GPU changes
+    from run to run.
+    """
+    word = torch.arange(num_words, device=word_index.device)
+    member = (word_index[:, None, :] == word[None, :, None]).to(pieces.dtype)
+    return member @ pieces / member.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+class TextBackbone(nn.Module):
+    """The BERT-type encoder, frozen or trained, and its words."""
+
+    def __init__(self, encoder: nn.Module, *, trainable: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.trainable = trainable
+        self.encoder.requires_grad_(trainable)
+        self.train(self.training)
+
+    @classmethod
+    def build(cls, config: TextConfig, *, vocab_size: int, pad_id: int) -> TextBackbone:
+        """From the configuration: "scratch" is initialised at random, others are loaded.
+
+        Raises:
+            ConfigError: no such encoder, or its vocabulary is not the tokenizer's.
+        """
+        from transformers import AutoModel, BertConfig, BertModel
+        from transformers.utils import logging
+
+        if config.encoder == "scratch":
+            shape = BertConfig(
+                vocab_size=vocab_size,
+                pad_token_id=pad_id,
+                hidden_size=config.scratch_dim,
+                num_hidden_layers=config.scratch_layers,
+                num_attention_heads=4,
+                intermediate_size=2 * config.scratch_dim,
+            )
+            return cls(BertModel(shape, add_pooling_layer=False), trainable=True)
+        logging.disable_progress_bar()
+        try:
+            encoder = AutoModel.from_pretrained(config.encoder, add_pooling_layer=False)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model.text.encoder = {config.encoder!r} cannot be loaded: {reason} Give a folder "
+                'with config.json and model.safetensors, a Hugging Face name, or "scratch".'
+            ) from None
+        if encoder.config.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.text.encoder = {config.encoder!r} knows {encoder.config.vocab_size} word "
+                f"pieces, its tokenizer makes {vocab_size}: they are not of one release."
+            )
+        return cls(encoder.float(), trainable=config.trainable)
+
+    @classmethod
+    def from_shape(cls, shape: dict[str, Any], *, trainable: bool) -> TextBackbone:
+        """Untrained, from the encoder's own configuration; the weights are loaded afterwards."""
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.for_model(**shape)
+        return cls(AutoModel.from_config(config, add_pooling_layer=False), trainable=trainable)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The encoder's own configuration as plain data; `from_shape` takes it."""
+        return self.encoder.config.to_dict()
+
+    @property
+    def text_dim(self) -> int:
+        """Width of a word vector."""
+        return self.encoder.config.hidden_size
+
+    def train(self, mode: bool = True) -> TextBackbone:
+        """A frozen encoder has no dropout, in training neither."""
+        return super().train(mode and self.trainable)
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def piece_embeddings(self) -> nn.Embedding:
+        """The table of the word pieces, without context."""
+        return self.encoder.get_input_embeddings()
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "caption piece"],
+        token_mask: Bool[Tensor, "caption piece"],
+        word_index: Int[Tensor, "caption piece"],
+        num_words: int,
+    ) -> Float[Tensor, "caption word text_dim"]:
+        """Contextual word vectors.
+
+        Args:
+            tokens: ids of the word pieces, specials included.
+            token_mask: True where a piece is real.
+            word_index: which word a piece belongs to; -1 for specials and padding.
+            num_words: words of the longest caption.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            # Integers, because some encoders subtract the mask from 1.
+            states = self.encoder(input_ids=tokens, attention_mask=token_mask.long())
+            return pool_words(states.last_hidden_state, word_index, num_words)

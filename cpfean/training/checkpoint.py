@@ -1,0 +1,243 @@
+"""Everything that training needs to go on exactly where it stopped, as a folder.
+
+    model.safetensors       weights after the last epoch, without a frozen text encoder
+    optimizer.safetensors   AdamW's moments
+    state.json              epoch, history, best rSum, the configuration; all plain data
+    best/                   the best epoch's model, for `Cpfean.from_pretrained`, and its tokenizer
+    manifest.json           size and SHA-256 of every other file; written last
+
+A folder without its manifest, or with files that the manifest does not describe, is no checkpoint.
+There is no random state: what is drawn in an epoch depends on the seed, the epoch and the rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.tokens import CaptionTokenizer
+from cpfean.errors import CheckpointError
+from cpfean.model.cpfean import Cpfean
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a training run is, as plain data.
+
+    Attributes:
+        epoch: finished epochs.
+        best_rsum, best_epoch: of the best epoch so far, by rSum on dev.
+        stopped_early: patience has run out.
+        history: what each epoch reported, in order.
+        config: the experiment.
+        data_fingerprint: of the data folder.
+    """
+
+    epoch: int
+    best_rsum: float
+    best_epoch: int
+    stopped_early: bool
+    history: tuple[dict[str, float], ...]
+    config: ExperimentConfig
+    data_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A moment of training, to be saved before training goes on."""
+
+    state: TrainingState
+    model: Cpfean
+    best_weights: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    tokenizer: CaptionTokenizer
+
+    def save(self, folder: Path) -> None:
+        """Writes the folder, its manifest last.
+
+        Raises:
+            CheckpointError: the folder cannot be written, e.g. the disk is full; what was there
+                of it is no checkpoint.
+        """
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: the checkpoint of epoch {self.state.epoch} cannot be written: {error}."
+            ) from error
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MANIFEST).unlink(missing_ok=True)
+        save_file(self.model.own_state(), folder / "model.safetensors")
+        tensors, groups = _optimizer_to_plain(self.optimizer)
+        save_file(tensors, folder / "optimizer.safetensors")
+        self.model.save_pretrained(folder / "best", state=self.best_weights)
+        self.tokenizer.save(folder / "best" / "tokenizer")
+        state = self.state
+        plain = {
+            "format": _FORMAT,
+            "epoch": state.epoch,
+            "best_rsum": state.best_rsum,
+            "best_epoch": state.best_epoch,
+            "stopped_early": state.stopped_early,
+            "history": list(state.history),
+            "config": state.config.to_dict(),
+            "data_fingerprint": state.data_fingerprint,
+            "optimizer_groups": groups,
+        }
+        (folder / "state.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        _write_manifest(folder)
+
+
+def read_state(folder: Path) -> TrainingState:
+    """Reads and verifies a checkpoint, all but the tensors.
+
+    Raises:
+        CheckpointError: not a complete, undamaged checkpoint of this release.
+    """
+    _verify(folder)
+    plain = _read_json(folder / "state.json")
+    if plain.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{folder}: checkpoint format {plain.get('format')}, this release reads {_FORMAT}."
+        )
+    return TrainingState(
+        epoch=plain["epoch"],
+        best_rsum=plain["best_rsum"],
+        best_epoch=plain["best_epoch"],
+        stopped_early=plain["stopped_early"],
+        history=tuple(plain["history"]),
+        config=ExperimentConfig.from_dict(plain["config"]),
+        data_fingerprint=plain["data_fingerprint"],
+    )
+
+
+def restore(folder: Path, model: Cpfean, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Loads weights and optimizer; returns the best epoch's weights.
+
+    Raises:
+        CheckpointError: damaged, or of another model.
+    """
+    model.load_own_state(load_file(folder / "model.safetensors"), source=str(folder))
+    groups = _read_json(folder / "state.json")["optimizer_groups"]
+    _optimizer_from_plain(optimizer, load_file(folder / "optimizer.safetensors"), groups)
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def newest_valid(folders: Iterable[Path]) -> Path | None:
+    """Of several checkpoints the one with most epochs that is complete; damaged ones are logged."""
+    valid = []
+    for folder in folders:
+        try:
+            valid.append((read_state(folder).epoch, folder))
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+    return max(valid)[1] if valid else None
+
+
+def check_same_run(state: TrainingState, config: ExperimentConfig, data_fingerprint: str) -> None:
+    """Refuses to continue another experiment; only the number of epochs and the path may differ.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    before, now = state.config.flat(), config.flat()
+    free = {"optim.epochs", "data.path"}
+    differing = [path for path in now if path not in free and before.get(path) != now[path]]
+    if differing:
+        listed = ", ".join(f"{p} was {before.get(p)!r}, is {now[p]!r}" for p in differing[:5])
+        raise CheckpointError(f"the checkpoint is of another configuration: {listed}.")
+    if state.data_fingerprint != data_fingerprint:
+        raise CheckpointError(
+            f"the checkpoint was trained on data with fingerprint {state.data_fingerprint}, "
+            f"{config.data.path} has {data_fingerprint}."
+        )
+
+
+def _optimizer_to_plain(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": tensor.contiguous()
+        for index, moments in state["state"].items()
+        for name, tensor in moments.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _optimizer_from_plain(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    described = {}
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        described[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+    partial = folder / f"{_MANIFEST}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"format": _FORMAT, "files": described}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / _MANIFEST)
+
+
+def _verify(folder: Path) -> None:
+    if not (folder / _MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint, it has no {_MANIFEST}.")
+    described = _read_json(folder / _MANIFEST).get("files")
+    if not isinstance(described, dict) or "state.json" not in described:
+        raise CheckpointError(f"{folder / _MANIFEST}: not a checkpoint's manifest.")
+    for name, expected in described.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing from the checkpoint.")
+        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: damaged, it is not what was written.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}.") from None
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path}: not a JSON object.")
+    return plain

@@ -1,0 +1,226 @@
+"""From a configuration and a data folder to a model and the data sets it trains on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.dataset import RetrievalDataset
+from cpfean.data.split import Split, open_split
+from cpfean.data.tokens import CaptionTokenizer, load_tokenizer
+from cpfean.errors import CheckpointError, ConfigError
+from cpfean.metrics.retrieval import RetrievalMetrics
+from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
+from cpfean.model.text_encoder import TextBackbone
+from cpfean.training.evaluation import evaluate
+from cpfean.training.text_cache import encode_frozen
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A model on its device, and the splits it is trained and chosen on."""
+
+    model: Cpfean
+    tokenizer: CaptionTokenizer
+    train: RetrievalDataset
+    dev: RetrievalDataset
+
+
+def open_experiment(
+    config: ExperimentConfig, *, data_folder: Path, cache_dir: Path, device: torch.device
+) -> Experiment:
+    """Opens the data and builds the model with the weights of the configuration's seed.
+
+    Raises:
+        ConfigError, DataError: what is asked for does not fit the data.
+    """
+    train = open_split(
+        data_folder,
+        "train",
+        num_regions=config.data.num_regions,
+        num_images=config.data.train_images,
+    )
+    dev = open_split(data_folder, "dev", num_regions=config.data.num_regions)
+    tokenizer = load_tokenizer(
+        config.model.text,
+        train_captions=train.captions,
+        max_tokens=config.data.max_tokens,
+        graph=config.model.words.graph,
+    )
+    torch.manual_seed(config.seed)
+    model = build_model(config, split=train, tokenizer=tokenizer).to(device)
+    training = _dataset(model, train, tokenizer, cache_dir=cache_dir, device=device, config=config)
+    return Experiment(
+        model=model,
+        tokenizer=tokenizer,
+        train=training,
+        dev=_dataset(model, dev, tokenizer, cache_dir=cache_dir, device=device),
+    )
+
+
+def build_model(config: ExperimentConfig, *, split: Split, tokenizer: CaptionTokenizer) -> Cpfean:
+    """A new model for data like the split's; weights from torch's present random state.
+
+    Raises:
+        ConfigError: the model needs what the data does not have, or there is no such text encoder.
+    """
+    check_data_suffices(config, split)
+    backbone = TextBackbone.build(
+        config.model.text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id
+    )
+    limit = backbone.shape.get("max_position_embeddings", config.data.max_tokens)
+    if config.data.max_tokens > limit:
+        raise ConfigError(
+            f"data.max_tokens = {config.data.max_tokens}, but the text encoder "
+            f"{config.model.text.encoder!r} has places for {limit}."
+        )
+    names = split.label_names if config.model.regions.prior else None
+    inputs = ModelInputs(
+        feature_dim=split.regions.feature_dim,
+        has_boxes=split.regions.geometry is not None,
+        label_names=None if names is None else tuple(names),
+    )
+    labels = None if names is None else _embed_labels(config, names, tokenizer, backbone)
+    return Cpfean(config.model, inputs=inputs, backbone=backbone, labels=labels)
+
+
+def check_data_suffices(config: ExperimentConfig, split: Split) -> None:
+    """Refuses a configuration that asks for boxes which the data lacks.
+
+    Data without labels has no prior to bring in, which is said in the log; see
+    `orchestration.study` for refusing studies of what is missing.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if split.regions.iou is None and config.model.regions.graph == "filtered":
+        raise ConfigError(
+            'model.regions.graph = "filtered" needs boxes, and the data has none: choose "dense".'
+        )
+    if split.label_names is None and config.model.regions.prior:
+        logger.info("%s: no object labels, so no textual prior", split.name)
+    if split.regions.iou is None and config.model.regions.graph == "iou":
+        logger.info("%s: no boxes, so every region neighbours every region", split.name)
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    *,
+    data_folder: Path,
+    split: str,
+    protocol: str,
+    cache_dir: Path,
+    device: torch.device,
+    num_regions: int,
+    batch_size: int = 128,
+    text_encoder: str | None = None,
+) -> RetrievalMetrics:
+    """Metrics of a checkpoint's best model on a split.
+
+    Args:
+        checkpoint: a training checkpoint, or a folder that `save_pretrained` wrote with its
+            tokenizer.
+        data_folder: a checked folder in the native format.
+        split: its name.
+        protocol: as in `evaluate`.
+        cache_dir: for what can be made again.
+        device: where to compute.
+        num_regions: the region count.
+        batch_size: images or captions encoded at a time.
+        text_encoder: where a frozen text encoder is now, if it has moved.
+
+    Raises:
+        CheckpointError: not such a folder, or made for data with other fields.
+        DataError: what is wrong with the data.
+    """
+    folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
+    model = Cpfean.from_pretrained(folder, text_encoder=text_encoder).to(device)
+    tokenizer = CaptionTokenizer.load(folder / "tokenizer")
+    opened = open_split(data_folder, split, num_regions=num_regions)
+    _check_made_for(model, opened, source=str(checkpoint))
+    dataset = _dataset(model, opened, tokenizer, cache_dir=cache_dir, device=device)
+    return evaluate(model, dataset, protocol=protocol, batch_size=batch_size, device=device)
+
+
+def _check_made_for(model: Cpfean, split: Split, *, source: str) -> None:
+    inputs = model.inputs
+    wants = []
+    if inputs.feature_dim != split.regions.feature_dim:
+        wants.append(f"features of width {inputs.feature_dim}, found {split.regions.feature_dim}")
+    if model.image_encoder.geometry is not None and split.regions.geometry is None:
+        wants.append("boxes, found none")
+    if model.text_prior is not None and (
+        split.label_names is None or tuple(split.label_names) != inputs.label_names
+    ):
+        wants.append("object labels from the vocabulary it was trained with (objects_vocab.txt)")
+    if wants:
+        raise CheckpointError(f"{source}: the model expects {'; '.join(wants)}.")
+
+
+def _dataset(
+    model: Cpfean,
+    split: Split,
+    tokenizer: CaptionTokenizer,
+    *,
+    cache_dir: Path,
+    device: torch.device,
+    config: ExperimentConfig | None = None,
+) -> RetrievalDataset:
+    """The split's data set; with a configuration, disturbed as it says, for training."""
+    tokens = tokenizer.encode(split.captions)
+    word_noise = 0.0 if config is None else config.data.word_noise
+    dataset = RetrievalDataset(
+        split,
+        tokens,
+        tokenizer,
+        region_dropout=0.0 if config is None else config.data.region_dropout,
+        word_noise=word_noise,
+        seed=0 if config is None else config.seed,
+    )
+    if not model.backbone.trainable and word_noise == 0:
+        # Disturbed words have to go through the encoder each time, others only once.
+        dataset.word_features = encode_frozen(
+            dataset, model.backbone, cache_dir=cache_dir, device=device
+        )
+    return dataset
+
+
+def _embed_labels(
+    config: ExperimentConfig,
+    names: list[str],
+    tokenizer: CaptionTokenizer,
+    backbone: TextBackbone,
+) -> LabelEmbeddings:
+    tokens = tokenizer.encode(names)
+    lengths = np.diff(tokens.offsets)
+    pieces = np.full((len(names), lengths.max()), -1, dtype=np.int64)
+    word_index = np.full_like(pieces, -1)
+    inside = np.arange(pieces.shape[1]) < lengths[:, None]
+    pieces[inside] = tokens.pieces
+    word_index[inside] = tokens.word_index
+    if config.model.text.encoder == "scratch":
+        of_word = np.where(word_index >= 0, pieces, -1)
+        return LabelEmbeddings(pieces=torch.from_numpy(of_word))
+    was_training = backbone.training
+    backbone.eval()
+    vectors = []
+    with torch.no_grad():
+        for start in range(0, len(names), 256):
+            rows = slice(start, start + 256)
+            words = backbone(
+                torch.from_numpy(np.where(inside[rows], pieces[rows], tokenizer.pad_id)),
+                torch.from_numpy(inside[rows]),
+                torch.from_numpy(word_index[rows]),
+                int(tokens.num_words[rows].max()),
+            )
+            counts = torch.from_numpy(tokens.num_words[rows].astype(np.float32))
+            vectors.append(words.sum(dim=1) / counts[:, None])
+    backbone.train(was_training)
+    return LabelEmbeddings(vectors=torch.cat(vectors))

@@ -1,0 +1,84 @@
+"""What a frozen text encoder makes of a split's captions, computed once and kept on disk.
+
+A frozen encoder gives the same word vectors in every epoch of every trial, at many times the cost
+of the rest of a step. The file's name says which tokens and which weights it was made from, so that
+it can be shared by everything that runs on a machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from cpfean.data.dataset import RetrievalDataset, WordFeatures
+from cpfean.model.text_encoder import TextBackbone
+from cpfean.training.progress import Progress
+
+
+def encode_frozen(
+    dataset: RetrievalDataset,
+    backbone: TextBackbone,
+    *,
+    cache_dir: Path,
+    device: torch.device,
+    batch_size: int = 256,
+) -> WordFeatures:
+    """The word vectors of all captions, from the cache or through the encoder.
+
+    Args:
+        dataset: whose captions.
+        backbone: frozen, on `device`.
+        cache_dir: where the file is or will be; processes may share it.
+        device: where to run the encoder.
+        batch_size: captions encoded at a time.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    key = f"{dataset.tokens.content_key[:16]}-{backbone.fingerprint()}"
+    path = cache_dir / f"words-{key}.npy"
+    # Workers of one host arrive together: the first one encodes, the others wait for its file.
+    with (cache_dir / f"words-{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _write(path, dataset, backbone, device=device, batch_size=batch_size)
+    return WordFeatures(np.load(path, mmap_mode="r"), _offsets(dataset))
+
+
+def _write(
+    path: Path,
+    dataset: RetrievalDataset,
+    backbone: TextBackbone,
+    *,
+    device: torch.device,
+    batch_size: int,
+) -> None:
+    num_words, starts = dataset.tokens.num_words, _offsets(dataset)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    words = np.lib.format.open_memmap(
+        partial, mode="w+", dtype=np.float32, shape=(int(starts[-1]), backbone.text_dim)
+    )
+    order = np.argsort(num_words, kind="stable")
+    progress = Progress("encoding captions", total=len(order))
+    for done in range(0, len(order), batch_size):
+        captions = order[done : done + batch_size]
+        batch = dataset.caption_batch(captions).to(device)
+        with torch.inference_mode():
+            features = backbone(
+                batch.tokens, batch.token_mask, batch.word_index, batch.word_mask.shape[1]
+            )
+        for row, caption in enumerate(captions):
+            start, stop = starts[caption], starts[caption + 1]
+            words[start:stop] = features[row, : stop - start].float().cpu().numpy()
+        progress.step(done + len(captions))
+    words.flush()
+    del words
+    partial.replace(path)
+
+
+def _offsets(dataset: RetrievalDataset) -> Int64[np.ndarray, "caption+1"]:
+    """Where the words of each caption start."""
+    return np.concatenate(([0], np.cumsum(dataset.tokens.num_words, dtype=np.int64)))
