@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,9 @@ def map_array(path: Path, findings: Findings) -> np.ndarray | None:
         np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
     )
     try:
-        shape, fortran, dtype = read(header)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            shape, fortran, dtype = read(header)
     except Exception as error:  # a damaged header is Python text of any kind: any error can follow
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         findings.add("bad-header", name, f"the header cannot be read: {first}; copy the file again")

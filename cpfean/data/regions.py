@@ -150,11 +150,12 @@ class RegionFiles:
             )
             num_regions = stored
 
-        counts = self._counts(num_images, stored)
-        real = np.arange(stored) < counts[:, None]
-        boxes = self._boxes(num_images, real)
-        labels = self._labels(num_images, real, num_labels)
-        confidences = self._confidences(num_images, real)
+        with np.errstate(all="ignore"):  # files may hold any bits; what comes of them is looked at
+            counts = self._counts(num_images, stored)
+            real = np.arange(stored) < counts[:, None]
+            boxes = self._boxes(num_images, real)
+            labels = self._labels(num_images, real, num_labels)
+            confidences = self._confidences(num_images, real)
         if scan:
             self._scan(features, stride=stride, real=real)
         if len(self._findings) > before:
