@@ -1,0 +1,156 @@
+"""Against a real MLflow on sqlite; a server that is away is a closed port."""
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestration.records import TrialRecord
+from orchestration.tracking import TrackedRun, Tracker, open_store, ui_command
+from tests.orchestration.samples import TINY, record
+
+SWEEP = TrackedRun(id="4711", name="my-sweep", kind="sweep", parameters={"study.trials": 2})
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A store with its schema: making one takes seconds."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_store(f"sqlite:///{file}")
+    return file.read_bytes()
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_store: bytes) -> str:
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def track(uri: str, *records: TrialRecord, end: str = "", run: TrackedRun = SWEEP) -> list[str]:
+    said: list[str] = []
+    tracker = Tracker(uri, run, say=said.append)
+    tracker.start()
+    for given in records:
+        tracker.update(given)
+    if end:
+        tracker.update_parent(end, {"best/val_rsum": 42.0})
+    assert tracker.close()
+    return said
+
+
+def runs(uri: str, **tags: str) -> list[Run]:
+    client, experiment = open_store(uri)
+    query = " and ".join(f"tags.`cpfean.{name}` = '{value}'" for name, value in tags.items())
+    return list(client.search_runs([experiment], query))
+
+
+def steps(uri: str, run: Run, metric: str = "val/rsum") -> list[tuple[int, float]]:
+    points = MlflowClient(uri).get_metric_history(run.info.run_id, metric)
+    return [(point.step, point.value) for point in points]
+
+
+def test_a_trial_is_a_child_with_its_parameters_metrics_and_true_state(uri: str) -> None:
+    track(uri, record(0, 10.0, 30.0, state="finished", test={"rsum": 25.0}), end="finished")
+    (parent,) = runs(uri, role="parent")
+    (child,) = runs(uri, role="trial")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["loss.margin"] == str(TINY.loss.margin)
+    assert set(TINY.flat()) <= set(child.data.params)
+    assert steps(uri, child) == [(1, 10.0), (2, 30.0)]
+    assert child.data.metrics["test/rsum"] == 25.0
+    assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    assert parent.data.metrics["best/val_rsum"] == 42.0
+    artifacts = MlflowClient(uri).list_artifacts(child.info.run_id)
+    assert [artifact.path for artifact in artifacts] == ["config.toml"]
+    assert "version.torch" in child.data.tags
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("running", "RUNNING"),
+        ("finished", "FINISHED"),
+        ("pruned", "FINISHED"),
+        ("failed", "FAILED"),
+        ("interrupted", "KILLED"),
+    ],
+)
+def test_the_tag_tells_the_state_that_mlflow_has_no_word_for(
+    uri: str, state: Any, status: str
+) -> None:
+    track(uri, record(0, 10.0, state=state, failure="oom" if state == "failed" else ""))
+    (child,) = runs(uri, role="trial")
+    assert (child.info.status, child.data.tags["cpfean.state"]) == (status, state)
+    assert ("cpfean.failure" in child.data.tags) == (state == "failed")
+
+
+def test_a_restarted_driver_writes_on_in_the_same_runs_and_sends_no_step_twice(uri: str) -> None:
+    track(uri, record(0, 10.0, 20.0, state="running"), record(1, 5.0, state="running"))
+    track(uri, record(0, 10.0, 20.0, state="finished"), record(1, 5.0, 6.0, 7.0, state="running"))
+    track(uri, record(1, 5.0, 6.0, 7.0, 8.0, state="finished"), end="finished")
+    assert len(runs(uri, role="parent")) == 1
+    by_number = {run.data.tags["cpfean.trial"]: run for run in runs(uri, role="trial")}
+    assert set(by_number) == {"0", "1"}
+    assert steps(uri, by_number["0"]) == [(1, 10.0), (2, 20.0)]
+    assert steps(uri, by_number["1"]) == [(1, 5.0), (2, 6.0), (3, 7.0), (4, 8.0)]
+    assert {run.info.status for run in by_number.values()} == {"FINISHED"}
+
+
+def test_an_interrupted_trial_is_running_again_when_it_goes_on(uri: str) -> None:
+    track(uri, record(0, 10.0, state="interrupted"), end="interrupted")
+    track(uri, record(0, 10.0, state="running"))
+    (child,) = runs(uri, role="trial")
+    assert child.info.status == "RUNNING"
+
+
+def test_the_end_closes_children_that_no_record_speaks_for(uri: str) -> None:
+    track(uri, record(7, 1.0, state="running"))
+    other = TrackedRun(id="0815", name="my-sweep", kind="sweep")
+    track(uri, record(0, 1.0, state="running"), run=other)
+    track(uri, record(0, 10.0, state="finished"), end="finished")
+    assert [run.data.tags["cpfean.trial"] for run in runs(uri, id="4711", state="interrupted")] == [
+        "7"
+    ]
+    # A sweep of the same name on another machine is not ours to close.
+    assert [run.info.status for run in runs(uri, id="0815", role="trial")] == ["RUNNING"]
+
+
+def test_a_training_by_itself_is_one_run_without_a_parent(uri: str) -> None:
+    alone = TrackedRun(id="1", name="my-training", kind="train")
+    track(uri, record(0, 10.0, state="finished"), end="finished", run=alone)
+    (run,) = runs(uri, id="1")
+    assert run.info.run_name == "my-training"
+    assert "mlflow.parentRunId" not in run.data.tags
+
+
+def test_a_server_that_is_away_neither_stalls_nor_raises_and_gets_everything_later(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        said: list[str] = []
+        tracker = Tracker(f"http://127.0.0.1:{taken.getsockname()[1]}", SWEEP, say=said.append)
+        tracker.start()
+        began = time.monotonic()
+        for epochs in range(1, 50):
+            tracker.update(record(0, *range(epochs), state="running"))
+        assert time.monotonic() - began < 0.5
+        assert not tracker.close(seconds=20)
+    assert len(said) == 1
+    assert "training goes on" in said[0]
+    track(uri, record(0, *range(49), state="finished"))
+    (child,) = runs(uri, role="trial")
+    assert len(steps(uri, child)) == 49
+
+
+def test_the_user_interface_is_opened_on_the_store_that_was_written() -> None:
+    assert ui_command("sqlite:////a/mlflow.db") == (
+        "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
+    )
+    assert ui_command("http://head:5000") == "open http://head:5000"
