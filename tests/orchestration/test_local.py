@@ -1,0 +1,96 @@
+"""One training in this process: records, tracking, resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.sources import resolve_data
+from cpfean.data.split import data_fingerprint
+from cpfean.errors import ConfigError
+from orchestration.local import run_here
+from orchestration.settings import Settings
+from orchestration.study import StudyPlan, StudyResult, TrialPlan
+from orchestration.tracking import open_store
+from tests.orchestration.samples import TINY
+
+
+def plan_of(config: ExperimentConfig, where: Settings, name: str) -> StudyPlan:
+    folder = resolve_data(config.data, cache_dir=where.cache_dir)
+    return StudyPlan(
+        kind="train",
+        name=name,
+        base=config,
+        trials=1,
+        workers=0,
+        fixed=(TrialPlan(name=name, overrides={}, config=config),),
+        data_folder=folder,
+        data_fingerprint=data_fingerprint(folder),
+    )
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Settings:
+    return Settings(
+        output=tmp_path / "runs",
+        cache_dir=tmp_path / "cache",
+        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
+    )
+
+
+def curve(result: StudyResult) -> list[float]:
+    return [row["val/rsum"] for row in result.records[0].history]
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_happened(where: Settings) -> None:
+    plan = plan_of(TINY, where, "stopped")
+
+    def stop_after_the_first_epoch(line: str) -> None:
+        if line.startswith("epoch 1/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
+    client, experiment = open_store(where.tracking_uri)
+    (run,) = client.search_runs([experiment])
+    assert (run.info.status, run.data.tags["cpfean.state"]) == ("KILLED", "interrupted")
+
+    resumed = run_here(plan, where, resume=True, say=print)
+    undisturbed = run_here(plan_of(TINY, where, "whole"), where, resume=False, say=print)
+    assert curve(resumed) == curve(undisturbed)
+    assert resumed.test == undisturbed.test
+
+    again = run_here(plan, where, resume=True, say=print)  # there is nothing left to do
+    assert curve(again) == curve(resumed)
+    run = client.get_run(run.info.run_id)
+    assert (run.info.status, run.data.tags["cpfean.state"]) == ("FINISHED", "finished")
+    points = MlflowClient(where.tracking_uri).get_metric_history(run.info.run_id, "val/rsum")
+    assert [point.step for point in points] == [1, 2]
+    assert [point.value for point in points] == curve(resumed)
+    assert run.data.metrics["test/rsum"] == resumed.test["rsum"]
+    assert len(client.search_runs([experiment])) == 2
+
+    kept = sorted(path.name for path in (resumed.folder / "checkpoints").iterdir())
+    assert kept == ["epoch-0001", "epoch-0002"]
+    best = ExperimentConfig.from_toml(resumed.folder / "best_config.toml")
+    assert best == TINY
+    summary = json.loads((resumed.folder / "summary.json").read_text())
+    assert summary["test"]["rsum"] == resumed.test["rsum"]
+    other = plan_of(TINY.with_overrides({"loss.margin": 0.3}), where, "stopped")
+    with pytest.raises(ConfigError, match=r"0\.2 then, 0\.3 now"):
+        run_here(other, where, resume=True, say=print)
+
+
+def test_a_failed_training_is_recorded_with_its_reason(where: Settings) -> None:
+    def fail(line: str) -> None:
+        if line.startswith("epoch 1/"):
+            raise RuntimeError("the plug was pulled")
+
+    with pytest.raises(RuntimeError):
+        run_here(plan_of(TINY, where, "failed"), where, resume=False, say=fail)
+    client, experiment = open_store(where.tracking_uri)
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FAILED"
+    assert run.data.tags["cpfean.message"] == "the plug was pulled"

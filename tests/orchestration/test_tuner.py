@@ -1,0 +1,132 @@
+"""The rules around Ray, without starting it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import WorkerGroupError
+from ray.tune.schedulers import TrialScheduler
+
+from cpfean.errors import CheckpointError, ConfigError, DataError, DivergedError
+from orchestration.records import TrialRecord
+from orchestration.settings import ServiceError
+from orchestration.tuner import (
+    Cluster,
+    EarlyStopping,
+    TrialFailure,
+    _Halving,
+    classify,
+    share_out,
+)
+from tests.orchestration.samples import record
+
+RULE = EarlyStopping(grace=2, epochs=4)
+
+
+def judge(
+    scheduler: _Halving, trial: Any, *rsums: float, first_epoch: int = 1, epochs: int = 4
+) -> int:
+    """Feeds a trial's epochs; returns how many it was given before it was stopped."""
+    for epoch, rsum in enumerate(rsums, start=first_epoch):
+        result = {"epoch": epoch, "val/rsum": rsum, "ended": epoch == epochs}
+        if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+            return epoch
+    return epochs
+
+
+def trial(scheduler: _Halving, number: int) -> Any:
+    started = SimpleNamespace(trial_id=f"id-{number}", config={"number": number})
+    scheduler.on_trial_add(None, started)
+    return started
+
+
+def test_what_is_behind_after_the_grace_is_stopped_and_the_rest_goes_on() -> None:
+    scheduler = _Halving(RULE, [])
+    good, bad, better = (trial(scheduler, number) for number in range(3))
+    assert judge(scheduler, good, 100, 200, 210, 220) == 4
+    assert judge(scheduler, bad, 150, 120, 500, 500) == 2
+    assert judge(scheduler, better, 0, 300, 310, 320) == 4
+    assert scheduler.stopped == {bad.trial_id}
+
+
+def test_a_trial_that_has_reached_its_end_is_finished_even_if_it_is_behind() -> None:
+    scheduler = _Halving(EarlyStopping(grace=4, epochs=4), [])
+    judge(scheduler, trial(scheduler, 0), 1, 1, 1, 400)
+    assert judge(scheduler, trial(scheduler, 1), 1, 1, 1, 100) == 4
+    assert not scheduler.stopped
+
+
+def test_trials_of_an_earlier_driver_are_compared_with() -> None:
+    past = [record(0, 100, 200, 210, 220, state="finished"), record(1, 90, state="interrupted")]
+    scheduler = _Halving(RULE, past)
+    assert judge(scheduler, trial(scheduler, 2), 150, 120) == 2
+    resumed = trial(scheduler, 1)
+    assert judge(scheduler, resumed, 250, 260, 270, first_epoch=2) == 4
+
+
+def failure(*errors: Exception) -> WorkerGroupError:
+    return WorkerGroupError("workers failed", dict(enumerate(errors)))
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DivergedError("the loss is nan"), "diverged"),
+        (DataError("row 3"), "data"),
+        (ConfigError("margin"), "config"),
+        (CheckpointError("damaged"), "config"),
+        (OutOfMemoryError("node"), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RayActorError(), "infra"),
+        (ConnectionResetError("peer"), "infra"),
+        (ZeroDivisionError("division by zero"), "bug"),
+        (chained(RuntimeError("in worker"), DataError("row 3")), "data"),
+    ],
+)
+def test_a_failure_is_classified_by_its_cause(error: Exception, expected: str) -> None:
+    assert classify(failure(error))[0] == expected
+    # Of several workers one has the cause; the others lose their partner.
+    if expected in ("diverged", "data", "oom"):
+        assert classify(failure(RayActorError(), error))[0] == expected
+
+
+def test_a_failure_that_was_classified_where_it_happened_keeps_its_class() -> None:
+    wrapped = chained(RuntimeError("task failed"), TrialFailure("oom", "last line"))
+    assert classify(wrapped) == ("oom", "last line")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers", "trials", "concurrent", "cpus_each"),
+    [
+        (2, 0, 1, 6, 2, 1),
+        (2, 0, 2, 6, 1, 1),
+        (16, 0, 2, 3, 3, 2),
+        (16, 4, 2, 6, 2, 4),
+        (16, 0, 1, 1, 1, 16),
+    ],
+)
+def test_trials_at_a_time_never_need_more_than_there_is(
+    cpus: int, gpus: int, workers: int, trials: int, concurrent: int, cpus_each: int
+) -> None:
+    cluster = Cluster(cpus=cpus, gpus=gpus, is_local=True)
+    shared = share_out(cluster, workers=workers, trials=trials)
+    assert (shared.concurrent, shared.cpus, shared.use_gpu) == (concurrent, cpus_each, gpus > 0)
+    assert shared.concurrent * shared.workers * shared.cpus <= cpus
+
+
+def test_more_workers_than_this_machine_has_are_refused_with_the_numbers() -> None:
+    with pytest.raises(ServiceError, match="4 workers need 4 CPUs and this machine has 2"):
+        share_out(Cluster(cpus=2, gpus=0, is_local=True), workers=4, trials=1)
+
+
+def test_a_record_knows_when_it_is_for_good() -> None:
+    states = ("waiting", "running", "interrupted", "finished", "pruned", "failed")
+    settled = [TrialRecord(number=0, name="", state=state).settled for state in states]
+    assert settled == [False, False, False, True, True, True]
