@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 SPACY_MODEL = "en_core_web_sm"
 _SETTINGS = "caption_tokenizer.json"  # ours, beside the files of the Hugging Face tokenizer
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# BERT drops these, which would make one word of the two beside them.
+_SEPARATORS = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e\x1f\x85", " "))
 _CHUNK = 4096  # captions tokenized at a time
 
 Units = Literal["words", "pieces"]
@@ -179,7 +181,7 @@ class CaptionTokenizer:
         links: list[np.ndarray] | None = None if self._parser is None else []
         num_truncated = 0
         for first in range(0, len(captions), _CHUNK):
-            chunk = list(captions[first : first + _CHUNK])
+            chunk = [c.translate(_SEPARATORS) for c in captions[first : first + _CHUNK]]
             coded = self._tokenizer(
                 chunk, truncation=True, max_length=self.max_tokens, return_attention_mask=False
             ).encodings
@@ -323,7 +325,7 @@ def _scratch(captions: Sequence[str], *, size: int) -> Any:
     splitter = pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
     for caption in captions:
-        text = normalizer.normalize_str(caption)
+        text = normalizer.normalize_str(caption.translate(_SEPARATORS))
         words.update(word for word, _ in splitter.pre_tokenize_str(text))
     vocabulary = {piece: i for i, piece in enumerate(_vocabulary(words, size=size))}
 
