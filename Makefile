@@ -48,5 +48,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	@echo "Installing into $(VENV): about 2 GB, some minutes the first time"
 	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip  # a recent one resolves in half the time
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
