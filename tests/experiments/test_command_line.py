@@ -1,0 +1,151 @@
+"""What users mistype: refused in about a second, by name, without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.baselines import BASELINES
+from tests.orchestration.samples import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(script: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / script), *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment | {"CPFEAN_CACHE": str(cwd / "cache")},
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "script", ["sweep.py", "train.py", "evaluate.py", "run_ablations.py", "validate.py"]
+)
+def test_help_says_what_it_is_with_examples_and_exit_codes(script: str, tmp_path: Path) -> None:
+    answer = call(script, "--help", cwd=tmp_path)
+    assert answer.returncode == 0
+    assert f"python experiments/{script}" in answer.stdout
+    assert "Exit codes" in answer.stdout
+
+
+SWEEP, TRAIN, ABLATE = "sweep.py", "train.py", "run_ablations.py"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        # an unknown setting, value or name: the nearest known one is named
+        (TRAIN, "--set loss.margn=0.3", "did you mean 'loss.margin'"),
+        (TRAIN, "--set margin=0.3", "did you mean 'loss.margin'"),
+        (TRAIN, "--config syntetic", "did you mean 'synthetic'"),
+        (TRAIN, "--config no/such.toml", "no/such.toml"),
+        (SWEEP, "--space defualt", "did you mean 'default'"),
+        (ABLATE, "--only no_fussion", "did you mean 'no_fusion'"),
+        # given twice
+        (TRAIN, "--set loss.margin=0.3 --set loss.margin=0.4", "loss.margin is given twice"),
+        (TRAIN, "--seed 1 --set seed=2", "seed is given twice"),
+        (TRAIN, "--seed 1 --seed 2", "--seed: given twice"),
+        (ABLATE, "--only no_gcn --only no_gcn", "twice"),
+        # a text where a number or a truth value belongs
+        (TRAIN, "--set optim.learning_rate=fast", "must be a number"),
+        (TRAIN, "--set model.regions.prior=maybe", "must be true or false"),
+        (TRAIN, "--epochs 2.5", "optim.epochs must be a whole number"),
+        (TRAIN, "--set loss.margin", "PATH=VALUE"),
+        # outside its range
+        (TRAIN, "--set optim.learning_rate=nan", "must be finite"),
+        (TRAIN, "--set loss.margin=0", "loss.margin must be in (0, 2]"),
+        (TRAIN, "--set optim.batch_size=1", "at least 2"),
+        (TRAIN, "--set model.regions.iou_threshold=1.5", "in [0, 1]"),
+        (TRAIN, "--set model.regions.iou_threshold=nan", "must be finite"),
+        (TRAIN, "--epochs 0", "optim.epochs must be at least 1"),
+        (TRAIN, "--workers -1", "--workers must be at least 0"),
+        (TRAIN, "--name ../escape", "--name must be"),
+        (TRAIN, "--address nowhere", "host:port"),
+        (SWEEP, "--trials 0", "--trials must be at least 1"),
+        (SWEEP, "--workers 0", "--workers must be at least 1"),
+        (SWEEP, "--set model.alignment.fusion=false", "search space 'default'"),
+        (ABLATE, "--seeds 0", "--seeds must be at least 1"),
+        (SWEEP, "--resume", "nothing to resume"),
+        # flags
+        (SWEEP, "--trails 3", "did you mean '--trials'"),
+        (SWEEP, "--trial 3", "did you mean '--trials'"),
+        (SWEEP, "--epo 3", "no flag --epo"),
+        (TRAIN, "more words", "unexpected: more words"),
+    ],
+)
+def test_a_mistake_is_refused_with_exit_code_2(
+    script: str, words: str, said: str, tmp_path: Path
+) -> None:
+    answer = call(script, *words.split(" "), cwd=tmp_path)
+    assert answer.returncode == 2, answer.stderr
+    assert said in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[loss]\nmargin = 0.3\nmargin = 0.4\n", "not valid TOML"),
+        ("[loss]\nmargn = 0.3\n", "did you mean 'margin'"),
+        ('[optim]\nlearning_rate = "1e-4"\n', "must be a number"),
+        ('[model.regions]\nprior = "no"\n', "must be true or false"),
+        ("[loss]\nmargin = -0.1\n", "in (0, 2]"),
+    ],
+)
+def test_a_bad_configuration_file_is_refused_by_name(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(text)
+    answer = call(TRAIN, "--config", "my.toml", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "my.toml" in answer.stderr
+    assert said in answer.stderr
+
+
+def test_bad_data_is_refused_with_exit_code_3_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for script in (SWEEP, TRAIN, ABLATE):
+        answer = call(script, "--data", "data", cwd=tmp_path)
+        assert answer.returncode == 3
+        assert "train_ims.npy" in answer.stderr
+        assert not (tmp_path / "runs").exists()
+    answer = call("validate.py", "data", "--json", cwd=tmp_path)
+    assert answer.returncode == 3
+    findings = json.loads(answer.stdout)["findings"]
+    assert any("train_ims.npy" in finding["where"] for finding in findings)
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    answer = call("evaluate.py", str(tmp_path), cwd=tmp_path)
+    assert answer.returncode == 5
+    assert "no folder of a finished run" in answer.stderr
+
+
+def test_a_training_is_evaluated_as_json_with_what_it_printed(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.to_toml())
+    trained = call(TRAIN, "--config", "tiny.toml", "--name", "t", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    answer = call("evaluate.py", "runs/t", "--split", "test", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    metrics = json.loads(answer.stdout)
+    recalls = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    assert set(metrics) == {*recalls, "rsum"}
+    assert metrics["rsum"] == pytest.approx(sum(metrics[name] for name in recalls))
+    assert metrics == json.loads((tmp_path / "runs/t/summary.json").read_text())["test"]
+    again = call(TRAIN, "--config", "tiny.toml", "--name", "t", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    valid = call("validate.py", str(next((tmp_path / "cache").glob("synthetic-*"))), cwd=tmp_path)
+    assert (valid.returncode, valid.stderr) == (0, "")
+
+
+def test_the_named_configurations_survive_a_file() -> None:
+    for config in BASELINES.values():
+        assert type(config).from_dict(config.to_dict()) == config
