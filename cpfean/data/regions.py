@@ -133,7 +133,8 @@ class RegionFiles:
             num_regions: keep the first so many regions.
             num_labels: size of the label vocabulary, None without one.
             scan: also read every feature: for numbers that are not finite, vectors that are all
-                zero, and whether rows stored five times are equal.
+                zero, and whether rows stored five times are equal. Then no IoU is computed: who
+                only checks has no use for it.
 
         Returns:
             None if a fault makes the store unusable.
@@ -166,7 +167,7 @@ class RegionFiles:
         if boxes is not None:
             corners, sizes, num_clipped = boxes
             geometry = _geometry(corners[:, :num_regions], sizes)
-            iou = _overlaps(corners[:, :num_regions])
+            iou = None if scan else _overlaps(corners[:, :num_regions])
         return RegionStore(
             features=features[::stride, :num_regions],
             geometry=geometry,
@@ -464,7 +465,7 @@ def _overlaps(
     boxes[..., 2:] -= boxes[..., :2]  # pycocotools wants x, y, width, height
     images, regions, _ = boxes.shape
     result = np.zeros((images, regions, regions), dtype=np.float16)
-    crowd = [0] * regions
+    crowd = np.zeros(regions, dtype=np.uint8)
     for image in range(images):
         result[image] = coco_mask.iou(boxes[image], boxes[image], crowd)
     return result
