@@ -107,9 +107,12 @@ def drop_caption(folder: Path) -> None:
     (folder / "train_caps.txt").write_text("\n".join(lines[1:]), "utf-8")
 
 
-def folder_for_file(folder: Path) -> None:
-    (folder / "dev_ims.npy").unlink()
-    (folder / "dev_ims.npy").mkdir()
+def folder_for(name: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return edit
 
 
 def long_header(folder: Path) -> None:
@@ -434,9 +437,15 @@ REFUSALS: dict[str, tuple[Edit, str, str, tuple[str, ...]]] = {
         ("1.0 or 2.0", "\\x07"),
     ),
     "a folder in place of a file": (
-        folder_for_file,
+        folder_for("dev_ims.npy"),
         "not-npy",
         "dev_ims.npy",
+        ("expected a file",),
+    ),
+    "a folder in place of a text": (
+        folder_for("dev_caps.txt"),
+        "not-text",
+        "dev_caps.txt",
         ("expected a file",),
     ),
     "a missing file": (
