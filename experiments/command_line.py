@@ -257,11 +257,12 @@ def fitting_space(space: SearchSpace, stored: int) -> SearchSpace:
     if not isinstance(counts, Choice):
         return space
     kept = tuple(count for count in counts.values if isinstance(count, int) and count <= stored)
+    kept = kept or (stored,)
     if kept == counts.values:
         return space
     counts_kept = ", ".join(map(str, kept))
     say(f"the data has {stored} regions an image: region counts {counts_kept} are tried.")
-    parameters = dict(space.parameters) | {"data.num_regions": Choice(kept or (stored,))}
+    parameters = dict(space.parameters) | {"data.num_regions": Choice(kept)}
     return SearchSpace(
         name=space.name, question=space.question, parameters=parameters, only_if=space.only_if
     )
