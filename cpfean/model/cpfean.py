@@ -8,7 +8,7 @@ Axes:  image, caption   in the batch      region, word, piece   fragments of eac
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,11 @@ class Cpfean(nn.Module):
             if self.labels is not None
             else None
         )
-        self.region_reasoning = RegionReasoning(config.regions, dim=config.dim)
+        # The pooled regions are those before reasoning: a score of them alone needs no Transformer.
+        layers = config.regions.layers if config.alignment.global_weight < 1 else 0
+        self.region_reasoning = RegionReasoning(
+            replace(config.regions, layers=layers), dim=config.dim
+        )
         self.word_reasoning = WordReasoning(config.words, dim=config.dim)
         self.global_weight = config.alignment.global_weight
         self.scorer: Scorer | None = None

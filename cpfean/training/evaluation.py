@@ -81,7 +81,7 @@ def score_rows(
     num_images = dataset.split.num_images
     if num_images < world_size:
         raise DataError(
-            f"{dataset.split.name}: {num_images} images for {world_size} workers; use fewer workers."
+            f"{dataset.split.name}: {num_images} images for {world_size} workers; use fewer."
         )
     start, stop = share(num_images, rank=rank, world_size=world_size)
     captions = _encode_captions(model, dataset, batch_size=batch_size, device=device)

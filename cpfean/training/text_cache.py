@@ -7,12 +7,12 @@ it can be shared by everything that runs on a machine.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Int64
 
 from cpfean.data.dataset import RetrievalDataset, WordFeatures
@@ -41,8 +41,7 @@ def encode_frozen(
     key = f"{dataset.tokens.content_key[:16]}-{backbone.fingerprint()}"
     path = cache_dir / f"words-{key}.npy"
     # Workers of one host arrive together: the first one encodes, the others wait for its file.
-    with (cache_dir / f"words-{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(cache_dir / f"words-{key}.lock"):
         if not path.exists():
             _write(path, dataset, backbone, device=device, batch_size=batch_size)
     return WordFeatures(np.load(path, mmap_mode="r"), _offsets(dataset))
