@@ -124,8 +124,8 @@ class ProminentAlignment(nn.Module):
         local = 1/2 sum_k om_k cos(c_k, w_k) + 1/2 sum_r g_r cos(v_r, d_r) / sum_r g_r
 
     c and d are never formed: cos(c_k, w_k) = (A'S)_kk / sqrt(A_k' K A_k) and
-    cos(v_r, d_r) = (P S')_rr / sqrt(P_r G P_r'), with K and G the Gram matrices of the regions and of
-    the words. Rounds after the first replace v_r by the unit vector along v_r + g_r d_r, which is
+    cos(v_r, d_r) = (P S')_rr / sqrt(P_r G P_r'), with K and G the Gram matrices of the regions and
+    of the words. Rounds after the first replace v_r by the unit vector along v_r + g_r d_r, which is
     kept as its coefficients in the first v and in w.
 
     The cost of a pair is `region word dim` multiplications for S and

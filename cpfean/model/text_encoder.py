@@ -35,6 +35,8 @@ def pool_words(
 class TextBackbone(nn.Module):
     """The BERT-type encoder, frozen or trained, and its words."""
 
+    encoder: Any  # a transformers.PreTrainedModel, without importing transformers to say so
+
     def __init__(self, encoder: nn.Module, *, trainable: bool) -> None:
         super().__init__()
         self.encoder = encoder
@@ -63,6 +65,8 @@ class TextBackbone(nn.Module):
             )
             return cls(BertModel(shape, add_pooling_layer=False), trainable=True)
         logging.disable_progress_bar()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # that the pooling layer is left out is meant
         try:
             encoder = AutoModel.from_pretrained(config.encoder, add_pooling_layer=False)
         except (OSError, ValueError, TypeError) as error:
@@ -71,6 +75,8 @@ class TextBackbone(nn.Module):
                 f"model.text.encoder = {config.encoder!r} cannot be loaded: {reason} Give a folder "
                 'with config.json and model.safetensors, a Hugging Face name, or "scratch".'
             ) from None
+        finally:
+            logging.set_verbosity(verbosity)
         if encoder.config.vocab_size < vocab_size:
             raise ConfigError(
                 f"model.text.encoder = {config.encoder!r} knows {encoder.config.vocab_size} word "
@@ -89,12 +95,13 @@ class TextBackbone(nn.Module):
     @property
     def shape(self) -> dict[str, Any]:
         """The encoder's own configuration as plain data; `from_shape` takes it."""
-        return self.encoder.config.to_dict()
+        shape: dict[str, Any] = self.encoder.config.to_dict()
+        return shape
 
     @property
     def text_dim(self) -> int:
         """Width of a word vector."""
-        return self.encoder.config.hidden_size
+        return int(self.encoder.config.hidden_size)
 
     def train(self, mode: bool = True) -> TextBackbone:
         """A frozen encoder has no dropout, in training neither."""
@@ -110,7 +117,8 @@ class TextBackbone(nn.Module):
 
     def piece_embeddings(self) -> nn.Embedding:
         """The table of the word pieces, without context."""
-        return self.encoder.get_input_embeddings()
+        table: nn.Embedding = self.encoder.get_input_embeddings()
+        return table
 
     def forward(
         self,

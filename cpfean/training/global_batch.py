@@ -7,7 +7,7 @@ loss and gradients are those of one process with the whole batch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +44,14 @@ class GlobalBatchLoss(nn.Module):
             mask=gathered(captions.mask.to(torch.uint8), total=total).bool(),
             pooled=gathered(captions.pooled, total=total),
         )
-        terms = {
-            "image_ids": gathered(batch.image_ids, total=total),
-            "margin": self.margin,
-            "mining": mining,
-            "first": first,
-        }
-        if mining == "all":
-            return triplet_loss(self.model.score(images, everybody), **terms)
-        return self._hardest(images, everybody, terms)
+        image_ids = gathered(batch.image_ids, total=total)
+        if mining == "hardest":
+            return self._hardest(images, everybody, image_ids, first)
+        scores = self.model.score(images, everybody)
+        return triplet_loss(scores, image_ids, margin=self.margin, mining="all", first=first)
 
     def _hardest(
-        self, images: ImageEmbeddings, captions: CaptionEmbeddings, terms: dict[str, Any]
+        self, images: ImageEmbeddings, captions: CaptionEmbeddings, image_ids: Tensor, first: int
     ) -> Tensor:
         """The loss on hardest negatives, whose gradient reaches few pairs.
 
@@ -65,12 +61,14 @@ class GlobalBatchLoss(nn.Module):
         """
         with torch.no_grad():
             scores = self.model.score(images, captions)
-        loss = triplet_loss(scores.requires_grad_(), **terms)
+        loss = triplet_loss(
+            scores.requires_grad_(), image_ids, margin=self.margin, mining="hardest", first=first
+        )
         (sensitivity,) = torch.autograd.grad(loss, scores)
         matters = sensitivity != 0
         # The matches always: a process without an active hinge still has to send its gradients.
         own = torch.arange(len(scores), device=scores.device)
-        matters[own, own + terms["first"]] = True
+        matters[own, own + first] = True
         rows, columns = matters.nonzero(as_tuple=True)
         again = self.model.score_pairs(images.rows(rows), captions.rows(columns))
         change = again - again.detach()

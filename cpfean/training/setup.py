@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ def evaluate_checkpoint(
     *,
     data_folder: Path,
     split: str,
-    protocol: str,
+    protocol: Literal["full", "coco-1k"],
     cache_dir: Path,
     device: torch.device,
     num_regions: int,
@@ -184,8 +185,14 @@ def _dataset(
         word_noise=word_noise,
         seed=0 if config is None else config.seed,
     )
-    if not model.backbone.trainable and word_noise == 0:
-        # Disturbed words have to go through the encoder each time, others only once.
+    if model.backbone.trainable:
+        return dataset
+    if word_noise:
+        logger.info(
+            "data.word_noise disturbs the captions anew in every step, so the frozen text encoder "
+            "runs in every step; with data.word_noise = 0 it would run once"
+        )
+    else:
         dataset.word_features = encode_frozen(
             dataset, model.backbone, cache_dir=cache_dir, device=device
         )

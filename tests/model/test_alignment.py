@@ -144,7 +144,10 @@ def test_order_of_regions_and_words_does_not_matter(scorer: nn.Module) -> None:
         words=captions.words[:, word_order], mask=captions.mask[:, word_order]
     )
     torch.testing.assert_close(
-        scorer(every_pair(shuffled_images, shuffled_captions)), scorer(every_pair(images, captions)), atol=1e-12, rtol=0
+        scorer(every_pair(shuffled_images, shuffled_captions)),
+        scorer(every_pair(images, captions)),
+        atol=1e-12,
+        rtol=0,
     )
 
 
@@ -171,7 +174,10 @@ def test_hard_gate_is_the_limit_of_a_sharp_soft_gate() -> None:
     soft = ProminentAlignment(AlignmentConfig(gate_sharpness=1000.0), dim=DIM).double()
     with torch.no_grad():
         soft.log_sharpness += 5
-    gap = (hard.align(every_pair(images, captions)).gates - soft.align(every_pair(images, captions)).gates).abs()
+    gap = (
+        hard.align(every_pair(images, captions)).gates
+        - soft.align(every_pair(images, captions)).gates
+    ).abs()
     assert gap.max() < 1e-3
 
 
@@ -188,7 +194,9 @@ def test_an_image_with_every_gate_closed_still_has_a_finite_score_and_gradient()
 
 def test_gates_prominence_and_weights_are_what_they_claim_to_be() -> None:
     images, captions = embed(*make_fragments(8))
-    alignment = ProminentAlignment(AlignmentConfig(), dim=DIM).double().align(every_pair(images, captions))
+    alignment = (
+        ProminentAlignment(AlignmentConfig(), dim=DIM).double().align(every_pair(images, captions))
+    )
     assert (alignment.gates[~images.mask[:, None, :].expand_as(alignment.gates)] == 0).all()
     assert ((alignment.gates >= 0) & (alignment.gates <= 1)).all()
     torch.testing.assert_close(
