@@ -70,8 +70,8 @@ def body(arguments: argparse.Namespace) -> int:
         trials=trials,
         workers=workers,
         space=space,
-        # After the warm-up epoch and some of the real loss; a few epochs are too few to judge.
-        grace=max(2, epochs // 3) if epochs >= 4 else 0,
+        # The epoch after the warm-up is no guide yet; of a few epochs all are needed to judge.
+        grace=max(3, epochs // 4) if epochs >= 4 else 0,
         data_folder=folder,
         data_fingerprint=fingerprint,
     )
