@@ -12,9 +12,9 @@ from cpfean.config import (
     TextConfig,
 )
 
-# The generated set: about 80 s on one CPU core. Its features are as noisy as they are long, and with
-# larger batches the hardest negatives are hopeless from the start: the training collapses (at 64
-# pairs to a rSum below 130, where 16 reach more than 300).
+# The generated set: about 80 s on one CPU core. Its features are as noisy as they are long, and
+# with larger batches the hardest negatives are hopeless from the start: the training collapses (at
+# 64 pairs to a rSum below 130, where 16 reach more than 300).
 SYNTHETIC = ExperimentConfig(
     data=DataConfig(path="synthetic", num_regions=24),
     model=ModelConfig(

@@ -261,12 +261,8 @@ def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
                 name=f"{job['run_name']}-{config['number']:03d}",
                 storage_path=job["storage"],
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                # Typed as the classes of the older Train; at run time they are those of V2.
-                failure_config=FailureConfig(
-                    max_failures=0,
-                    controller_failure_limit=3,  # type: ignore[call-arg]
-                ),
-                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+                callbacks=[TuneReportCallback()],
             ),
         )
         try:
