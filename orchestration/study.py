@@ -235,7 +235,8 @@ class _Study:
         record = self._records[number]
         known = len(record.history)
         record.history = [dict(row) for row in metrics["history"]]
-        record.checkpoint = metrics.get("checkpoint_path") or record.checkpoint
+        if metrics.get("checkpoint_path"):
+            record.checkpoint = stored_at(self._settings.storage, metrics["checkpoint_path"])
         record.complete = bool(metrics["ended"])
         self._count_seconds(record)
         self._folder.write(record)
@@ -536,6 +537,12 @@ class _Clock:
         return (
             f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
         )
+
+
+def stored_at(storage: str | None, path: str) -> str:
+    """The address of what is at a path of the storage: Ray leaves the scheme out."""
+    scheme, separator, _ = (storage or "").partition("://")
+    return f"{scheme}://{path}" if separator and "://" not in path else path
 
 
 def keep_model(record: TrialRecord, folder: Path) -> Path:

@@ -1,0 +1,154 @@
+"""What a study does as trials come and go; the hooks are called by hand, without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpfean.errors import CpfeanError
+from orchestration.records import RunFolder
+from orchestration.search import Range, SearchSpace
+from orchestration.settings import Settings
+from orchestration.study import StudyError, StudyPlan, TrialPlan, _Study, stored_at
+from tests.orchestration.samples import TINY, history
+
+SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
+
+
+class NoTracker:
+    """Takes everything, like a tracker that is away."""
+
+    def update(self, record: Any) -> None: ...
+
+
+class Driven(_Study):
+    """A study whose Tune is the test."""
+
+    interrupted = False
+
+    def _interrupt_tune(self) -> None:
+        self.interrupted = True
+
+    @property
+    def error(self) -> CpfeanError | None:
+        return self._error
+
+
+def study(tmp_path: Path, *, trials: int = 4, fixed: bool = False) -> tuple[Driven, list[str]]:
+    plans = tuple(
+        TrialPlan(name=f"t{n}", overrides={"seed": n}, config=TINY.with_overrides({"seed": n}))
+        for n in range(trials)
+    )
+    plan = StudyPlan(
+        kind="sweep",
+        name="s",
+        base=TINY,
+        workers=1,
+        data_folder=tmp_path,
+        data_fingerprint="0",
+        trials=trials,
+        space=None if fixed else SPACE,
+        fixed=plans if fixed else (),
+    )
+    folder = RunFolder(tmp_path / "s")
+    if not folder.identity_file.exists():
+        folder.create(plan.identity())
+    said: list[str] = []
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
+    tracker: Any = NoTracker()
+    driven = Driven(plan, where, folder, tracker, said.append)
+    driven._prepare()
+    return driven, said
+
+
+def report(driven: Driven, number: int, *rsums: float, ended: bool = False) -> None:
+    driven.reported(number, {"history": history(*rsums), "ended": ended})
+
+
+def begin(driven: Driven) -> int:
+    record = driven.next_trial()
+    assert record is not None
+    driven.started(record.number)
+    return record.number
+
+
+def test_a_restart_runs_what_was_cut_off_first_and_then_only_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    first, _ = study(tmp_path)
+    finished, pruned, cut_off = (begin(first) for _ in range(3))
+    report(first, finished, 10.0, 20.0, ended=True)
+    first.ended(finished, pruned=False)
+    report(first, pruned, 5.0)
+    first.ended(pruned, pruned=True)
+    report(first, cut_off, 7.0)
+
+    second, said = study(tmp_path)
+    assert "2 settled" in said[0]
+    again = second.next_trial()
+    assert again is not None
+    assert (again.number, again.epochs) == (cut_off, 1)
+    new = second.next_trial()
+    assert new is not None
+    assert new.number == 3
+    assert second.next_trial() is None
+    states = {record.number: record.state for record in RunFolder(tmp_path / "s").records()}
+    assert (states[finished], states[pruned]) == ("finished", "pruned")
+
+
+def test_an_epoch_that_is_reported_again_counts_once(tmp_path: Path) -> None:
+    driven, said = study(tmp_path)
+    number = begin(driven)
+    report(driven, number, 10.0)
+    report(driven, number, 10.0)
+    report(driven, number, 10.0, 30.0, ended=True)
+    driven.ended(number, pruned=False)
+    (record,) = RunFolder(tmp_path / "s").records()
+    assert [row["epoch"] for row in record.history] == [1, 2]
+    assert sum("epoch 1/" in line for line in said) == 1
+
+
+def test_a_trial_that_ends_without_reaching_its_end_has_failed(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path)
+    number = begin(driven)
+    report(driven, number, 10.0)
+    driven.ended(number, pruned=False)
+    (record,) = RunFolder(tmp_path / "s").records()
+    assert (record.state, record.failure) == ("failed", "infra")
+
+
+def test_three_first_failures_alike_stop_the_sweep_and_say_why(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=6)
+    for _ in range(3):
+        assert not driven.interrupted
+        driven.failed(begin(driven), "diverged", "step 4\nthe loss is nan")
+    assert driven.interrupted
+    assert isinstance(driven.error, StudyError)
+    assert "the loss is nan" in str(driven.error)
+
+
+@pytest.mark.parametrize("messages", [("a", "b", "a"), ("a", "a", None)])
+def test_one_bad_trial_never_stops_the_others(
+    tmp_path: Path, messages: tuple[str | None, ...]
+) -> None:
+    driven, _ = study(tmp_path, trials=6)
+    for message in messages:
+        number = begin(driven)
+        if message is None:
+            report(driven, number, 10.0, 20.0, ended=True)
+            driven.ended(number, pruned=False)
+        else:
+            driven.failed(number, "bug", message)
+    assert not driven.interrupted
+
+
+def test_fixed_trials_are_run_in_their_order(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=2, fixed=True)
+    records = [driven.next_trial(), driven.next_trial(), driven.next_trial()]
+    assert [record.name if record else None for record in records] == ["t0", "t1", None]
+
+
+def test_a_checkpoint_keeps_the_scheme_of_its_storage() -> None:
+    assert stored_at(None, "/runs/s/train/epoch-1") == "/runs/s/train/epoch-1"
+    assert stored_at("/mnt/shared", "/mnt/shared/x") == "/mnt/shared/x"
+    assert stored_at("s3://bucket/cpfean", "bucket/cpfean/x") == "s3://bucket/cpfean/x"
