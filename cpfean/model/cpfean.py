@@ -62,7 +62,8 @@ class LabelEmbeddings(nn.Module):
 
     For a pretrained encoder: its contextual embedding of the name before any training, frozen. An
     encoder that starts from nothing has none worth freezing; there a name is the mean of its word
-    pieces in the encoder's own table, as far as that is trained.
+    pieces in the encoder's own table, as far as that is trained, scaled as the encoder's outputs
+    are: the rows of a fresh table are fifty times shorter.
     """
 
     pieces: Tensor | None
@@ -85,7 +86,8 @@ class LabelEmbeddings(nn.Module):
             return self.vectors
         assert self.pieces is not None
         vectors = backbone.piece_embeddings()(self.pieces.clamp(min=0))
-        return masked_mean(vectors, self.pieces >= 0)
+        scaled = nn.functional.layer_norm(vectors, vectors.shape[-1:])
+        return masked_mean(scaled, self.pieces >= 0)
 
 
 class Cpfean(nn.Module):
