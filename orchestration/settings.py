@@ -115,6 +115,11 @@ def prepare_environment() -> None:
     """Sets what Ray and MLflow read when they are imported; call it before that."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # `ray start` asks for the token wherever there is one; a client with an explicit address would
+    # not show it unless told to.
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if os.environ.get("RAY_AUTH_TOKEN") or token.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def running_head() -> str | None:

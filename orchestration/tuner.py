@@ -143,7 +143,10 @@ def connect(settings: Settings) -> Cluster:
     # Ray raises many kinds here, down to OSError and its own.
     except Exception as error:
         where = settings.address or "on this machine"
-        raise ServiceError(f"Ray does not start or answer ({where}): {error}") from error
+        hint = (
+            " Does this machine have the cluster's ~/.ray/auth_token?" if settings.address else ""
+        )
+        raise ServiceError(f"Ray does not start or answer ({where}): {error}.{hint}") from error
     # An instance that a neighbour started on this host must not be taken for ours.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     total = ray.cluster_resources()
