@@ -27,13 +27,13 @@ SYNTHETIC = ExperimentConfig(
 
 # Own data on a laptop: no download, a word-piece vocabulary and a small encoder of its own.
 SMALL = ExperimentConfig(
-    data=DataConfig(num_regions=36),
+    data=DataConfig(num_regions=36, region_dropout=0.3333),
     model=ModelConfig(
         dim=256,
         text=TextConfig(encoder="scratch", scratch_dim=256, scratch_layers=2),
         regions=RegionConfig(heads=8),
     ),
-    optim=OptimConfig(epochs=12, batch_size=128, learning_rate=5e-4, decay_epoch=9),
+    optim=OptimConfig(epochs=9, batch_size=128, learning_rate=5e-4, decay_epoch=6),
 )
 
 # Full size, as the field trains: see docs/model.md, section 7. One GPU or several.
