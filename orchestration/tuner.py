@@ -13,10 +13,11 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import (
     CheckpointConfig,
@@ -140,13 +141,16 @@ def connect(settings: Settings) -> Cluster:
             )
         else:
             ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+            _check_actors_start()
     # Ray raises many kinds here, down to OSError and its own.
     except Exception as error:
-        where = settings.address or "on this machine"
-        hint = (
-            " Does this machine have the cluster's ~/.ray/auth_token?" if settings.address else ""
-        )
-        raise ServiceError(f"Ray does not start or answer ({where}): {error}.{hint}") from error
+        where, hint = settings.address or "on this machine", ""
+        if settings.address:
+            hint = (
+                "\nDoes this machine have the cluster's ~/.ray/auth_token? If the cluster wants "
+                "none, set RAY_AUTH_MODE=disabled."
+            )
+        raise ServiceError(f"Ray does not start or answer ({where}): {error}{hint}") from error
     # An instance that a neighbour started on this host must not be taken for ours.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     total = ray.cluster_resources()
@@ -155,6 +159,16 @@ def connect(settings: Settings) -> Cluster:
         gpus=int(total.get("GPU", 0)),
         is_local=settings.address is None,
     )
+
+
+def _check_actors_start() -> None:
+    """Starts an actor: where client and cluster disagree about tokens, that alone goes wrong."""
+    probe = ray.remote(num_cpus=0)(_Probe).remote()
+    ray.get(probe.answer.remote(), timeout=120)
+
+
+class _Probe:
+    def answer(self) -> None: ...
 
 
 def disconnect() -> None:
@@ -217,6 +231,8 @@ def run_trials(
     def trial(config: dict[str, Any]) -> None:
         _train_trial(config, job)
 
+    # Tune repeats as an error what the study has said of its trials.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     scheduler: _Halving | FIFOScheduler = FIFOScheduler()
     if early_stopping is not None:
         scheduler = _Halving(early_stopping, list(past))
@@ -452,9 +468,7 @@ class _Watcher(tune.Callback):
     ) -> None:
         number = trial.config["number"]
         self._free(number)
-        error = trial.get_pickled_error()
-        failure, message = classify(error) if error else ("bug", "no error was left behind")
-        self._hooks.failed(number, failure, message)
+        self._hooks.failed(number, *classify(_error_of(trial)))
 
     def _free(self, number: int) -> None:
         """Removes the workers of a trial that is over.
@@ -466,6 +480,18 @@ class _Watcher(tune.Callback):
         group = self._groups.pop(number, None)
         if group is not None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+
+def _error_of(trial: Trial) -> BaseException:
+    """What a trial failed with.
+
+    Tune reads it from the storage, where it has not arrived yet when callbacks are told.
+    """
+    if trial.pickled_error_file and Path(trial.pickled_error_file).is_file():
+        return cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if trial.error_file and Path(trial.error_file).is_file():
+        return RuntimeError(Path(trial.error_file).read_text(encoding="utf-8"))
+    return RuntimeError("no error was left behind")
 
 
 __all__ = [

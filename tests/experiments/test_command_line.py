@@ -122,6 +122,16 @@ def test_bad_data_is_refused_with_exit_code_3_before_anything_starts(tmp_path: P
     assert any("train_ims.npy" in finding["where"] for finding in findings)
 
 
+def test_a_text_encoder_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(
+        TINY.with_overrides({"model.text.encoder": "no/such-encoder"}).to_toml()
+    )
+    answer = call(SWEEP, "--config", "tiny.toml", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "no/such-encoder" in answer.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     answer = call("evaluate.py", str(tmp_path), cwd=tmp_path)
     assert answer.returncode == 5
