@@ -375,7 +375,7 @@ class _Source(Searcher):
         """Tune takes snapshots; ours are the records."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a study is resumed from its records, not from Tune's snapshot")
+        raise RuntimeError("a study is resumed from its records, not from Tune's snapshot")
 
     def __reduce__(self) -> tuple[type, tuple[None]]:
         return (_Source, (None,))  # in a snapshot: nothing of the driver's state
