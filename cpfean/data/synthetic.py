@@ -326,9 +326,9 @@ def _labels(
     ]
     mistaken = np.where(rng.random(len(concepts)) < 0.5, alike, anything)
     labels = np.where(wrong, mistaken, concepts)
-    mean = np.where(wrong, -1.0, 1.0) + 0.5 * main - 0.8 * ~shown
-    confidences = 1 / (1 + np.exp(-mean - rng.standard_normal(len(concepts))))
-    return labels, confidences.astype(np.float16)
+    mean = np.where(wrong, -1.5, 1.5) + 0.5 * main - 0.8 * ~shown
+    log_odds = np.clip(mean + 1.5 * rng.standard_normal(len(concepts)), -6, 6)
+    return labels, (1 / (1 + np.exp(-log_odds))).astype(np.float16)
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
