@@ -29,7 +29,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -295,8 +295,10 @@ def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
         break
     # Once more: the last report travels through a queue that the end of this function can overtake,
     # and a run that was complete already has not reported at all. Known epochs count once.
+    # Its checkpoint goes with it: the one that was told last may have been deleted since.
     if result.metrics:
-        tune.report(dict(result.metrics))
+        newest = {} if result.checkpoint is None else {CHECKPOINT_PATH_KEY: result.checkpoint.path}
+        tune.report(dict(result.metrics) | newest)
 
 
 def classify(error: BaseException) -> tuple[str, str]:
