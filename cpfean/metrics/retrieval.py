@@ -10,6 +10,7 @@ needs the whole score matrix in one place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -144,7 +144,8 @@ def test_a_run_that_was_complete_when_its_driver_came_back_tells_its_newest_chec
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(tuner, "prepare_environment", lambda: None)
     monkeypatch.setattr(tuner.tune, "report", told.append)
-    monkeypatch.setattr(tuner, "TuneReportCallback", lambda: None)
+    for name in ("TuneReportCallback", "RunConfig"):
+        monkeypatch.setattr(tuner, name, lambda **_: None)
     monkeypatch.setattr(tuner, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=lambda: result))
     job = {
         "is_local": False,
