@@ -125,8 +125,8 @@ class ProminentAlignment(nn.Module):
 
     c and d are never formed: cos(c_k, w_k) = (A'S)_kk / sqrt(A_k' K A_k) and
     cos(v_r, d_r) = (P S')_rr / sqrt(P_r G P_r'), with K and G the Gram matrices of the regions and
-    of the words. Rounds after the first replace v_r by the unit vector along v_r + g_r d_r, which is
-    kept as its coefficients in the first v and in w.
+    of the words. Rounds after the first replace v_r by the unit vector along v_r + g_r d_r, which
+    is kept as its coefficients in the first v and in w.
 
     The cost of a pair is `region word dim` multiplications for S and
     `region word (region + word)` for the lengths.
