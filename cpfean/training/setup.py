@@ -95,8 +95,7 @@ def build_model(config: ExperimentConfig, *, split: Split, tokenizer: CaptionTok
 def check_data_suffices(config: ExperimentConfig, split: Split) -> None:
     """Refuses a configuration that asks for boxes which the data lacks.
 
-    Data without labels has no prior to bring in, which is said in the log; see
-    `orchestration.study` for refusing studies of what is missing.
+    Data without labels has no prior to bring in, which is said in the log.
 
     Raises:
         ConfigError: names the setting.
