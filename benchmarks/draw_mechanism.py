@@ -3,9 +3,10 @@
     python benchmarks/draw_mechanism.py
 
 Trains the baseline `synthetic` on one CPU core (about two minutes) and draws a test image with one
-of its captions, twice: a matching pair, and the caption with an image of another scene. A box is as
-solid as its gate is open and says its prominent word; a word is as dark as its weight. Needs
-matplotlib, which comes with mlflow.
+of its captions, twice: a matching pair, and the caption with another image. A box is as solid as
+its gate is open and says its prominent word, a tinted one is described in truth; a word is as dark
+as its weight. Of the captions that name three things of some size, the one is drawn whose gates are
+clearest: a good example, not a typical one. Needs matplotlib, which comes with mlflow.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from jaxtyping import Bool
 from matplotlib.axes import Axes
 
 from cpfean.data.dataset import RetrievalDataset
+from cpfean.data.synthetic import SyntheticTruth
 from cpfean.model.alignment import Alignment
 from cpfean.model.cpfean import Cpfean
-from cpfean.training.mechanisms import train_on_synthetic
+from cpfean.training.mechanisms import align_pairs, train_on_synthetic
 from experiments.baselines import SYNTHETIC
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:cyan")
@@ -43,20 +46,38 @@ def main() -> None:
     model, dataset, truth = train_on_synthetic(SYNTHETIC, cache_dir=arguments.cache)
     caption = arguments.caption
     if caption is None:
-        # A caption that says much: of those that name three things or more, the longest.
-        named = [len({regions for regions in words if regions}) for words in truth.named]
-        lengths = [len(words) for words in truth.named]
-        caption = max(
-            range(len(named)), key=lambda i: (named[i] >= 3, lengths[i] <= 14, lengths[i])
-        )
+        caption = clearest(model, dataset, truth)
     image = caption // dataset.split.captions_per_image
     other = (image + dataset.split.num_images // 2) % dataset.split.num_images
-    draw(model, dataset, caption, (image, other), arguments.out)
+    draw(model, dataset, truth, caption, (image, other), arguments.out)
     print(f"{arguments.out}: {dataset.split.captions[caption]!r}")
 
 
+def clearest(model: Cpfean, dataset: RetrievalDataset, truth: SyntheticTruth) -> int:
+    """The caption, of those that name three things, whose gates tell best what it describes."""
+    geometry = dataset.split.regions.geometry
+    assert geometry is not None
+    best, widest = 0, -np.inf
+    for caption, words in enumerate(truth.named):
+        image, row = divmod(caption, dataset.split.captions_per_image)
+        described = truth.described_by[caption]
+        areas = geometry[image, described, 4]
+        if len(set(words) - {()}) < 3 or len(words) > 14 or areas.min() < 0.015:
+            continue
+        gates = align_pairs(model, dataset, image).gates[0, row].numpy()
+        gap = gates[described].min() - gates[~described].max()
+        if gap > widest:
+            best, widest = caption, gap
+    return best
+
+
 def draw(
-    model: Cpfean, dataset: RetrievalDataset, caption: int, images: tuple[int, int], out: Path
+    model: Cpfean,
+    dataset: RetrievalDataset,
+    truth: SyntheticTruth,
+    caption: int,
+    images: tuple[int, int],
+    out: Path,
 ) -> None:
     """Both images with the caption, side by side."""
     words = dataset.split.captions[caption].split()
@@ -67,7 +88,9 @@ def draw(
             spoken = model.encode_captions(**dataset.caption_batch([caption])._asdict())
             score = float(model.score(encoded, spoken))
             alignment = model.align(encoded, spoken)
-        draw_regions(axis, dataset, image, alignment, words)
+        own = image == caption // dataset.split.captions_per_image
+        described = truth.described_by[caption] & own
+        draw_regions(axis, dataset, image, alignment, words, described)
         axis.set_title(f"{title}: score {score:.2f}", fontsize=10)
         write_words(axis, words, alignment.word_weights[0, 0].numpy())
     figure.tight_layout()
@@ -77,7 +100,12 @@ def draw(
 
 
 def draw_regions(
-    axis: Axes, dataset: RetrievalDataset, image: int, alignment: Alignment, words: list[str]
+    axis: Axes,
+    dataset: RetrievalDataset,
+    image: int,
+    alignment: Alignment,
+    words: list[str],
+    described: Bool[np.ndarray, "region"],
 ) -> None:
     """The boxes, in shares of the image; as solid as their gates."""
     gates = alignment.gates[0, 0].numpy()
@@ -88,20 +116,27 @@ def draw_regions(
     assert labels is not None
     assert names is not None
     spoken = sorted(set(prominent[gates > 0.3].tolist()))
+    # Of several boxes with one prominent word, the last one drawn, whose gate is widest, says it.
+    says = {int(prominent[region]): region for region in np.argsort(gates)}
     for region in np.argsort(gates):
         x1, y1, x2, y2 = geometry[image, region, :4].astype(float)
         word = int(prominent[region])
         open_ = gates[region] > 0.3
         colour = COLOURS[spoken.index(word) % len(COLOURS)] if open_ else "0.6"
+        if described[region]:
+            tint = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, color="gold", alpha=0.12, linewidth=0)
+            axis.add_patch(tint)
         axis.add_patch(
             plt.Rectangle(
                 (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                 alpha=0.25 + 0.75 * float(gates[region]), linewidth=0.6 + 2 * float(gates[region]),
             )
         )  # fmt: skip
+        if open_ and says[word] != region:
+            continue
         axis.text(
-            x1 + 0.006,
-            y1 + 0.008,
+            x1 + 0.012,
+            y1 + 0.012,
             f"{words[word]} {gates[region]:.2f}" if open_ else names[labels[image, region]],
             fontsize=8 if open_ else 6,
             color=colour,
@@ -120,15 +155,16 @@ def write_words(axis: Axes, words: list[str], weights: np.ndarray) -> None:
     for word, weight in zip(words, weights[: len(words)], strict=True):
         if place + len(word) > 48:
             place, row = 0, row + 1
-        shade = float(weight / weights.max())
+        # A word that weighs as much as the others is shaded by a third.
+        shade = min(1.0, float(weight) * len(words) / 3)
         colour = (1, 1 - 0.45 * shade, 1 - 0.85 * shade)
         axis.text(
             place * 0.0205,
-            1.03 + 0.075 * row,
+            1.07 + 0.075 * row,
             word,
             fontsize=10,
             family="monospace",
-            va="top",
+            va="baseline",
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2},
         )
         place += len(word) + 1

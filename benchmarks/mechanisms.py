@@ -49,7 +49,7 @@ def main() -> None:
             rows[name].append(asdict(train_and_measure(seeded, cache_dir=arguments.cache)))
             print(f"seed {seed}, {name}: {rows[name][-1]}", file=sys.stderr, flush=True)
     effects = [
-        PriorEffects(lambda name, seed=seed: rows[name][seed]["rsum"])
+        PriorEffects({name: rows[name][seed]["rsum"] for name in SETTINGS}.__getitem__)
         for seed in range(arguments.seeds)
     ]
     table = {
