@@ -364,7 +364,7 @@ class EvaluationConfig(_Part):
 
     Attributes:
         protocol: "full" ranks among the whole split; "coco-1k" is the mean over consecutive folds
-            of 1000 images. Both come from one pass over the scores.
+            of 1000 images, each ranked by itself.
         batch_size: images or captions encoded at a time.
     """
 

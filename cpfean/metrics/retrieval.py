@@ -1,10 +1,10 @@
 """Recall of matches among all candidates of a split, in both directions.
 
-Axes:  image     rows of the score matrix: all of a split, or a contiguous share of it
-       caption   its columns: those of image 0 first, then those of image 1, ...
+Axes:  image     of a gallery: a whole split, or a fold of it     rival   a wrong image of a caption
+       caption   of the gallery: those of its first image first, then those of its second, ...
 
 A rank is a count of better candidates, and counts over shares of the images add up: nothing here
-needs the whole score matrix in one place.
+needs the whole score matrix, neither in one place nor at one time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpfean.errors import DataError, DivergedError
+from cpfean.processes import smallest, summed
+
+_DEPTH = 10  # recall is asked for at 1, 5 and 10: whether 10 rivals are better or more is all one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,66 +79,104 @@ class RetrievalMetrics:
         return cls.from_dict({key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]})
 
 
-def match_scores(
-    scores: Float[Tensor, "image caption"], *, first: int, captions_per_image: int
-) -> Float[Tensor, "image match"]:
-    """The scores of each image's own captions.
+class RankCounter:
+    """Counts, for every query of a gallery, the candidates that are ranked before its match.
 
-    Args:
-        scores: rows `first`, `first + 1`, ... of the score matrix, all its columns.
-        first: which image row 0 is.
-        captions_per_image: captions of an image, next to each other.
-    """
-    image = torch.arange(first, first + scores.shape[0], device=scores.device)
-    own = torch.arange(captions_per_image, device=scores.device)
-    return scores.gather(1, image[:, None] * captions_per_image + own)
+    Takes the score matrix a few rows at a time, in any order and on any number of processes, each
+    row once. A row tells all about its image. A caption's match may come later than its rivals, so
+    their ten best scores are kept and compared with the match at the end: ten numbers a caption,
+    whatever the number of images.
 
-
-def better_captions(
-    scores: Float[Tensor, "image caption"], *, first: int, captions_per_image: int
-) -> Int[Tensor, "image"]:
-    """For each image, how many wrong captions score at least as high as its best own caption.
+    Every pair is thus scored once, and a match is told from its rivals by where it stands: it
+    cannot tie with itself, and nothing depends on computing a score twice alike.
 
     A tie counts against the model: constant scores earn nothing.
-
-    Raises:
-        DivergedError: a score is not finite.
     """
-    _check_finite(scores)
-    own = match_scores(scores, first=first, captions_per_image=captions_per_image)
-    best = own.amax(dim=1, keepdim=True)
-    return (scores >= best).sum(dim=1) - (own >= best).sum(dim=1)
 
+    def __init__(
+        self,
+        gallery: range,
+        *,
+        captions_per_image: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Starts with no rows.
 
-def better_images(
-    scores: Float[Tensor, "image caption"],
-    matches: Float[Tensor, "caption"],
-    *,
-    first: int,
-    captions_per_image: int,
-) -> Int[Tensor, "caption"]:
-    """For each caption, how many of these rows' wrong images score at least as high as its own.
+        Args:
+            gallery: its images, by their positions in the split.
+            captions_per_image: captions of an image, next to each other.
+            dtype: of the scores.
+            device: of the scores; one that the processes can communicate through.
+        """
+        self.gallery = gallery
+        self.captions_per_image = captions_per_image
+        num_captions = len(gallery) * captions_per_image
+        self._better_captions = torch.zeros(len(gallery), dtype=torch.int64, device=device)
+        self._matches = torch.zeros(num_captions, dtype=dtype, device=device)
+        self._rivals = torch.full((_DEPTH, num_captions), -torch.inf, dtype=dtype, device=device)
+        self._first_broken = len(gallery) * num_captions  # position of a score; this is none's
 
-    Args:
-        scores: a share of the rows; the counts of all shares add up.
-        matches: the score of each caption with its own image, which may be in another share.
-        first: which image row 0 is.
-        captions_per_image: captions of an image, next to each other.
+    @property
+    def diverged(self) -> bool:
+        """Whether a score that was added here is not finite; there is no use in adding more."""
+        return self._first_broken < len(self.gallery) * len(self._matches)
 
-    Raises:
-        DivergedError: a score is not finite.
-    """
-    _check_finite(scores)
-    last = first + scores.shape[0]
-    count = (scores >= matches).sum(dim=0)
-    count[first * captions_per_image : last * captions_per_image] -= 1  # its own image
-    return count
+    def add(self, scores: Float[Tensor, "image caption"], *, first: int) -> None:
+        """Counts some rows of the score matrix.
+
+        Args:
+            scores: of images next to each other, with all captions of the gallery.
+            first: the first of these images, by its position in the split.
+        """
+        row = first - self.gallery.start
+        num_rows, num_captions = scores.shape
+        if not bool(torch.stack(torch.aminmax(scores)).isfinite().all()):
+            broken = int((~scores.isfinite()).flatten().nonzero()[0])
+            self._first_broken = min(self._first_broken, row * num_captions + broken)
+            return
+        per_image = self.captions_per_image
+        image = torch.arange(num_rows, device=scores.device)[:, None]
+        own = (row + image) * per_image + torch.arange(per_image, device=scores.device)
+        matches = scores.gather(1, own)
+        best = matches.amax(dim=1, keepdim=True)
+        better = (scores >= best).sum(dim=1) - (matches >= best).sum(dim=1)
+        self._better_captions[row : row + num_rows] = better
+        self._matches[row * per_image : (row + num_rows) * per_image] = matches.flatten()
+
+        rivals = torch.cat([self._rivals, scores])
+        rivals[_DEPTH + image, own] = -torch.inf
+        self._rivals = rivals.topk(_DEPTH, dim=0, sorted=False).values
+
+    def metrics(self) -> RetrievalMetrics:
+        """The recalls, once the processes have together added all rows; the same on each.
+
+        Raises:
+            DivergedError: a score is not finite; raised on every process.
+        """
+        num_captions = len(self._matches)
+        broken = int(smallest(torch.tensor(self._first_broken, device=self._matches.device)))
+        if broken < len(self.gallery) * num_captions:
+            image, caption = divmod(broken, num_captions)
+            start = self.gallery.start
+            raise DivergedError(
+                f"the score of image {start + image}, caption "
+                f"{start * self.captions_per_image + caption} is not finite: nothing can be "
+                "ranked. The training has diverged; try a lower optim.learning_rate."
+            )
+        # What other processes hold is zero here, so the sum is everybody's.
+        matches = summed(self._matches.clone())
+        better_images = (self._rivals >= matches).sum(dim=0)
+        return RetrievalMetrics(
+            image_to_text=RecallAtK.from_counts(summed(self._better_captions.clone())),
+            text_to_image=RecallAtK.from_counts(summed(better_images)),
+        )
 
 
 def retrieval_metrics(
     scores: Float[Tensor, "image caption"], *, captions_per_image: int = 5
 ) -> RetrievalMetrics:
-    """The metrics of a complete score matrix.
+    """The metrics of a complete score matrix, held by one process.
 
     Raises:
         DataError: the columns are not `captions_per_image` for each row.
@@ -147,18 +188,18 @@ def retrieval_metrics(
             f"a score matrix of {num_images} images by {num_captions} captions; expected "
             f"{captions_per_image} captions for each of at least one image."
         )
-    layout = {"first": 0, "captions_per_image": captions_per_image}
-    matches = match_scores(scores, **layout).flatten()
-    return RetrievalMetrics(
-        image_to_text=RecallAtK.from_counts(better_captions(scores, **layout)),
-        text_to_image=RecallAtK.from_counts(better_images(scores, matches, **layout)),
+    counter = RankCounter(
+        range(num_images),
+        captions_per_image=captions_per_image,
+        dtype=scores.dtype,
+        device=scores.device,
     )
+    counter.add(scores, first=0)
+    return counter.metrics()
 
 
-def fold_slices(
-    num_images: int, *, fold_size: int, captions_per_image: int = 5
-) -> list[tuple[slice, slice]]:
-    """Rows and columns of consecutive folds: the diagonal blocks of the score matrix.
+def folds(num_images: int, *, fold_size: int) -> list[range]:
+    """Consecutive images that are ranked by themselves: COCO 1K is five folds of 1000 images.
 
     Raises:
         DataError: the images do not divide into folds of that size.
@@ -168,40 +209,4 @@ def fold_slices(
             f"{num_images} images do not divide into folds of {fold_size}; the COCO 1K protocol "
             'takes the 5000 test images, evaluation.protocol = "full" any number.'
         )
-    starts = range(0, num_images, fold_size)
-    return [
-        (
-            slice(start, start + fold_size),
-            slice(start * captions_per_image, (start + fold_size) * captions_per_image),
-        )
-        for start in starts
-    ]
-
-
-def fold_metrics(
-    scores: Float[Tensor, "image caption"], *, fold_size: int = 1000, captions_per_image: int = 5
-) -> RetrievalMetrics:
-    """The mean over consecutive folds: COCO 1K is five folds of 1000 images.
-
-    Raises:
-        DataError: the images do not divide into folds of that size.
-        DivergedError: a score is not finite.
-    """
-    folds = fold_slices(scores.shape[0], fold_size=fold_size, captions_per_image=captions_per_image)
-    return RetrievalMetrics.mean(
-        [
-            retrieval_metrics(scores[rows, columns], captions_per_image=captions_per_image)
-            for rows, columns in folds
-        ]
-    )
-
-
-def _check_finite(scores: Float[Tensor, "image caption"]) -> None:
-    finite = scores.isfinite()
-    if not bool(finite.all()):
-        image, caption = (~finite).nonzero()[0].tolist()
-        raise DivergedError(
-            f"{int((~finite).sum())} of {scores.numel()} scores are not finite, the first at image "
-            f"{image}, caption {caption}: nothing can be ranked. The training has diverged; try a "
-            "lower optim.learning_rate."
-        )
+    return [range(start, start + fold_size) for start in range(0, num_images, fold_size)]

@@ -8,38 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from cpfean.errors import DataError, DivergedError
-from cpfean.metrics.retrieval import (
-    RetrievalMetrics,
-    better_captions,
-    better_images,
-    fold_metrics,
-    match_scores,
-    retrieval_metrics,
-)
+from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds, retrieval_metrics
+from tests.metrics.naive import naive_recalls
 
 PER_IMAGE = 5
-
-
-def naive_recalls(scores: Tensor) -> dict[str, float]:
-    """Ranks by walking down sorted lists in which, of equal scores, wrong candidates come first."""
-    num_images, num_captions = scores.shape
-    ranks: dict[str, list[int]] = {"i2t": [], "t2i": []}
-    for i in range(num_images):
-        own = range(i * PER_IMAGE, (i + 1) * PER_IMAGE)
-        line = sorted(range(num_captions), key=lambda c: (-scores[i, c].item(), c in own))
-        ranks["i2t"].append(min(line.index(c) for c in own))
-    for c in range(num_captions):
-        own_image = c // PER_IMAGE
-        line = sorted(range(num_images), key=lambda i: (-scores[i, c].item(), i == own_image))
-        ranks["t2i"].append(line.index(own_image))
-    return {
-        f"{way}_r{k}": 100 * sum(rank < k for rank in found) / len(found)
-        for way, found in ranks.items()
-        for k in (1, 5, 10)
-    }
 
 
 @given(seed=st.integers(0, 2**16), num_images=st.integers(1, 15), ties=st.booleans())
@@ -61,34 +35,39 @@ def test_constant_scores_earn_nothing_and_perfect_ones_everything() -> None:
     assert retrieval_metrics(perfect).rsum == 600
 
 
-@given(seed=st.integers(0, 2**16), cut=st.integers(1, 8))
-def test_counts_of_shares_add_up(seed: int, cut: int) -> None:
-    scores = torch.rand(9, 45, generator=torch.Generator().manual_seed(seed))
-    matches = match_scores(scores, first=0, captions_per_image=PER_IMAGE).flatten()
-    whole = better_images(scores, matches, first=0, captions_per_image=PER_IMAGE)
-    parts = [
-        better_images(rows, matches, first=first, captions_per_image=PER_IMAGE)
-        for first, rows in ((0, scores[:cut]), (cut, scores[cut:]))
-    ]
-    assert torch.equal(parts[0] + parts[1], whole)
-    captions = [
-        better_captions(rows, first=first, captions_per_image=PER_IMAGE)
-        for first, rows in ((0, scores[:cut]), (cut, scores[cut:]))
-    ]
-    assert torch.equal(
-        torch.cat(captions), better_captions(scores, first=0, captions_per_image=PER_IMAGE)
-    )
+@given(seed=st.integers(0, 2**16), ties=st.booleans(), order=st.permutations(range(4)))
+def test_rows_may_come_in_blocks_and_in_any_order(seed: int, ties: bool, order: list[int]) -> None:
+    """More images than rivals are kept of, in blocks of 1 to 12; images 100 to 122 of a split."""
+    scores = torch.rand(23, 115, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        scores = (scores * 8).round()
+    before = scores.clone()
+    counter = RankCounter(range(100, 123), captions_per_image=PER_IMAGE)
+    edges = [0, 1, 13, 18, 23]
+    for block in order:
+        start, stop = edges[block], edges[block + 1]
+        counter.add(scores[start:stop], first=100 + start)
+    expected = naive_recalls(scores)
+    found = counter.metrics().as_dict()
+    assert found.pop("rsum") == pytest.approx(sum(expected.values()))
+    assert found == pytest.approx(expected)
+    assert torch.equal(scores, before)
 
 
-def test_folds_are_the_diagonal_blocks() -> None:
-    scores = torch.rand(12, 60, generator=torch.Generator().manual_seed(0))
-    blocks = [
-        retrieval_metrics(scores[i : i + 4, 5 * i : 5 * (i + 4)]).as_dict() for i in (0, 4, 8)
-    ]
-    mean = {key: sum(block[key] for block in blocks) / 3 for key in blocks[0]}
-    assert fold_metrics(scores, fold_size=4).as_dict() == pytest.approx(mean)
+def test_one_ulp_decides() -> None:
+    """A rival that is better by the last bit is better; one that is worse by it is not."""
+    scores = torch.zeros(2, 10)
+    scores[:, :5] = 0.5
+    scores[1, :5] = torch.tensor(0.5).nextafter(torch.tensor(-1.0))
+    assert retrieval_metrics(scores).text_to_image.r1 == 50  # captions of image 1 tie
+    scores[1, :5] = torch.tensor(0.5).nextafter(torch.tensor(1.0))
+    assert retrieval_metrics(scores).text_to_image.r1 == 0
+
+
+def test_folds_are_consecutive_and_of_one_size() -> None:
+    assert folds(12, fold_size=4) == [range(4), range(4, 8), range(8, 12)]
     with pytest.raises(DataError, match="12 images do not divide into folds of 5"):
-        fold_metrics(scores, fold_size=5)
+        folds(12, fold_size=5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

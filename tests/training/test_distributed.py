@@ -15,9 +15,9 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
 from cpfean.losses.triplet import triplet_loss
 from cpfean.processes import place
-from cpfean.training.evaluation import evaluate
 from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.setup import open_experiment
+from tests.training.test_evaluation import evaluations, refusals
 from tests.training.tiny import tiny_experiment
 
 CPU = torch.device("cpu")
@@ -52,19 +52,13 @@ def one_step(
     return loss.item(), gradients
 
 
-def metrics_of_dev(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str, float]:
-    """Evaluation of the untrained model, in this process's company."""
-    experiment = open_experiment(config, data_folder=folder, cache_dir=cache, device=CPU)
-    found = evaluate(experiment.model, experiment.dev, protocol="full", batch_size=4, device=CPU)
-    return found.as_dict()
-
-
 def everything(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str, Any]:
     """All that is compared; in one go, because starting processes takes the most time."""
     return {
         "hardest": one_step(config, folder, cache, "hardest"),
         "all": one_step(config, folder, cache, "all"),
-        "metrics": metrics_of_dev(config, folder, cache),
+        "evaluations": evaluations(config, folder, cache),
+        "refusals": refusals(config, folder, cache),
     }
 
 
@@ -113,7 +107,12 @@ def test_shared_step_equals_one_process(alone_and_shared: Found, mining: str) ->
 
 def test_shared_evaluation_equals_one_process(alone_and_shared: Found) -> None:
     alone, shared = alone_and_shared
-    assert [found["metrics"] for found in shared] == [alone["metrics"]] * len(shared)
+    assert [found["evaluations"] for found in shared] == [alone["evaluations"]] * len(shared)
+
+
+def test_every_process_refuses_what_one_of_them_cannot_rank(alone_and_shared: Found) -> None:
+    alone, shared = alone_and_shared
+    assert [found["refusals"] for found in shared] == [alone["refusals"]] * len(shared)
 
 
 def test_sparse_gradient_of_the_hardest_equals_the_dense_one(

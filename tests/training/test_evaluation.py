@@ -1,0 +1,201 @@
+"""Evaluation against the plain one: the whole score matrix at once, and lists sorted by hand.
+
+The same on several processes: test_distributed.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.dataset import RetrievalDataset
+from cpfean.errors import DataError, DivergedError
+from cpfean.model.cpfean import Cpfean
+from cpfean.training import evaluation, progress
+from cpfean.training.evaluation import evaluate
+from cpfean.training.setup import open_experiment
+from tests.metrics.naive import naive_recalls
+
+CPU = torch.device("cpu")
+FOLD = 4
+PROTOCOLS: tuple[Literal["full", "coco-1k"], ...] = ("full", "coco-1k")
+
+
+def model_and_split(
+    config: ExperimentConfig, folder: Path, cache: Path, *, ties: bool = False
+) -> tuple[Cpfean, RetrievalDataset]:
+    """An untrained model and the 16 images of "train", some of their regions missing.
+
+    Args:
+        ties: round the scores, so that many are equal.
+    """
+    experiment = open_experiment(config, data_folder=folder, cache_dir=cache, device=CPU)
+    model = experiment.model.double().eval()
+    if ties:
+        exact = model.score
+
+        def rounded(*embeddings: Any) -> Tensor:
+            return (exact(*embeddings) * 32).round() / 32
+
+        model.score = rounded  # type: ignore[method-assign]
+    split = experiment.train.split
+    counts = np.random.default_rng(0).integers(1, 9, split.num_images)
+    split = replace(split, regions=replace(split.regions, counts=counts))
+    return model, RetrievalDataset(split, experiment.train.tokens, experiment.tokenizer)
+
+
+def plain_scores(model: Cpfean, dataset: RetrievalDataset) -> Tensor:
+    """All scores in one go."""
+    split = dataset.split
+    with torch.no_grad():
+        return model.score(
+            model.encode_images(**dataset.image_batch(range(split.num_images))._asdict()),
+            model.encode_captions(**dataset.caption_batch(range(split.num_captions))._asdict()),
+        )
+
+
+def plain_evaluation(scores: Tensor, *, fold: int) -> dict[str, float]:
+    """The mean over folds of what sorting gives."""
+    blocks = [
+        naive_recalls(scores[start : start + fold, 5 * start : 5 * (start + fold)])
+        for start in range(0, len(scores), fold)
+    ]
+    mean = {key: sum(block[key] for block in blocks) / len(blocks) for key in blocks[0]}
+    return mean | {"rsum": sum(mean.values())}
+
+
+def evaluations(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str, dict[str, float]]:
+    """What `evaluate` finds, in this process's company, by protocol, with and without ties."""
+    found = {}
+    for ties in (False, True):
+        model, dataset = model_and_split(config, folder, cache, ties=ties)
+        for protocol in PROTOCOLS:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(evaluation, "COCO_FOLD", FOLD)
+                metrics = evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
+            found[f"{protocol}, {ties}"] = metrics.as_dict()
+    return found
+
+
+def refusals(config: ExperimentConfig, folder: Path, cache: Path) -> list[str]:
+    """What `evaluate` says to a split whose last image but one is broken, by protocol."""
+    model, dataset = model_and_split(config, folder, cache)
+    regions = dataset.split.regions
+    features = np.array(regions.features)
+    features[14] = np.nan
+    dataset.split = replace(dataset.split, regions=replace(regions, features=features))
+    messages = []
+    for protocol in PROTOCOLS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "COCO_FOLD", FOLD)
+            with pytest.raises(DivergedError) as caught:
+                evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_evaluation_equals_the_plain_one(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    found = evaluations(tiny_config, data_folder, tmp_path)
+    for ties in (False, True):
+        model, dataset = model_and_split(tiny_config, data_folder, tmp_path, ties=ties)
+        scores = plain_scores(model, dataset)
+        equal = [len(column) - len(column.unique()) for column in scores.T]
+        assert (sum(equal) > len(equal)) == ties
+        for protocol, fold in zip(PROTOCOLS, (16, FOLD), strict=True):
+            expected = plain_evaluation(scores, fold=fold)
+            assert found[f"{protocol}, {ties}"] == pytest.approx(expected)
+            assert 0 < expected["rsum"] < 600
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_everything_is_encoded_once_and_scored_once(
+    tiny_config: ExperimentConfig,
+    data_folder: Path,
+    tmp_path: Path,
+    protocol: Literal["full", "coco-1k"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
+    sizes: dict[str, list[int]] = {"images": [], "captions": [], "pairs": []}
+    encode_images, encode_captions, score = model.encode_images, model.encode_captions, model.score
+
+    def counted_images(**fields: Any) -> Any:
+        sizes["images"].append(len(fields["features"]))
+        return encode_images(**fields)
+
+    def counted_captions(**fields: Any) -> Any:
+        sizes["captions"].append(len(fields["tokens"]))
+        return encode_captions(**fields)
+
+    def counted_pairs(images: Any, captions: Any) -> Tensor:
+        sizes["pairs"].append(len(images.mask) * len(captions.mask))
+        return score(images, captions)
+
+    monkeypatch.setattr(model, "encode_images", counted_images)
+    monkeypatch.setattr(model, "encode_captions", counted_captions)
+    monkeypatch.setattr(model, "score", counted_pairs)
+    monkeypatch.setattr(evaluation, "COCO_FOLD", FOLD)
+    evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
+    assert sum(sizes["images"]) == 16
+    assert sum(sizes["captions"]) == 80
+    assert max(sizes["images"] + sizes["captions"]) == 3
+    # Of the score matrix, the folds need the blocks on the diagonal.
+    assert sum(sizes["pairs"]) == (16 * 80 if protocol == "full" else 16 * FOLD * 5)
+
+
+def test_score_that_is_not_finite_is_named_by_its_place_in_the_split(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    of_split, of_fold = refusals(tiny_config, data_folder, tmp_path)
+    assert "image 14, caption 0 is not finite" in of_split
+    assert "image 14, caption 60 is not finite" in of_fold
+
+
+def test_model_is_left_as_it_was(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, dataset, protocol="full", batch_size=5, device=CPU)
+        assert model.training == training
+
+
+def test_split_that_is_no_number_of_folds_is_refused(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
+    with pytest.raises(DataError, match="16 images do not divide into folds of 1000"):
+        evaluate(model, dataset, protocol="coco-1k", batch_size=5, device=CPU)
+
+
+def test_progress_says_which_fold(
+    tiny_config: ExperimentConfig,
+    data_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Talkative(progress.Progress):
+        def __init__(self, what: str, *, total: int) -> None:
+            super().__init__(what, total=total, interval=0)
+
+    monkeypatch.setattr(evaluation, "Progress", Talkative)
+    monkeypatch.setattr(evaluation, "COCO_FOLD", FOLD)
+    model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
+    with caplog.at_level(logging.INFO):
+        evaluate(model, dataset, protocol="coco-1k", batch_size=3, device=CPU)
+        evaluate(model, dataset, protocol="full", batch_size=3, device=CPU)
+    assert "encoding captions of train, fold 2 of 4: 3/7, " in caplog.text
+    assert "scoring train, fold 4 of 4: 3/4, " in caplog.text
+    assert "scoring train: 15/16, " in caplog.text
