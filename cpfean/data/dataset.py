@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
-from torch.utils.data import Dataset, Sampler
 
 from cpfean.data.batch import Batch, CaptionBatch, ImageBatch
 from cpfean.data.split import Split
@@ -57,7 +56,7 @@ class WordFeatures(NamedTuple):
     offsets: Int64[np.ndarray, "caption+1"]
 
 
-class RetrievalDataset(Dataset[Batch]):
+class RetrievalDataset:
     """The pairs of a split: caption k and its image, for every caption k.
 
     Args:
@@ -105,10 +104,6 @@ class RetrievalDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return self.split.num_captions
-
-    def __getitem__(self, request: BatchRequest) -> Batch:
-        """What `training_batch` gives, for a DataLoader."""
-        return self.training_batch(request)
 
     def image_batch(self, indices: Indices) -> ImageBatch:
         """All stored regions of some images; an image comes out the same in any batch.
@@ -291,12 +286,11 @@ class RetrievalDataset(Dataset[Batch]):
         return result
 
 
-class GlobalBatches(Sampler[BatchRequest]):
+class GlobalBatches:
     """One epoch's batches, the same on every worker but for the rows wanted.
 
     The order of the pairs comes from (seed, epoch). The last batch is left out if it is smaller
-    than the others, unless it is the only one. To be used as the `sampler` of a DataLoader with
-    `batch_size=None`.
+    than the others, unless it is the only one.
 
     Args:
         num_pairs: captions of the split.

@@ -17,6 +17,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from cpfean.data.dataset import RetrievalDataset
+from cpfean.data.prefetch import prefetched
 from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings
@@ -94,16 +95,18 @@ def _count_ranks(
     begin, end = share(len(gallery), rank=rank, world_size=world_size)
     own = gallery[begin:end]
     progress = Progress(f"scoring {name}", total=len(own))
-    for start in range(0, len(own), batch_size):
-        block = own[start : start + batch_size]
-        images = model.encode_images(**dataset.image_batch(block).to(device)._asdict())
-        scores = torch.empty(len(block), len(gallery) * per_image, dtype=dtype, device=device)
-        for columns, embedded in captions:
-            scores[:, columns] = model.score(images, embedded)
-        ranks.add(scores, first=block.start)
-        if ranks.diverged:
-            break
-        progress.step(start + len(block))
+    blocks = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    on_gpu = device.type == "cuda"
+    with prefetched(map(dataset.image_batch, blocks), pin=on_gpu) as batches:
+        for block, batch in zip(blocks, batches, strict=True):
+            images = model.encode_images(**batch.to(device, non_blocking=on_gpu)._asdict())
+            scores = torch.empty(len(block), len(gallery) * per_image, dtype=dtype, device=device)
+            for columns, embedded in captions:
+                scores[:, columns] = model.score(images, embedded)
+            ranks.add(scores, first=block.start)
+            if ranks.diverged:
+                break
+            progress.step(block.stop - own.start)
     return ranks
 
 
@@ -125,10 +128,14 @@ def _encode_captions(
     # waiting for what the one before it sends.
     encoded = {}
     progress = Progress(f"encoding captions of {name}", total=len(batches))
-    for number in range(rank, len(batches), world_size):
-        batch = dataset.caption_batch(captions.start + batches[number]).to(device)
-        encoded[number] = model.encode_captions(**batch._asdict())
-        progress.step(number + 1)
+    on_gpu = device.type == "cuda"
+    mine = range(rank, len(batches), world_size)
+    made = (dataset.caption_batch(captions.start + batches[number]) for number in mine)
+    with prefetched(made, pin=on_gpu) as ready:
+        for number, batch in zip(mine, ready, strict=True):
+            fields = batch.to(device, non_blocking=on_gpu)._asdict()
+            encoded[number] = model.encode_captions(**fields)
+            progress.step(number + 1)
     result = []
     for number, columns in enumerate(batches):
         embedded = encoded.pop(number, None)

@@ -17,10 +17,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches, RetrievalDataset
+from cpfean.data.prefetch import prefetched
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import DivergedError
 from cpfean.metrics.retrieval import RetrievalMetrics
@@ -250,7 +250,6 @@ def _train_epoch(
         world_size=world_size,
     )
     on_gpu = device.type == "cuda"
-    loader = DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=on_gpu)
     warming_up = epoch <= config.loss.warmup_epochs
     mining: Literal["hardest", "all"] = "all" if warming_up else config.loss.mining
     in_batch = min(config.optim.batch_size, len(dataset))
@@ -260,21 +259,22 @@ def _train_epoch(
     step.train()
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_pairs = 0
-    for number, batch in enumerate(loader, start=1):
-        batch = batch.to(device, non_blocking=on_gpu)
-        optimizer.zero_grad(set_to_none=True)
-        with _autocast(config.optim.precision, device):
-            loss = step(batch, mining, in_batch)
-        # Data-parallel gradients are averaged over processes; the shares are to be summed.
-        (loss * world_size).backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-        optimizer.step()
-        total += loss.detach()
-        num_pairs += in_batch
-        if number % _LOOK_EVERY == 0 or number == len(batches):
-            mean = float(summed(total.clone())) / num_pairs
-            _check_finite(mean, norm, step, optimizer, epoch=epoch, step_number=number)
-            progress.step(number, f"loss {mean:.3f}")
+    with prefetched(map(dataset.training_batch, batches), pin=on_gpu) as gathered:
+        for number, batch in enumerate(gathered, start=1):
+            batch = batch.to(device, non_blocking=on_gpu)
+            optimizer.zero_grad(set_to_none=True)
+            with _autocast(config.optim.precision, device):
+                loss = step(batch, mining, in_batch)
+            # Data-parallel gradients are averaged over processes; the shares are to be summed.
+            (loss * world_size).backward()
+            norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            optimizer.step()
+            total += loss.detach()
+            num_pairs += in_batch
+            if number % _LOOK_EVERY == 0 or number == len(batches):
+                mean = float(summed(total.clone())) / num_pairs
+                _check_finite(mean, norm, step, optimizer, epoch=epoch, step_number=number)
+                progress.step(number, f"loss {mean:.3f}")
     _warn_if_collapsed(mean, mining, config, epoch=epoch)
     return mean, num_pairs / (time.monotonic() - started)
 

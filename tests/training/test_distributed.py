@@ -42,7 +42,9 @@ def one_step(
         rank=rank,
         world_size=world_size,
     )
-    loss = step(experiment.train[next(iter(batches))], mining, config.optim.batch_size)
+    loss = step(
+        experiment.train.training_batch(next(iter(batches))), mining, config.optim.batch_size
+    )
     (loss * world_size).backward()
     gradients = {
         name: parameter.grad
@@ -123,7 +125,7 @@ def test_sparse_gradient_of_the_hardest_equals_the_dense_one(
     experiment = open_experiment(config, data_folder=data_folder, cache_dir=tmp_path, device=CPU)
     model = experiment.model.double().eval()
     request = next(iter(GlobalBatches(len(experiment.train), 10, seed=0, epoch=1)))
-    batch = experiment.train[request]
+    batch = experiment.train.training_batch(request)
     scores = model(batch.images._asdict(), batch.captions._asdict())
     triplet_loss(scores, batch.image_ids, margin=config.loss.margin, mining="hardest").backward()
     for name, parameter in model.named_parameters():
