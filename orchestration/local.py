@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestration.checkpoints import CheckpointFolder
 from orchestration.records import RunFolder, TrialRecord, write_json, write_text
 from orchestration.settings import Settings
 from orchestration.study import (
@@ -18,7 +18,7 @@ from orchestration.study import (
     test_metrics,
     tracked_run,
 )
-from orchestration.tracking import Tracker
+from orchestration.tracking import Tracker, git_commit
 from orchestration.worker import metrics_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run_here(
     if resume:
         folder.check_same(plan.identity())
     else:
-        folder.create(plan.identity())
+        folder.create(plan.identity(), commit=git_commit())
     with folder.lock():
         records = folder.records()
         record = records[0] if records else _first_record(plan)
@@ -67,26 +67,27 @@ def run_here(
 
 
 class _LocalReporter:
-    """Writes each epoch's record and checkpoint; keeps the last two checkpoints."""
+    """Writes each epoch's record and checkpoint."""
 
     def __init__(
-        self, folder: RunFolder, record: TrialRecord, tracker: Tracker, say: Callable[[str], None]
+        self,
+        folder: RunFolder,
+        record: TrialRecord,
+        tracker: Tracker,
+        checkpoints: CheckpointFolder,
+        say: Callable[[str], None],
     ) -> None:
         self._folder = folder
         self._record = record
         self._tracker = tracker
         self._say = say
+        self._checkpoints = checkpoints
         self._since = time.monotonic()
 
     def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
         record = self._record
-        checkpoints = self._folder.path / "checkpoints"
         if checkpoint is not None:
-            saved = checkpoints / f"epoch-{report.epoch:04d}"
-            checkpoint.save(saved)
-            record.checkpoint = str(saved)
-        for old in sorted(checkpoints.glob("epoch-*"))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+            record.checkpoint = self._checkpoints.save(checkpoint)
         metrics = metrics_of(report)
         record.history, record.complete = metrics["history"], metrics["ended"]
         now = time.monotonic()
@@ -119,7 +120,6 @@ def _train(
 ) -> None:
     import torch
 
-    from cpfean.training.checkpoint import newest_valid
     from cpfean.training.loop import fit
 
     record.state, record.failure, record.message = "running", "", ""
@@ -127,15 +127,16 @@ def _train(
     tracker.update(record)
     if record.complete:
         return
-    newest = newest_valid(sorted((folder.path / "checkpoints").glob("epoch-*"), reverse=True))
+    checkpoints = CheckpointFolder(str(folder.path / "checkpoints"))
+    newest = checkpoints.newest_valid()
     if newest is not None:
-        say(f"resuming from {newest}")
+        say(f"resuming from {checkpoints.at(newest)}")
     fit(
         record.experiment,
         data_folder=plan.data_folder,
         cache_dir=settings.cache_dir,
-        reporter=_LocalReporter(folder, record, tracker, say),
-        resume_from=newest,
+        reporter=_LocalReporter(folder, record, tracker, checkpoints, say),
+        resume_from=None if newest is None else Path(checkpoints.at(newest)),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
 

@@ -90,8 +90,8 @@ class RunFolder:
     def identity_file(self) -> Path:
         return self.path / "sweep.json"
 
-    def create(self, identity: dict[str, Any]) -> None:
-        """Writes what was asked for, and an id of its own.
+    def create(self, identity: dict[str, Any], *, commit: str | None = None) -> None:
+        """Writes what was asked for, an id of its own, and the commit it was started at.
 
         Raises:
             ConfigError: the folder holds a run already.
@@ -101,9 +101,10 @@ class RunFolder:
                 f"{self.path} holds a run already; continue it with --resume --name {self.name}, "
                 "or choose another --name."
             )
+        own = {"id": uuid.uuid4().hex[:12], "commit": commit}
         try:
             (self.path / "trials").mkdir(parents=True, exist_ok=True)
-            write_json(self.identity_file, {"id": uuid.uuid4().hex[:12]} | identity)
+            write_json(self.identity_file, own | identity)
         except OSError as error:
             raise ServiceError(f"{self.path}: cannot be written: {error}") from None
 
@@ -119,7 +120,7 @@ class RunFolder:
                 f"nothing to resume: {self.identity_file} does not exist or is damaged."
             )
         # Through JSON, so that tuples and lists compare equal.
-        before = _flat({name: value for name, value in known.items() if name != "id"})
+        before = _flat({name: value for name, value in known.items() if name not in _OWN})
         now = _flat(json.loads(json.dumps(identity)))
         differences = [
             f"  {path}: {_shown(before, path)} then, {_shown(now, path)} now"
@@ -136,6 +137,11 @@ class RunFolder:
     @property
     def id(self) -> str:
         return read_json(self.identity_file)["id"]
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that was checked out when the run was started."""
+        return (read_json(self.identity_file) or {}).get("commit")
 
     def records(self) -> list[TrialRecord]:
         """All trials, by number; one that was cut off before its first write is not there."""
@@ -206,6 +212,7 @@ def read_json(file: Path) -> Any:
 
 
 _ABSENT = object()
+_OWN = ("id", "commit")  # what a run has beside what was asked for
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
+from orchestration.checkpoints import CheckpointFolder
 from orchestration.records import RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
@@ -132,7 +133,7 @@ def run_study(
     if resume:
         folder.check_same(plan.identity())
     else:
-        folder.create(plan.identity())
+        folder.create(plan.identity(), commit=git_commit())
     with folder.lock():
         tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
         study = _Study(plan, settings, folder, tracker, say)
@@ -231,12 +232,15 @@ class _Study:
         self._set_state(record, "running")
         self._clock.news()
 
+    def begun(self, number: int) -> None:
+        self._clock.begun()
+
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         record = self._records[number]
         known = len(record.history)
         record.history = [dict(row) for row in metrics["history"]]
         if metrics.get("checkpoint_path"):
-            record.checkpoint = stored_at(self._settings.storage, metrics["checkpoint_path"])
+            record.checkpoint = metrics["checkpoint_path"]
         record.complete = bool(metrics["ended"])
         self._count_seconds(record)
         self._folder.write(record)
@@ -502,6 +506,7 @@ class _Clock:
     def __init__(self, *, is_local: bool = True) -> None:
         self._start = self._last = time.monotonic()
         self._epochs = 0
+        self._begun = False
         self._slowest = 0.0
         self._floor = 600.0 if is_local else 3600.0  # a cluster may have to start its machines
         self.epochs_left = 0
@@ -515,11 +520,19 @@ class _Clock:
     def limit(self) -> float:
         """Seconds of silence after which nothing is expected any more.
 
-        Before the first epoch nobody knows how long one takes, hence the long wait.
+        Between a driver's first workers and its first epoch nobody knows how long one takes, hence
+        the long wait.
         """
-        return (
-            max(self._floor, 10 * self._slowest) if self._epochs else max(self._floor, 4 * 3600.0)
-        )
+        if self._begun and not self._epochs:
+            return 4 * 3600.0
+        return max(self._floor, 10 * self._slowest)
+
+    def begun(self) -> None:
+        """Workers are there; the time that the first ones took to start says nothing of trials."""
+        self.news()
+        if not self._begun:
+            self._begun = True
+            self._start = self._last
 
     def news(self, *, epochs: int = 0) -> None:
         if epochs > 0:
@@ -539,12 +552,6 @@ class _Clock:
         )
 
 
-def stored_at(storage: str | None, path: str) -> str:
-    """The address of what is at a path of the storage: Ray leaves the scheme out."""
-    scheme, separator, _ = (storage or "").partition("://")
-    return f"{scheme}://{path}" if separator and "://" not in path else path
-
-
 def keep_model(record: TrialRecord, folder: Path) -> Path:
     """Copies the best weights out of a trial's checkpoint, wherever it is stored.
 
@@ -554,13 +561,12 @@ def keep_model(record: TrialRecord, folder: Path) -> Path:
     Raises:
         ServiceError: the checkpoint cannot be read.
     """
-    from ray.train import Checkpoint
-
+    uri, _, name = record.checkpoint.rpartition("/")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with Checkpoint(record.checkpoint).as_directory() as source:
-            shutil.copytree(Path(source) / "best", temporary)
+        with CheckpointFolder(uri).opened(name) as source:
+            shutil.copytree(source / "best", temporary)
     except OSError as error:
         raise ServiceError(f"{record.checkpoint}: cannot be read: {error}") from None
     write_text(temporary / "config.toml", record.experiment.to_toml())
@@ -600,7 +606,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
     return {
         "best": result.best.number if result.best else None,
         "test": dict(result.test),
-        "commit": git_commit(),
+        "commit": RunFolder(result.folder).commit,
         "trials": rows,
     }
 

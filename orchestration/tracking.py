@@ -14,6 +14,7 @@ running, finished, pruned, failed or interrupted (KILLED, and run on by --resume
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import os
 import subprocess
@@ -276,7 +277,7 @@ class Tracker:
         # The key tags go in with the creation: a run that exists can always be found again.
         key = {"cpfean.id": self._run.id, "cpfean.sweep": self._run.name}
         tags = key | {"cpfean.state": "running"} | dict(tags)
-        tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL"} | versions()
+        tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **versions()}
         run = self._need_client().create_run(self._experiment_id, tags=tags, run_name=name)
         return run.info.run_id
 
@@ -393,8 +394,12 @@ def ui_command(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {uri}"
 
 
-def versions() -> dict[str, str]:
-    """Tags: the libraries' versions, and the commit if this is a checkout."""
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Tags: the libraries' versions, and the commit if this is a checkout.
+
+    Found out once: what a process runs does not change with the checkout.
+    """
     tags = {}
     for library in _LIBRARIES:
         try:

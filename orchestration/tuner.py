@@ -1,8 +1,9 @@
-"""Ray, Tune and Train: the only module that knows their classes; imported when a study starts.
+"""Ray and Tune: the trials of a study as Tune sees them; imported when a study starts.
 
-Tune runs a function for each trial, the function runs a Ray Train trainer. What a trial is, what is
-known of it and what comes next is the study's business, behind `Hooks`; Tune's own snapshots are
-not read back, so that a restart depends on nothing but our records and the checkpoints.
+Tune runs a small process for each trial at a time, and that process has a crew of Ray Train workers
+(`orchestration.crew`); both stay for the next trial. What a trial is, what is known of it and what
+comes next is the study's business, behind `Hooks`; Tune's own snapshots are not read back, so that
+a restart depends on nothing but our records and the checkpoints.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +21,22 @@ from typing import Any, Protocol
 import ray
 from ray import cloudpickle, tune
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    WorkerGroupError,
-)
-from ray.train.torch import TorchTrainer
+from ray.train import TrainingFailedError, WorkerGroupError
 from ray.tune.experiment import Trial
-from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cpfean.errors import CpfeanError, DataError, DivergedError
+from orchestration.checkpoints import CheckpointFolder
+from orchestration.crew import HEAD, Crew
 from orchestration.records import TrialRecord
 from orchestration.search import METRIC
 from orchestration.settings import ServiceError, Settings, prepare_environment
-from orchestration.worker import train_worker
 
 _RETRIED = ("infra", "preempted")
 _MAX_RETRIES = 3
-# A trial's function and its Train controller hold no CPU: on two CPUs two workers must fit. The
-# head's own resource keeps them off nodes that may be taken away.
-_HEAD = "node:__internal_head__"
+_CLOSE_SECONDS = 10.0
 
 _CLASSES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     (DivergedError, "diverged"),
@@ -60,6 +52,8 @@ class Hooks(Protocol):
     def next_trial(self) -> TrialRecord | None: ...
 
     def started(self, number: int) -> None: ...
+
+    def begun(self, number: int) -> None: ...
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None: ...
 
@@ -109,15 +103,6 @@ class EarlyStopping:
     grace: int
     epochs: int
     reduction: float = 2.0
-
-
-class TrialFailure(Exception):  # noqa: N818  (it is the trial's, not ours)
-    """A trial that failed for good: the class of its error and its last lines."""
-
-    def __init__(self, failure: str, message: str) -> None:
-        super().__init__(failure, message)
-        self.failure = failure
-        self.message = message
 
 
 def connect(settings: Settings) -> Cluster:
@@ -228,77 +213,98 @@ def run_trials(
         "run_name": run_name,
     }
 
-    def trial(config: dict[str, Any]) -> None:
-        _train_trial(config, job)
-
     # Tune repeats as an error what the study has said of its trials.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     scheduler: _Halving | FIFOScheduler = FIFOScheduler()
     if early_stopping is not None:
         scheduler = _Halving(early_stopping, list(past))
+    watcher = _Watcher(hooks, scheduler)
     tuner = tune.Tuner(
-        tune.with_resources(trial, tune.PlacementGroupFactory([{_HEAD: 0.001}])),
+        tune.with_resources(
+            tune.with_parameters(_Trial, job=job), tune.PlacementGroupFactory([{HEAD: 0.001}])
+        ),
         tune_config=tune.TuneConfig(
             search_alg=_Source(hooks),
             scheduler=scheduler,
             num_samples=num_trials,
             max_concurrent_trials=resources.concurrent,
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
         run_config=tune.RunConfig(
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=tune_storage,
-            callbacks=[_Watcher(hooks, scheduler)],
+            callbacks=[watcher],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        watcher.free_all()
 
 
-def _train_trial(config: dict[str, Any], job: dict[str, Any]) -> None:
-    """One trial, in a process of its own: a Train run, again if its workers are lost."""
-    prepare_environment()
-    if job["is_local"]:
-        # Nobody takes this machine away; that is one process less for every trial.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    retries = 0
-    while True:
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={
-                "config": json.loads(config["config"]),
-                "cache_dir": job["cache_dir"],
-                "cpus": job["cpus"],
-            },
-            scaling_config=ScalingConfig(
-                num_workers=job["workers"],
-                use_gpu=job["use_gpu"],
-                resources_per_worker={"CPU": job["cpus"]} | ({"GPU": 1} if job["use_gpu"] else {}),
-            ),
-            run_config=RunConfig(
-                # The same name finds the same checkpoints: after a lost worker or a lost driver.
-                name=f"{job['run_name']}-{config['number']:03d}",
-                storage_path=job["storage"],
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
-                callbacks=[TuneReportCallback()],
-            ),
-        )
-        try:
-            result = trainer.fit()
-        except TrainingFailedError as error:
-            failure, message = classify(error)
-            if failure not in _RETRIED or retries >= _MAX_RETRIES:
-                raise TrialFailure(failure, message) from None
-            retries += 1
-            continue
-        break
-    # Once more: the last report travels through a queue that the end of this function can overtake,
-    # and a run that was complete already has not reported at all. Known epochs count once.
-    # Its checkpoint goes with it: the one that was told last may have been deleted since.
-    if result.metrics:
-        newest = {} if result.checkpoint is None else {CHECKPOINT_PATH_KEY: result.checkpoint.path}
-        tune.report(dict(result.metrics) | newest)
+class _Trial(tune.Trainable):
+    """One trial after another, each trained by the crew; one step is one piece of news.
+
+    Tune keeps the process for the next trial, and with it the crew.
+    """
+
+    def setup(self, config: dict[str, Any], job: dict[str, Any] | None = None) -> None:
+        prepare_environment()
+        assert job is not None
+        if job["is_local"]:
+            # Nobody takes this machine away; that is one process less.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        self._job = job
+        self._crew: Crew | None = None
+        self._begin()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        self._given = False
+        self._epoch = 0
+        self._retries = 0
+
+    def step(self) -> dict[str, Any]:
+        while True:
+            try:
+                return self._news()
+            except (TrainingFailedError, RayActorError) as error:
+                self._dismiss()
+                failure, message = classify(error)
+                if failure not in _RETRIED or self._retries >= _MAX_RETRIES:
+                    # As news and not as an error, which would cost this process as well.
+                    return {"failure": failure, "message": message, "done": True}
+                self._retries += 1
+
+    def cleanup(self) -> None:
+        self._dismiss()
+
+    def _news(self) -> dict[str, Any]:
+        name = f"{self._job['run_name']}-{self.config['number']:03d}"
+        if self._crew is None:
+            self._crew = Crew(self._job, name=f"crew-{uuid.uuid4().hex[:8]}")
+        if self._given:
+            self._crew.go_on(self._epoch)
+        else:
+            folder = CheckpointFolder(f"{self._job['storage']}/{name}")
+            folder.create()
+            trial = {"config": json.loads(self.config["config"]), "folder": folder.uri}
+            self._crew.train(trial)
+            self._given = True
+        news = self._crew.news()
+        self._epoch = int(news.get("epoch", self._epoch))
+        return news | {"done": bool(news.get("ended"))}
+
+    def _dismiss(self) -> None:
+        crew, self._crew, self._given = self._crew, None, False
+        if crew is not None:
+            crew.close(seconds=_CLOSE_SECONDS)
 
 
 def classify(error: BaseException) -> tuple[str, str]:
@@ -307,9 +313,6 @@ def classify(error: BaseException) -> tuple[str, str]:
     Classes: preempted, infra (something was lost), oom, diverged, data, config, bug.
     """
     causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, TrialFailure):
-            return cause.failure, cause.message
     for kinds, failure in _CLASSES:
         for cause in causes:
             if isinstance(cause, kinds):
@@ -431,7 +434,7 @@ class _Settled:
 
 
 class _Watcher(tune.Callback):
-    """Tells the study what happens, and frees what a stopped trial holds."""
+    """Tells the study what happens, and frees what a lost crew holds."""
 
     def __init__(self, hooks: Hooks, scheduler: Any) -> None:
         self._hooks = hooks
@@ -453,17 +456,25 @@ class _Watcher(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
     ) -> None:
         number = trial.config["number"]
-        if "placement_group" in result:
-            self._groups[number] = result["placement_group"]
-        self._hooks.reported(number, result)
+        if "begun" in result:
+            group = result["placement_group"]
+            others = {n: known for n, known in self._groups.items() if known != group}
+            self._groups = others | {number: group}
+            self._hooks.begun(number)
+        elif "history" in result:
+            self._hooks.reported(number, result)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         number = trial.config["number"]
-        pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
-        self._free(number)
-        self._hooks.ended(number, pruned=pruned)
+        last = trial.last_result or {}
+        if "failure" in last:
+            self._free(number)
+            self._hooks.failed(number, last["failure"], last["message"])
+        else:
+            pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
+            self._hooks.ended(number, pruned=pruned)
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -472,15 +483,20 @@ class _Watcher(tune.Callback):
         self._free(number)
         self._hooks.failed(number, *classify(_error_of(trial)))
 
-    def _free(self, number: int) -> None:
-        """Removes the workers of a trial that is over.
+    def free_all(self) -> None:
+        """At the end: crews that Tune has not let end by themselves."""
+        for number in list(self._groups):
+            self._free(number)
 
-        A trial that ASHA stops dies without tidying up; Train's own cleaner asks the State API,
-        which fails where two Ray instances are on one host. Then the CPUs would be lost, and the
-        next trial would wait for ever.
+    def _free(self, number: int) -> None:
+        """Removes the workers of a trial, which failed or whose process is gone.
+
+        A crew that is killed does not tidy up; Train's own cleaner asks the State API, which fails
+        where two Ray instances are on one host. Then the CPUs would be lost, and the next trial
+        would wait for ever.
         """
         group = self._groups.pop(number, None)
-        if group is not None:
+        if group:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
@@ -501,7 +517,6 @@ __all__ = [
     "EarlyStopping",
     "Hooks",
     "Resources",
-    "TrialFailure",
     "classify",
     "connect",
     "disconnect",

@@ -1,18 +1,21 @@
-"""What each Ray Train worker runs: one share of one training.
+"""What each Ray Train worker runs: one share of one training after another.
 
 Ray has initialised torch.distributed before it calls us; `fit` finds it and makes one batch of all
-workers' shares.
+workers' shares. A worker lives as long as its crew (`orchestration.crew`): processes, imports and
+the process group are there for the next trial. Nothing else is: data, model and optimizer are made
+anew, and all that is drawn depends on the configuration's seed, so a trial comes to the same
+numbers whichever trials its workers have trained before.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import ExitStack
+import gc
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean.config import ExperimentConfig
+from orchestration.checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
@@ -30,67 +33,105 @@ def metrics_of(report: EpochReport) -> dict[str, Any]:
     return report.as_dict() | {"history": history, "ended": ended}
 
 
-def train_worker(job: dict[str, Any]) -> None:
-    """Trains; called by Ray Train in every worker.
+def work(job: dict[str, Any]) -> None:
+    """Trains what the crew's post hands out, until it closes; called by Ray Train in every worker.
 
     Args:
-        job: "config" as plain data, "cache_dir" on this node, and "cpus" for this worker.
+        job: "post" of the crew, "cache_dir" on this node, and "cpus" for this worker.
     """
+    import ray
     import torch
-    from ray.train import get_checkpoint
+
+    torch.set_num_threads(job["cpus"])
+    number = 0
+    while (order := ray.get(job["post"].order.remote(after=number))) is not None:
+        number, trial = order
+        with suppress(_Abandoned):
+            _train(trial, RayReporter(job["post"], number, trial), cache_dir=Path(job["cache_dir"]))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> None:
+    """One trial: from its newest checkpoint, if it has any.
+
+    Args:
+        trial: "config" as plain data, and the "folder" of its checkpoints.
+    """
+    from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     from cpfean.data.sources import resolve_data
-    from cpfean.training.checkpoint import newest_valid
     from cpfean.training.loop import fit
 
-    torch.set_num_threads(job["cpus"])
-    config = ExperimentConfig.from_dict(job["config"])
-    cache_dir = Path(job["cache_dir"])
+    reporter.begun()
+    config = ExperimentConfig.from_dict(trial["config"])
     data_folder = resolve_data(config.data, cache_dir=cache_dir)
+    folder = reporter.folder
+    folder.check_shared()
+    # One looks for all: they must not go on from different epochs.
+    newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
     with ExitStack() as stack:
-        resume_from = None
-        checkpoint = get_checkpoint()
-        if checkpoint is not None:
-            newest = Path(stack.enter_context(checkpoint.as_directory()))
-            # On storage that is a folder the one before it is still there, should this be damaged.
-            older = (
-                sorted(newest.parent.glob("epoch-*"), reverse=True) if _is_local(checkpoint) else []
-            )
-            resume_from = newest_valid([newest, *(path for path in older if path != newest)])
-        fit(
+        resume_from = None if newest is None else stack.enter_context(folder.opened(newest))
+        result = fit(
             config,
             data_folder=data_folder,
             cache_dir=cache_dir,
-            reporter=RayReporter(),
+            reporter=reporter,
             resume_from=resume_from,
             device=get_device(),
         )
+    if newest is not None:
+        reporter.had_ended(result.history, newest)
+
+
+class _Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)
+    """The trial is not wanted any more; raised in all workers after the same epoch."""
 
 
 class RayReporter:
-    """Hands each epoch to Ray Train, in every worker; the first one brings the checkpoint."""
+    """Tells the crew's post of each epoch and waits to hear whether there is to be a next one."""
+
+    def __init__(self, post: Any, number: int, trial: dict[str, Any]) -> None:
+        from ray.train import get_context
+
+        self.is_first = get_context().get_world_rank() == 0
+        self.folder = CheckpointFolder(trial["folder"])
+        self._post = post
+        self._number = number
+        self._reported = False
 
     def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
-        from ray import train
+        import ray
+        from ray.train.collective import broadcast_from_rank_zero
 
-        metrics = metrics_of(report) | _placement()
-        with tempfile.TemporaryDirectory(prefix="cpfean-") as folder:
-            saved = None
-            if checkpoint is not None:
-                checkpoint.save(Path(folder))
-                saved = train.Checkpoint.from_directory(folder)
-            name = f"epoch-{report.epoch:04d}"
-            train.report(metrics, checkpoint=saved, checkpoint_dir_name=name)
+        self._reported = True
+        metrics = metrics_of(report)
+        wanted = None
+        if checkpoint is not None:
+            self._tell(metrics | {"checkpoint_path": self.folder.save(checkpoint)})
+            if not metrics["ended"]:
+                wanted = ray.get(self._post.verdict.remote(self._number, report.epoch))
+        if not metrics["ended"] and not broadcast_from_rank_zero(wanted):
+            raise _Abandoned
 
+    def begun(self) -> None:
+        """Tells that the workers are there, and of their placement group.
 
-def _placement() -> dict[str, str]:
-    """The placement group of the workers: the driver frees it should nobody else do so."""
-    from ray.util import get_current_placement_group
+        The driver frees it should nobody else do so.
+        """
+        from ray.util import get_current_placement_group
 
-    group = get_current_placement_group()
-    return {} if group is None else {"placement_group": group.id.hex()}
+        group = get_current_placement_group()
+        self._tell({"begun": True, "placement_group": "" if group is None else group.id.hex()})
 
+    def had_ended(self, history: tuple[dict[str, float], ...], newest: str) -> None:
+        """Tells of a training that was at its end before, when its driver was lost."""
+        if not self._reported:
+            told = {"history": [dict(row) for row in history], "ended": True}
+            self._tell(history[-1] | told | {"checkpoint_path": self.folder.at(newest)})
 
-def _is_local(checkpoint: Any) -> bool:
-    return checkpoint.filesystem.type_name == "local" and os.path.isdir(checkpoint.path)
+    def _tell(self, news: dict[str, Any]) -> None:
+        if self.is_first:
+            self._post.tell.remote(self._number, news)

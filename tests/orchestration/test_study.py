@@ -1,5 +1,6 @@
 """What a study does as trials come and go; the hooks are called by hand, without Ray."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from cpfean.errors import CpfeanError
 from orchestration.records import RunFolder
 from orchestration.search import Range, SearchSpace
 from orchestration.settings import Settings
-from orchestration.study import StudyError, StudyPlan, TrialPlan, _Study, stored_at
+from orchestration.study import (
+    StudyError,
+    StudyPlan,
+    StudyResult,
+    TrialPlan,
+    _Study,
+    summary,
+)
 from tests.orchestration.samples import TINY, history
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
@@ -52,7 +60,7 @@ def study(tmp_path: Path, *, trials: int = 4, fixed: bool = False) -> tuple[Driv
     )
     folder = RunFolder(tmp_path / "s")
     if not folder.identity_file.exists():
-        folder.create(plan.identity())
+        folder.create(plan.identity(), commit="at the start")
     said: list[str] = []
     where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
     tracker: Any = NoTracker()
@@ -148,7 +156,33 @@ def test_fixed_trials_are_run_in_their_order(tmp_path: Path) -> None:
     assert [record.name if record else None for record in records] == ["t0", "t1", None]
 
 
-def test_a_checkpoint_keeps_the_scheme_of_its_storage() -> None:
-    assert stored_at(None, "/runs/s/train/epoch-1") == "/runs/s/train/epoch-1"
-    assert stored_at("/mnt/shared", "/mnt/shared/x") == "/mnt/shared/x"
-    assert stored_at("s3://bucket/cpfean", "bucket/cpfean/x") == "s3://bucket/cpfean/x"
+@pytest.mark.parametrize(
+    ("happened", "patience"), [((), 600), (("begun",), 4 * 3600), (("begun", "reported"), 600)]
+)
+def test_without_news_a_study_gives_up_sooner_where_it_knows_what_to_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happened: tuple[str, ...], patience: int
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    driven, said = study(tmp_path)
+    number = begin(driven)
+    if "begun" in happened:
+        driven.begun(number)
+    if "reported" in happened:
+        report(driven, number, 10.0)
+    now = patience - 1.0
+    driven.tick()
+    assert not driven.interrupted
+    assert "waiting for trial-000" in said[-1]
+    now = patience + 1.0
+    driven.tick()
+    assert driven.interrupted
+    assert "nothing has moved" in str(driven.error)
+
+
+def test_the_summary_tells_the_commit_at_the_start(
+    tmp_path: Path,
+) -> None:
+    study(tmp_path)
+    folder = RunFolder(tmp_path / "s")
+    assert summary(StudyResult(folder=folder.path, records=()))["commit"] == "at the start"

@@ -1,6 +1,5 @@
 """The rules around Ray, without starting it."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +9,11 @@ from ray.train import WorkerGroupError
 from ray.tune.schedulers import TrialScheduler
 
 from cpfean.errors import CheckpointError, ConfigError, DataError, DivergedError
-from orchestration import tuner
 from orchestration.records import TrialRecord
 from orchestration.settings import ServiceError
 from orchestration.tuner import (
     Cluster,
     EarlyStopping,
-    TrialFailure,
     _Halving,
     classify,
     share_out,
@@ -99,11 +96,6 @@ def test_a_failure_is_classified_by_its_cause(error: Exception, expected: str) -
         assert classify(failure(RayActorError(), error))[0] == expected
 
 
-def test_a_failure_that_was_classified_where_it_happened_keeps_its_class() -> None:
-    wrapped = chained(RuntimeError("task failed"), TrialFailure("oom", "last line"))
-    assert classify(wrapped) == ("oom", "last line")
-
-
 @pytest.mark.parametrize(
     ("cpus", "gpus", "workers", "trials", "concurrent", "cpus_each"),
     [
@@ -132,29 +124,3 @@ def test_a_record_knows_when_it_is_for_good() -> None:
     states = ("waiting", "running", "interrupted", "finished", "pruned", "failed")
     settled = [TrialRecord(number=0, name="", state=state).settled for state in states]
     assert settled == [False, False, False, True, True, True]
-
-
-def test_a_run_that_was_complete_when_its_driver_came_back_tells_its_newest_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The workers outlive a killed driver for a moment, and the checkpoint it knew is deleted."""
-    result = SimpleNamespace(
-        metrics={"epoch": 4, "val/rsum": 280.0}, checkpoint=SimpleNamespace(path="run/epoch-0004")
-    )
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(tuner, "prepare_environment", lambda: None)
-    monkeypatch.setattr(tuner.tune, "report", told.append)
-    for name in ("TuneReportCallback", "RunConfig"):
-        monkeypatch.setattr(tuner, name, lambda **_: None)
-    monkeypatch.setattr(tuner, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=lambda: result))
-    job = {
-        "is_local": False,
-        "cache_dir": str(tmp_path),
-        "cpus": 1,
-        "workers": 1,
-        "use_gpu": False,
-        "storage": str(tmp_path),
-        "run_name": "s",
-    }
-    tuner._train_trial({"number": 0, "config": "{}"}, job)
-    assert told == [{"epoch": 4, "val/rsum": 280.0, "checkpoint_path": "run/epoch-0004"}]

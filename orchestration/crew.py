@@ -1,0 +1,153 @@
+"""Workers that stay: one Ray Train run that trains one trial after another.
+
+To start a Train run takes ten seconds and more: a controller and workers are made, and each imports
+torch. So the run of a crew does not end with a trial. Its workers take their orders from a post, an
+actor of a few lines; each epoch's numbers come back through it, and the answer, whether there is to
+be a next epoch. A crew ends with the first failure in it: what comes after has fresh processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from orchestration.worker import work
+
+# What holds no CPU has to be kept off nodes that may be taken away.
+HEAD = "node:__internal_head__"
+_LOOK_SECONDS = 1.0
+
+
+class Post:
+    """Between the process that asks for trials and the workers that train them; an actor."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._news: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._number = 0
+        self._trial: dict[str, Any] = {}
+        self._allowed = 0
+        self._closed = False
+
+    async def give(self, trial: dict[str, Any]) -> None:
+        """A new trial; the one before it is abandoned if it is not at its end."""
+        async with self._changed:
+            self._number += 1
+            self._trial = trial
+            self._allowed = 0
+            self._news = asyncio.Queue()
+            self._changed.notify_all()
+
+    async def go_on(self, epoch: int) -> None:
+        """What follows that epoch is wanted."""
+        async with self._changed:
+            self._allowed = max(self._allowed, epoch)
+            self._changed.notify_all()
+
+    async def news(self) -> dict[str, Any]:
+        """The next thing that is told of the trial; waits for it."""
+        return await self._news.get()
+
+    async def close(self) -> None:
+        """No more trials."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def order(self, *, after: int) -> tuple[int, dict[str, Any]] | None:
+        """For workers: number and trial that follow that number; None at the end; waits."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or self._number > after)
+            return None if self._closed else (self._number, self._trial)
+
+    async def verdict(self, number: int, epoch: int) -> bool:
+        """For workers: whether the trial of that number goes on after that epoch; waits."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._closed or self._number > number or self._allowed >= epoch
+            )
+            return not self._closed and self._number == number
+
+    async def tell(self, number: int, news: dict[str, Any]) -> None:
+        """For the first worker."""
+        if number == self._number:
+            await self._news.put(news)
+
+
+class Crew:
+    """The workers, and the way to them.
+
+    Args:
+        job: "workers", "cpus" of each, "use_gpu", "cache_dir" on their nodes, and "storage".
+        name: of the Train run; no other may have it.
+    """
+
+    def __init__(self, job: dict[str, Any], *, name: str) -> None:
+        self._post = (
+            ray.remote(Post)
+            .options(num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
+            .remote()
+        )
+        self._trainer = TorchTrainer(
+            work,
+            train_loop_config={
+                "post": self._post,
+                "cache_dir": job["cache_dir"],
+                "cpus": job["cpus"],
+            },
+            scaling_config=ScalingConfig(
+                num_workers=job["workers"],
+                use_gpu=job["use_gpu"],
+                resources_per_worker={"CPU": job["cpus"]} | ({"GPU": 1} if job["use_gpu"] else {}),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=job["storage"],
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            ),
+        )
+        self._error: Exception = TrainingFailedError("the workers have gone without an error")
+        self._thread = threading.Thread(target=self._run, name="crew", daemon=True)
+        self._thread.start()
+
+    def train(self, trial: dict[str, Any]) -> None:
+        """Gives the workers their next trial, instead of the one they may be at."""
+        ray.get(self._post.give.remote(trial))
+
+    def go_on(self, epoch: int) -> None:
+        """Lets the trial go on after that epoch."""
+        ray.get(self._post.go_on.remote(epoch))
+
+    def news(self) -> dict[str, Any]:
+        """The next thing that the workers tell; waits for it.
+
+        Raises:
+            TrainingFailedError: the workers have failed.
+            RayActorError: the post was lost.
+        """
+        told = self._post.news.remote()
+        while not ray.wait([told], timeout=_LOOK_SECONDS)[0]:
+            if not self._thread.is_alive():
+                raise self._error
+        news: dict[str, Any] = ray.get(told)
+        return news
+
+    def close(self, *, seconds: float) -> None:
+        """Sends the workers home and waits for that, but no longer than this."""
+        try:
+            ray.get(self._post.close.remote(), timeout=seconds)
+        except (ray.exceptions.RayError, TimeoutError):
+            return  # with the post the workers go as well
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        # It is raised where somebody waits for news.
+        except Exception as error:
+            self._error = error

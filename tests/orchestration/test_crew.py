@@ -1,0 +1,196 @@
+"""The post without Ray; then a crew on a real Ray: one trial after another, and what goes wrong."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestration.crew import Post
+from orchestration.records import RunFolder, TrialRecord
+from orchestration.settings import ENVIRONMENT, Settings
+from tests.orchestration.samples import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def soon(waiting: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Started, and so far that it waits."""
+    task = asyncio.create_task(waiting)
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    return task
+
+
+def test_an_order_is_waited_for_and_every_worker_gets_it_once() -> None:
+    async def script() -> None:
+        post = Post()
+        workers = [await soon(post.order(after=0)) for _ in range(2)]
+        await post.give({"name": "a"})
+        assert [await worker for worker in workers] == [(1, {"name": "a"})] * 2
+        idle = await soon(post.order(after=1))
+        await post.close()
+        assert await idle is None
+
+    asyncio.run(script())
+
+
+def test_after_an_epoch_the_workers_wait_to_hear_whether_to_go_on() -> None:
+    async def script() -> None:
+        post = Post()
+        await post.give({})
+        await post.tell(1, {"epoch": 1})
+        assert await post.news() == {"epoch": 1}
+        verdict = await soon(post.verdict(1, 1))
+        await post.go_on(0)  # an answer to something earlier
+        assert not verdict.done()
+        await post.go_on(1)
+        assert await verdict
+
+    asyncio.run(script())
+
+
+@pytest.mark.parametrize("how", ["the next trial", "the end"])
+def test_a_trial_that_is_not_wanted_any_more_is_given_up(how: str) -> None:
+    async def script() -> None:
+        post = Post()
+        await post.give({})
+        verdict = await soon(post.verdict(1, 3))
+        await (post.give({}) if how == "the next trial" else post.close())
+        assert not await verdict
+
+    asyncio.run(script())
+
+
+def test_what_a_trial_left_behind_is_not_taken_for_news_of_the_next() -> None:
+    async def script() -> None:
+        post = Post()
+        await post.give({})
+        await post.tell(1, {"epoch": 1})
+        await post.give({})
+        await post.tell(1, {"epoch": 2})
+        await post.tell(2, {"epoch": 7})
+        assert await post.news() == {"epoch": 7}
+
+    asyncio.run(script())
+
+
+class Script:
+    """Hooks with a list of trials; kills a worker once, when its trial has come to an epoch."""
+
+    def __init__(self, records: list[TrialRecord], *, kill: tuple[int, int]) -> None:
+        self.records = records
+        self.waiting = list(records)
+        self.kill = kill
+        self.outcomes: list[tuple[int, str]] = []
+        self.workers: dict[int, list[int]] = {}
+
+    def next_trial(self) -> TrialRecord | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def started(self, number: int) -> None: ...
+
+    def begun(self, number: int) -> None:
+        # Each crew has one worker.
+        self.workers.setdefault(number, []).append(training_process())
+
+    def reported(self, number: int, metrics: dict[str, Any]) -> None:
+        self.records[number].history = metrics["history"]
+        if (number, metrics["epoch"]) == self.kill:
+            self.kill = (-1, -1)
+            os.kill(self.workers[number][-1], signal.SIGKILL)
+
+    def ended(self, number: int, *, pruned: bool) -> None:
+        self.outcomes.append((number, "pruned" if pruned else "finished"))
+
+    def failed(self, number: int, failure: str, message: str) -> None:
+        self.outcomes.append((number, failure))
+
+    def tick(self) -> None: ...
+
+
+def training_process() -> int:
+    """The one Ray Train worker among our descendants."""
+    import psutil
+
+    (found,) = (
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if child.name().startswith("ray::_RayTrainW")
+        or "RayTrainWorker" in "".join(child.cmdline())
+    )
+    return found
+
+
+def rsums(record: TrialRecord) -> list[tuple[float, float]]:
+    return [(row["train/loss"], row["val/rsum"]) for row in record.history]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from orchestration import tuner
+
+    base = TINY.with_overrides({"optim.epochs": 3, "loss.warmup_epochs": 0})
+    configs = [
+        base.with_overrides({"loss.margin": 0.1, "seed": 3}),
+        base.with_overrides({"model.dim": 32}),
+        base.with_overrides({"seed": 4}),  # its worker is killed
+        base.with_overrides({"data.path": str(tmp_path / "nothing")}),  # it fails
+        base.with_overrides({"seed": 5}),
+    ]
+    records = [
+        TrialRecord(number=number, name=f"t{number}", config=config.to_dict())
+        for number, config in enumerate(configs)
+    ]
+    script = Script(records, kill=(2, 1))
+    where = Settings(output=tmp_path, cache_dir=tmp_path / "cache", tracking_uri="")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    tuner.connect(where)
+    try:
+        before = ray.available_resources()["CPU"]
+        tuner.run_trials(
+            script,
+            num_trials=len(records),
+            resources=tuner.Resources(workers=1, cpus=1, use_gpu=False, concurrent=1),
+            settings=where,
+            run_name="s",
+            train_storage=str(tmp_path / "train"),
+            tune_storage=str(tmp_path / "tune"),
+            early_stopping=None,
+            past=[],
+        )
+        groups = ray.util.placement_group_table().values()
+        assert {group["state"] for group in groups} == {"REMOVED"}
+        assert before == ray.cluster_resources()["CPU"]
+    finally:
+        tuner.disconnect()
+    expected = ["finished", "finished", "finished", "data", "finished"]
+    assert script.outcomes == list(enumerate(expected))
+    first, second, (third, again), failed, last = script.workers.values()
+    assert first == second == [third]
+    assert len({third, again, last[0]}) == 3
+    assert failed == [again]
+
+    # The second trial was trained where the first had been; here it is alone in a fresh process.
+    (tmp_path / "second.toml").write_text(configs[1].to_toml())
+    words = ["--config", "second.toml", "--name", "alone", "--output", "runs"]
+    subprocess.run(
+        [sys.executable, str(ROOT / "experiments/train.py"), *words],
+        cwd=tmp_path,
+        env=os.environ | {"CPFEAN_CACHE": str(tmp_path / "cache")},
+        check=True,
+        capture_output=True,
+    )
+    (alone,) = RunFolder(tmp_path / "runs" / "alone").records()
+    assert rsums(alone) == rsums(records[1])
