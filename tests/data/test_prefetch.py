@@ -71,14 +71,10 @@ def test_two_batches_are_made_ahead_and_no_more() -> None:
 
 
 def test_error_is_raised_where_its_batch_is_asked_for() -> None:
-    seen = []
-    with (
-        pytest.raises(ValueError, match="batch 3 is broken"),
-        prefetched(Source(50, broken=3), pin=False) as batches,
-    ):
-        for batch in batches:
-            seen.append(batch.number)
-    assert seen == [0, 1, 2]
+    with prefetched(Source(50, broken=3), pin=False) as batches:
+        assert [next(batches).number for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(ValueError, match="batch 3 is broken"):
+            next(batches)
     assert threads() == 0
 
 
@@ -95,12 +91,14 @@ def test_thread_ends_with_a_loop_that_breaks_off() -> None:
 
 def test_thread_ends_with_a_loop_that_raises() -> None:
     source = Source(50)
-    with (
-        pytest.raises(ZeroDivisionError) as caught,
-        prefetched(source, pin=False) as batches,
-    ):
-        for batch in batches:
-            1 // (4 - batch.number)
+
+    def loop() -> None:
+        with prefetched(source, pin=False) as batches:
+            for batch in batches:
+                1 // (4 - batch.number)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        loop()
     # The traceback still holds the loop's frame, and with it the iterator.
     assert caught.value.__traceback__ is not None
     assert threads() == 0
