@@ -9,6 +9,7 @@ the scores of a batch are counted and forgotten.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,9 @@ from cpfean.processes import place, sent_from, share
 from cpfean.training.progress import Progress
 
 COCO_FOLD = 1000
+# Fewer captions than this are no group: what scoring prepares once for all captions that it is
+# given, and for each image, would show.
+_FEW = 256
 
 
 @torch.inference_mode()
@@ -119,41 +123,58 @@ def _encode_captions(
     batch_size: int,
     device: torch.device,
 ) -> list[tuple[Int[Tensor, "caption"], CaptionEmbeddings]]:
-    """The captions in batches of similar length, with their columns in the gallery's scores."""
+    """The captions in groups of similar length, with their columns in the gallery's scores."""
     rank, world_size = place()
     num_words = np.asarray(dataset.tokens.num_words)[captions.start : captions.stop]
     order = np.argsort(num_words, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    groups = []
+    for part in _length_groups(num_words[order]):
+        columns = order[part]
+        groups.append((columns, _room_for(num_words[columns], model=model, device=device)))
+    batches = [
+        (columns, embedded, slice(start, start + batch_size))
+        for columns, embedded in groups
+        for start in range(0, len(columns), batch_size)
+    ]
     # All of one's own before anything is sent: else the processes would encode one by one, each
     # waiting for what the one before it sends.
-    encoded = {}
-    progress = Progress(f"encoding captions of {name}", total=len(batches))
+    mine = batches[rank::world_size]
+    made = (dataset.caption_batch(captions.start + columns[rows]) for columns, _, rows in mine)
     on_gpu = device.type == "cuda"
-    mine = range(rank, len(batches), world_size)
-    made = (dataset.caption_batch(captions.start + batches[number]) for number in mine)
+    progress = Progress(f"encoding captions of {name}", total=len(mine))
     with prefetched(made, pin=on_gpu) as ready:
-        for number, batch in zip(mine, ready, strict=True):
+        for done, ((_, embedded, rows), batch) in enumerate(zip(mine, ready, strict=True), start=1):
             fields = batch.to(device, non_blocking=on_gpu)._asdict()
-            encoded[number] = model.encode_captions(**fields)
-            progress.step(number + 1)
-    result = []
-    for number, columns in enumerate(batches):
-        embedded = encoded.pop(number, None)
-        if embedded is None:
-            embedded = _room_for(num_words[columns], model=model, device=device)
-        sent_from(embedded.words, owner=number % world_size)
-        sent_from(embedded.pooled, owner=number % world_size)
-        result.append((torch.as_tensor(columns, device=device), embedded))
-    return result
+            words, _, pooled = model.encode_captions(**fields)
+            embedded.words[rows, : words.shape[1]] = words
+            embedded.pooled[rows] = pooled
+            progress.step(done)
+    for number, (_, embedded, rows) in enumerate(batches):
+        sent_from(embedded.words[rows], owner=number % world_size)
+        sent_from(embedded.pooled[rows], owner=number % world_size)
+    return [(torch.as_tensor(columns, device=device), embedded) for columns, embedded in groups]
+
+
+def _length_groups(num_words: Int32[np.ndarray, "caption"]) -> list[slice]:
+    """Captions of one length together; lengths that few captions have join the next longer ones.
+
+    Args:
+        num_words: of the captions, in rising order.
+    """
+    edges = [0]
+    for edge in np.flatnonzero(np.diff(num_words)) + 1:
+        if edge - edges[-1] >= _FEW:
+            edges.append(int(edge))
+    return [slice(start, stop) for start, stop in pairwise([*edges, len(num_words)])]
 
 
 def _room_for(
     num_words: Int32[np.ndarray, "caption"], *, model: Cpfean, device: torch.device
 ) -> CaptionEmbeddings:
-    """Captions of so many words whose embeddings another process is to fill in."""
+    """Captions of so many words, whose embeddings are yet to be filled in."""
     lengths = torch.as_tensor(num_words, device=device)
     longest = int(num_words.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
     like = model.word_projection.weight
-    words = like.new_empty((len(num_words), longest, model.config.dim))
-    return CaptionEmbeddings(words, mask, like.new_empty((len(num_words), model.config.dim)))
+    words = like.new_zeros((len(num_words), longest, model.config.dim))
+    return CaptionEmbeddings(words, mask, like.new_zeros((len(num_words), model.config.dim)))

@@ -80,6 +80,7 @@ def evaluations(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str
         for protocol in PROTOCOLS:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(evaluation, "COCO_FOLD", FOLD)
+                patch.setattr(evaluation, "_FEW", 10)  # some lengths have more captions, some fewer
                 metrics = evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
             found[f"{protocol}, {ties}"] = metrics.as_dict()
     return found
@@ -199,3 +200,13 @@ def test_progress_says_which_fold(
     assert "encoding captions of train, fold 2 of 4: 3/7, " in caplog.text
     assert "scoring train, fold 4 of 4: 3/4, " in caplog.text
     assert "scoring train: 15/16, " in caplog.text
+
+
+def test_captions_are_grouped_by_length_unless_they_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluation, "_FEW", 3)
+    lengths = np.array([4, 4, 4, 4, 5, 6, 6, 7, 7, 7, 9])
+    groups = [lengths[part].tolist() for part in evaluation._length_groups(lengths)]
+    assert groups == [[4, 4, 4, 4], [5, 6, 6], [7, 7, 7], [9]]
+    assert [part.start for part in evaluation._length_groups(lengths[:1])] == [0]
