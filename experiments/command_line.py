@@ -228,7 +228,12 @@ def checked_data(
     from cpfean.data.tokens import load_tokenizer
 
     folder = resolve_data(config.data, cache_dir=where.cache_dir)
-    check_folder(folder, num_regions=num_regions, train_images=config.data.train_images)
+    check_folder(
+        folder,
+        num_regions=num_regions,
+        train_images=config.data.train_images,
+        cache_dir=where.cache_dir,
+    )
     if config.model.text.encoder != "scratch":
         load_tokenizer(
             config.model.text,

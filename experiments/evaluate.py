@@ -59,7 +59,9 @@ def body(arguments: argparse.Namespace) -> int:
         )
     cache_dir = Settings.resolve(output=Path("runs"), address="local").cache_dir
     folder = resolve_data(data, cache_dir=cache_dir)
-    check_folder(folder, num_regions=data.num_regions, splits=(arguments.split,))
+    check_folder(
+        folder, num_regions=data.num_regions, splits=(arguments.split,), cache_dir=cache_dir
+    )
     metrics = evaluate_checkpoint(
         model,
         data_folder=folder,

@@ -29,6 +29,7 @@ VOCABULARY = "objects_vocab.txt"
 REQUIRED = ("ims.npy", "caps.txt", "ids.txt")
 OPTIONAL = ("boxes.npy", "sizes.npy", "labels.npy", "scores.npy", "counts.npy")
 
+_CHECKS = 1  # to be counted up with every check that is added: folders are then read again
 _LONGEST_LINE = 1_000_000  # characters
 # Line separators of Unicode, form feeds and the like are part of a caption, however odd.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f]")
@@ -154,18 +155,34 @@ def check_folder(
     num_regions: int | None = None,
     splits: Sequence[str] = SPLITS,
     train_images: int = 0,
+    cache_dir: Path | None = None,
 ) -> None:
     """Refuses a folder that `validate_folder` finds anything wrong with.
+
+    Args:
+        folder, num_regions, splits, train_images: as there.
+        cache_dir: where it is noted that a folder was found sound. It is then not read again until
+            a file changes, by size, time or fingerprint, or something else is asked of it.
 
     Raises:
         DataError: lists all that was found.
     """
+    state = None
+    if cache_dir is not None:
+        state = _state(folder, (num_regions, sorted(splits), train_images))
+    note = None if cache_dir is None or state is None else cache_dir / f"sound-{state}"
+    if note is not None and note.exists():
+        logger.info("%s: unchanged since all of it was checked", folder)
+        return
     found = validate_folder(
         folder, num_regions=num_regions, splits=splits, train_images=train_images
     )
     if found:
         lines = "\n".join(f"  {finding}" for finding in found)
         raise DataError(f"{folder}: faults in the data.\n{lines}")
+    if note is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{folder}\n", encoding="utf-8")
 
 
 def data_fingerprint(folder: Path) -> str:
@@ -194,6 +211,22 @@ def data_fingerprint(folder: Path) -> str:
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error}") from None
     return digest.hexdigest()[:16]
+
+
+def _state(folder: Path, asked: object) -> str | None:
+    """Changes with any file of the folder, with what is asked of it, and with the checks.
+
+    None if the folder cannot be read; the checks say why.
+    """
+    try:
+        digest = hashlib.sha256(f"{_CHECKS} {asked} {data_fingerprint(folder)}".encode())
+        for path in native_files(folder):
+            # The fingerprint leaves out most of a large file; who writes to it changes its time.
+            found = path.stat()
+            digest.update(f"{path.name} {found.st_mtime_ns} {found.st_ino}".encode())
+    except (DataError, OSError):
+        return None
+    return digest.hexdigest()[:32]
 
 
 def native_names() -> list[str]:

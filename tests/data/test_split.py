@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpfean.data import split as split_module
+from cpfean.data.findings import Finding
 from cpfean.data.split import (
     SPLITS,
     check_folder,
@@ -554,6 +556,55 @@ def test_a_valid_folder_has_no_findings_and_opens(folder: Path) -> None:
     assert split.image_of(np.array([4, 5, 29])).tolist() == [0, 1, 5]
     assert split.label_names is not None
     assert split.label_names[6] == "thing 6"
+
+
+def test_a_sound_folder_is_read_again_only_after_a_change(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def counted(*arguments: Any, **options: Any) -> list[Finding]:
+        reads.append(options)
+        return validate_folder(*arguments, **options)
+
+    monkeypatch.setattr(split_module, "validate_folder", counted)
+    cache = tmp_path / "new" / "cache"
+
+    def reads_of(**options: Any) -> int:
+        before = len(reads)
+        check_folder(folder, cache_dir=cache, **options)
+        return len(reads) - before
+
+    assert [reads_of(), reads_of()] == [1, 0]
+    assert [reads_of(num_regions=4), reads_of(num_regions=4)] == [1, 0]
+    assert [reads_of(splits=("test",)), reads_of(splits=("test",))] == [1, 0]
+    assert [reads_of(train_images=3), reads_of(train_images=3)] == [1, 0]
+    # The same content, written again: nobody knows that before it is read.
+    features = folder / "train_ims.npy"
+    features.write_bytes(features.read_bytes())
+    os.utime(features, ns=(0, 0))
+    assert [reads_of(), reads_of()] == [1, 0]
+    (folder / "notes.txt").write_text("not of the format")
+    assert reads_of() == 0
+    monkeypatch.setattr(split_module, "_CHECKS", split_module._CHECKS + 1)
+    assert [reads_of(), reads_of()] == [1, 0]
+
+
+def test_a_fault_is_told_every_time_and_as_soon_as_it_is_there(
+    folder: Path, tmp_path: Path
+) -> None:
+    check_folder(folder, cache_dir=tmp_path)
+    REFUSALS["nan in a feature"][0](folder)
+    for _ in range(2):
+        with pytest.raises(DataError, match="not-finite"):
+            check_folder(folder, cache_dir=tmp_path)
+    with pytest.raises(DataError, match="expected a folder"):
+        check_folder(folder / "nowhere", cache_dir=tmp_path)
+    (folder / "dev_ims.npy").unlink()
+    (folder / "dev_ims.npy").mkdir()
+    with pytest.raises(DataError, match="expected a file") as refusal:
+        check_folder(folder, cache_dir=tmp_path)
+    assert "not-finite" in str(refusal.value)
 
 
 def test_all_faults_are_told_at_once(folder: Path) -> None:
