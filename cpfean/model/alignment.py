@@ -63,18 +63,32 @@ class Pairs(NamedTuple):
     thresholds: Float[Tensor, "image 1 region"]
 
 
-def every_pair(images: ImageEmbeddings, captions: CaptionEmbeddings) -> Pairs:
-    """All images with all captions; S comes from one matrix product for each image."""
+def every_pair(
+    images: ImageEmbeddings, captions: CaptionEmbeddings, *, product_type: torch.dtype | None = None
+) -> Pairs:
+    """All images with all captions.
+
+    Args:
+        images, captions: fragments.
+        product_type: S comes from a matrix product in this type; None for that of the embeddings.
+    """
     num_captions, num_words, dim = captions.words.shape
     flat = captions.words.reshape(1, num_captions * num_words, dim)
-    cosines = (flat @ images.regions.transpose(1, 2)).unflatten(1, (num_captions, num_words))
+    cosines = _cosines(flat, images.regions, product_type).unflatten(1, (num_captions, num_words))
     return _pairs(images, captions, cosines, over=0)
 
 
-def listed_pairs(images: ImageEmbeddings, captions: CaptionEmbeddings) -> Pairs:
-    """Image k with caption k, for every k."""
-    cosines = (captions.words @ images.regions.transpose(1, 2))[:, None]
+def listed_pairs(
+    images: ImageEmbeddings, captions: CaptionEmbeddings, *, product_type: torch.dtype | None = None
+) -> Pairs:
+    """Image k with caption k, for every k; otherwise as `every_pair`."""
+    cosines = _cosines(captions.words, images.regions, product_type)[:, None]
     return _pairs(images, captions, cosines, over=1)
+
+
+def _cosines(words: Tensor, regions: Tensor, product_type: torch.dtype | None) -> Tensor:
+    kind = product_type or regions.dtype
+    return (words.to(kind) @ regions.to(kind).transpose(1, 2)).to(regions.dtype)
 
 
 def _pairs(
@@ -161,6 +175,13 @@ class ProminentAlignment(nn.Module):
             return regions.new_zeros(regions.shape[:2])
         return self.threshold(regions).squeeze(-1)
 
+    def constants(self, *, like: Tensor) -> Float[Tensor, "4"]:
+        """kappa, tau, lambda and beta, in the type of a tensor; 0 for what is switched off."""
+        kappa = like.new_zeros(()) if self.gate == "off" else self.log_sharpness.exp()
+        beta = functional.softplus(self.raw_prominence_weight) if self.prominence else 0 * kappa
+        tau, lam = like.new_tensor([self.word_temperature, self.region_temperature])
+        return torch.stack([kappa.to(like), tau, lam, beta.to(like)])
+
     def forward(self, pairs: Pairs) -> Float[Tensor, "image caption"]:
         """The local scores."""
         return self.align(pairs).local
@@ -217,7 +238,9 @@ class ProminentAlignment(nn.Module):
             log_gates = functional.logsigmoid(self.log_sharpness.exp() * excess)
             if self.gate == "hard":
                 # Straight-through: 0 or 1 going forward, the soft gate's gradient going back.
-                hard = torch.where(excess > 0, 0.0, _CLOSED).to(log_gates.dtype)
+                hard = torch.where(
+                    excess > 0, log_gates.new_zeros(()), log_gates.new_tensor(_CLOSED)
+                )
                 log_gates = log_gates + (hard - log_gates).detach()
         return log_gates.masked_fill(~pairs.region_mask[:, 0], -torch.inf)
 

@@ -12,33 +12,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cpfean.config import ExperimentConfig, ModelConfig
 from cpfean.errors import CheckpointError
 from cpfean.model.alignment import (
     Alignment,
     ProminentAlignment,
-    Scorer,
     every_pair,
-    listed_pairs,
 )
 from cpfean.model.baselines import CrossAttention
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
 from cpfean.model.image_encoder import ImageEncoder
 from cpfean.model.reasoning import RegionReasoning, WordReasoning
+from cpfean.model.scoring import local_scores
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.model.text_prior import TextPrior
 
-# Captions scored together. They are sorted by length first: padding all to the longest of a batch
-# would double the work.
-_LENGTH_GROUP = 32
-# Images scored together with a group of captions: what is reduced over then fits the cache.
-_IMAGE_BLOCK = 16
 _FORMAT = 1
 
 
@@ -139,7 +131,7 @@ class Cpfean(nn.Module):
         )
         self.word_reasoning = WordReasoning(config.words, dim=config.dim)
         self.global_weight = config.alignment.global_weight
-        self.scorer: Scorer | None = None
+        self.scorer: nn.Module | None = None
         if self.global_weight < 1:
             if config.alignment.kind == "prominent":
                 self.scorer = ProminentAlignment(config.alignment, dim=config.dim)
@@ -214,49 +206,12 @@ class Cpfean(nn.Module):
     def score(
         self, images: ImageEmbeddings, captions: CaptionEmbeddings
     ) -> Float[Tensor, "image caption"]:
-        """Scores every image against every caption; neither order matters.
-
-        Works through blocks that fit a processor's cache. With gradients, a block keeps nothing
-        but its inputs and is computed again on the way back.
-        """
+        """Scores every image against every caption; neither order matters."""
         pooled = images.pooled @ captions.pooled.T
         if self.scorer is None:
             return pooled
-        order = captions.mask.sum(dim=1).argsort(stable=True)
-        groups = [captions.rows(group) for group in order.split(_LENGTH_GROUP)]
-        blocks = zip(*(field.split(_IMAGE_BLOCK) for field in images), strict=True)
-        with torch.autocast(images.pooled.device.type, enabled=False):
-            rows = [
-                torch.cat([self._local(ImageEmbeddings(*block), group) for group in groups], dim=1)
-                for block in blocks
-            ]
-        local = torch.cat(rows)[:, order.argsort()]
+        local = local_scores(self.scorer, images, captions)
         return (1 - self.global_weight) * local + self.global_weight * pooled
-
-    def score_pairs(
-        self, images: ImageEmbeddings, captions: CaptionEmbeddings
-    ) -> Float[Tensor, "pair"]:
-        """Scores image k against caption k; the entries of `score`, one at a time."""
-        pooled = (images.pooled * captions.pooled).sum(dim=1)
-        if self.scorer is None:
-            return pooled
-        with torch.autocast(images.pooled.device.type, enabled=False):
-            local = self.scorer(listed_pairs(images, captions)).squeeze(1)
-        return (1 - self.global_weight) * local + self.global_weight * pooled
-
-    def _local(
-        self, images: ImageEmbeddings, captions: CaptionEmbeddings
-    ) -> Float[Tensor, "image caption"]:
-        def scored(*fields: Tensor) -> Tensor:
-            assert self.scorer is not None
-            half = len(images)
-            pairs = every_pair(ImageEmbeddings(*fields[:half]), CaptionEmbeddings(*fields[half:]))
-            return self.scorer(pairs)
-
-        if not torch.is_grad_enabled():
-            return scored(*images, *captions)
-        local: Tensor = checkpoint(scored, *images, *captions, use_reentrant=False)
-        return local
 
     def align(self, images: ImageEmbeddings, captions: CaptionEmbeddings) -> Alignment:
         """Gates, prominent words and word weights behind the local scores of every pair.

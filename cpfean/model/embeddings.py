@@ -39,7 +39,7 @@ class CaptionEmbeddings(NamedTuple):
 
     Attributes:
         words: unit-norm embeddings; arbitrary where masked.
-        mask: True where a word is real.
+        mask: True where a word is real; the real ones come first.
         pooled: unit-norm mean of the words.
     """
 

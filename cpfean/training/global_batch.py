@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cpfean.data.batch import Batch
 from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean
-from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
+from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.processes import gathered, place, share
 
 
@@ -45,31 +45,5 @@ class GlobalBatchLoss(nn.Module):
             pooled=gathered(captions.pooled, total=total),
         )
         image_ids = gathered(batch.image_ids, total=total)
-        if mining == "hardest":
-            return self._hardest(images, everybody, image_ids, first)
         scores = self.model.score(images, everybody)
-        return triplet_loss(scores, image_ids, margin=self.margin, mining="all", first=first)
-
-    def _hardest(
-        self, images: ImageEmbeddings, captions: CaptionEmbeddings, image_ids: Tensor, first: int
-    ) -> Tensor:
-        """The loss on hardest negatives, whose gradient reaches few pairs.
-
-        Of B x B pairs at most 3 B matter: the matches and, for each query, its hardest negative.
-        All pairs are scored without a graph, those that matter once more with one. The result has
-        the value of the loss and, exactly, its gradient.
-        """
-        with torch.no_grad():
-            scores = self.model.score(images, captions)
-        loss = triplet_loss(
-            scores.requires_grad_(), image_ids, margin=self.margin, mining="hardest", first=first
-        )
-        (sensitivity,) = torch.autograd.grad(loss, scores)
-        matters = sensitivity != 0
-        # The matches always: a process without an active hinge still has to send its gradients.
-        own = torch.arange(len(scores), device=scores.device)
-        matters[own, own + first] = True
-        rows, columns = matters.nonzero(as_tuple=True)
-        again = self.model.score_pairs(images.rows(rows), captions.rows(columns))
-        change = again - again.detach()
-        return loss.detach() + (sensitivity[rows, columns] * change).sum()
+        return triplet_loss(scores, image_ids, margin=self.margin, mining=mining, first=first)
