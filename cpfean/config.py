@@ -219,7 +219,8 @@ class AlignmentConfig(_Part):
     """From fragments to a score; symbols as in docs/model.md, section 4.
 
     Attributes:
-        kind: "prominent" is CPFEAN's own; "cross_attention" is SCAN's text-to-image attention.
+        kind: "prominent" is CPFEAN's own; "cross_attention" is SCAN's text-to-image attention;
+            "hard_coding" is CHAN's best region of each word.
         fusion: False sets every gate to 1 and weighs all words alike.
         gate: "soft" (a sigmoid), "hard" (0 or 1, straight-through gradient) or "off".
         gate_threshold: theta0 at the start, a cosine: relevance at which a gate is half open.
@@ -234,7 +235,7 @@ class AlignmentConfig(_Part):
 
     _prefix: typing.ClassVar[str] = "model.alignment"
 
-    kind: Literal["prominent", "cross_attention"] = "prominent"
+    kind: Literal["prominent", "cross_attention", "hard_coding"] = "prominent"
     fusion: bool = True
     gate: Literal["soft", "hard", "off"] = "soft"
     gate_threshold: float = 0.2

@@ -38,3 +38,25 @@ class CrossAttention(nn.Module):
         of_words = cosine_from((attention * pairs.cosines).sum(dim=-1), length)
         weights = pairs.word_mask.squeeze(-1).to(of_words.dtype)
         return (weights * of_words).sum(dim=-1) / weights.sum(dim=-1)
+
+
+class HardCoding(nn.Module):
+    """CHAN's hard assignment: a word is as good as its best region.
+
+        score = t log sum_k exp(max_r S_rk / t)
+
+    In cosine units, up to t log(number of words) above them: a sum, not a mean, as published.
+
+    Source: Pan, Wu and Zhang, CVPR 2023 (CHAN), visual hard assignment with log-sum-exp pooling,
+    t = 0.1.
+    """
+
+    def __init__(self, *, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature  # t above
+
+    def forward(self, pairs: Pairs) -> Float[Tensor, "image caption"]:
+        """The scores."""
+        best = pairs.cosines.masked_fill(~pairs.region_mask, -torch.inf).amax(dim=-1)
+        logits = (best / self.temperature).masked_fill(~pairs.word_mask.squeeze(-1), -torch.inf)
+        return self.temperature * logits.logsumexp(dim=-1)

@@ -23,7 +23,7 @@ from cpfean.model.alignment import (
     ProminentAlignment,
     every_pair,
 )
-from cpfean.model.baselines import CrossAttention
+from cpfean.model.baselines import CrossAttention, HardCoding
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
 from cpfean.model.image_encoder import ImageEncoder
 from cpfean.model.reasoning import RegionReasoning, WordReasoning
@@ -135,10 +135,12 @@ class Cpfean(nn.Module):
         if self.global_weight < 1:
             if config.alignment.kind == "prominent":
                 self.scorer = ProminentAlignment(config.alignment, dim=config.dim)
-            else:
+            elif config.alignment.kind == "cross_attention":
                 self.scorer = CrossAttention(
                     inverse_temperature=config.alignment.region_temperature
                 )
+            else:
+                self.scorer = HardCoding(temperature=0.1)
 
     def encode_images(
         self,

@@ -65,3 +65,9 @@ def cross_attention_pair(regions: Tensor, words: Tensor, inverse_temperature: fl
     scores = scores / scores.norm(dim=1, keepdim=True)
     contexts = (inverse_temperature * scores).softmax(dim=0).T @ regions
     return cosine_similarity(contexts, words, dim=1).mean()
+
+
+def hard_coding_pair(regions: Tensor, words: Tensor, temperature: float) -> Tensor:
+    """CHAN's score of one pair."""
+    best = torch.stack([torch.stack([v @ w for v in regions]).max() for w in words])
+    return temperature * (best / temperature).exp().sum().log()
