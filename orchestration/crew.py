@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from orchestration.worker import work
 
@@ -88,6 +90,9 @@ class Crew:
     """
 
     def __init__(self, job: dict[str, Any], *, name: str) -> None:
+        from ray.train.torch import TorchTrainer  # the driver does without torch
+
+        self._group = ""
         self._post = (
             ray.remote(Post)
             .options(num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
@@ -135,15 +140,16 @@ class Crew:
             if not self._thread.is_alive():
                 raise self._error
         news: dict[str, Any] = ray.get(told)
+        self._group = news.get("placement_group", self._group)
         return news
 
     def close(self, *, seconds: float) -> None:
         """Sends the workers home and waits for that, but no longer than this."""
-        try:
+        # Without the post the workers go as well.
+        with suppress(RayError, TimeoutError):
             ray.get(self._post.close.remote(), timeout=seconds)
-        except (ray.exceptions.RayError, TimeoutError):
-            return  # with the post the workers go as well
-        self._thread.join(seconds)
+            self._thread.join(seconds)
+        free(self._group)
 
     def _run(self) -> None:
         try:
@@ -151,3 +157,17 @@ class Crew:
         # It is raised where somebody waits for news.
         except Exception as error:
             self._error = error
+
+
+def free(group: str) -> None:
+    """Removes a placement group and the workers in it, unless that has been done.
+
+    A crew whose controller is killed does not tidy up; Train's own cleaner asks the State API,
+    which is not there without a dashboard. Then the CPUs would be lost, and the next trial would
+    wait for ever.
+
+    Args:
+        group: id in hexadecimal digits; empty for none.
+    """
+    if group:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METRIC = "val/rsum"
 _TRIES = 50  # proposals looked at before a space counts as exhausted
+_GUIDED = 5  # of these by TPE, which goes on proposing what it knows to be good; the rest at random
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,8 @@ class Proposals:
         )
         known = len(self._study.get_trials(deepcopy=False))
         # A restarted sampler with the same seed would draw the same points once more.
-        self._study.sampler = optuna.samplers.TPESampler(
+        self._random = optuna.samplers.RandomSampler(seed=seed + known)
+        self._guided = optuna.samplers.TPESampler(
             seed=seed + known,
             multivariate=True,
             group=True,
@@ -193,7 +195,8 @@ class Proposals:
             self._live(lost).set_user_attr("number", number)
             return {path: _tidy(value) for path, value in lost.params.items()}
         points = [record.overrides for record in seen]
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
+            self._study.sampler = self._guided if attempt < _GUIDED else self._random
             trial = self._study.ask()
             drawn = self._draw(trial)
             if drawn not in points:

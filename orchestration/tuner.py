@@ -25,11 +25,10 @@ from ray.train import TrainingFailedError, WorkerGroupError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cpfean.errors import CpfeanError, DataError, DivergedError
 from orchestration.checkpoints import CheckpointFolder
-from orchestration.crew import HEAD, Crew
+from orchestration.crew import HEAD, Crew, free
 from orchestration.records import TrialRecord
 from orchestration.search import METRIC
 from orchestration.settings import ServiceError, Settings, prepare_environment
@@ -115,11 +114,10 @@ def connect(settings: Settings) -> Cluster:
     cpus = len(os.sched_getaffinity(0))
     try:
         if settings.address is None:
-            # The dashboard answers the queries by which Train frees a stopped trial's workers.
             ray.init(
                 address="local",
                 num_cpus=cpus,
-                include_dashboard=True,
+                include_dashboard=False,  # ten processes that would start first
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=200 * 2**20,
@@ -489,15 +487,8 @@ class _Watcher(tune.Callback):
             self._free(number)
 
     def _free(self, number: int) -> None:
-        """Removes the workers of a trial, which failed or whose process is gone.
-
-        A crew that is killed does not tidy up; Train's own cleaner asks the State API, which fails
-        where two Ray instances are on one host. Then the CPUs would be lost, and the next trial
-        would wait for ever.
-        """
-        group = self._groups.pop(number, None)
-        if group:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+        """Removes the workers of a trial, which failed or whose process is gone."""
+        free(self._groups.pop(number, ""))
 
 
 def _error_of(trial: Trial) -> BaseException:

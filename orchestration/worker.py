@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean.config import ExperimentConfig
 from orchestration.checkpoints import CheckpointFolder
+from orchestration.search import METRIC
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
@@ -25,12 +26,17 @@ if TYPE_CHECKING:
 def metrics_of(report: EpochReport) -> dict[str, Any]:
     """What a driver is told of an epoch.
 
-    Beside the epoch's own numbers, those of all epochs before it, so that a driver that was away
-    misses nothing, and whether the training has come to its own end.
+    The numbers of all epochs so far, so that a driver that was away misses nothing, and whether the
+    training has come to its own end.
     """
-    history = [dict(row) for row in report.history]
     ended = report.stopped_early or report.epoch >= report.epochs
-    return report.as_dict() | {"history": history, "ended": ended}
+    return _told(report.history, ended=ended)
+
+
+def _told(history: tuple[dict[str, float], ...], *, ended: bool) -> dict[str, Any]:
+    # On top only what a scheduler looks at: Tune keeps statistics of every number there.
+    judged = {name: history[-1][name] for name in ("epoch", METRIC)}
+    return judged | {"history": [dict(row) for row in history], "ended": ended}
 
 
 def work(job: dict[str, Any]) -> None:
@@ -129,8 +135,7 @@ class RayReporter:
     def had_ended(self, history: tuple[dict[str, float], ...], newest: str) -> None:
         """Tells of a training that was at its end before, when its driver was lost."""
         if not self._reported:
-            told = {"history": [dict(row) for row in history], "ended": True}
-            self._tell(history[-1] | told | {"checkpoint_path": self.folder.at(newest)})
+            self._tell(_told(history, ended=True) | {"checkpoint_path": self.folder.at(newest)})
 
     def _tell(self, news: dict[str, Any]) -> None:
         if self.is_first:

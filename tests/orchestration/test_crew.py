@@ -116,15 +116,20 @@ class Script:
 
 def training_process() -> int:
     """The one Ray Train worker among our descendants."""
-    import psutil
-
     (found,) = (
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if child.name().startswith("ray::_RayTrainW")
-        or "RayTrainWorker" in "".join(child.cmdline())
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if b"RayTrainWorker" in (folder / "cmdline").read_bytes() and is_ours(int(folder.name))
     )
     return found
+
+
+def is_ours(process: int) -> bool:
+    while process not in (0, os.getpid()):
+        # "pid (name) state parent ...", and a name may hold spaces.
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+        process = int(stat.rpartition(")")[2].split()[1])
+    return process != 0
 
 
 def rsums(record: TrialRecord) -> list[tuple[float, float]]:
