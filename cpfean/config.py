@@ -367,12 +367,15 @@ class EvaluationConfig(_Part):
         protocol: "full" ranks among the whole split; "coco-1k" is the mean over consecutive folds
             of 1000 images, each ranked by itself.
         batch_size: images or captions encoded at a time.
+        products: type of the matrix products that the cosines of regions and words come from;
+            docs/performance.md tells what "bf16" does to speed and to rSum.
     """
 
     _prefix: typing.ClassVar[str] = "evaluation"
 
     protocol: Literal["full", "coco-1k"] = "full"
     batch_size: int = 128
+    products: Literal["fp32", "bf16"] = "fp32"
 
     def _validate(self) -> None:
         self._need(self.batch_size >= 1, "batch_size", "at least 1")

@@ -38,6 +38,11 @@ def main() -> None:
         choices=("full", "coco-1k"),
         help="rank among the whole split, or mean over folds of 1000 images (default: the model's)",
     )
+    parser.add_argument(
+        "--products",
+        choices=("fp32", "bf16"),
+        help="type of the matrix products of scoring (default: the model's)",
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     command_line.run(parser, body)
 
@@ -71,6 +76,7 @@ def body(arguments: argparse.Namespace) -> int:
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         num_regions=data.num_regions,
         batch_size=config.evaluation.batch_size,
+        products=arguments.products or config.evaluation.products,
     )
     json.dump(metrics.as_dict(), sys.stdout, indent=1)
     print()

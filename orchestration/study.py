@@ -592,6 +592,7 @@ def test_metrics(
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         num_regions=config.data.num_regions,
         batch_size=config.evaluation.batch_size,
+        products=config.evaluation.products,
     ).as_dict()
 
 

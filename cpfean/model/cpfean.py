@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -208,8 +209,12 @@ class Cpfean(nn.Module):
     def score(
         self, images: ImageEmbeddings, captions: CaptionEmbeddings
     ) -> Float[Tensor, "image caption"]:
-        """Scores every image against every caption; neither order matters."""
-        pooled = images.pooled @ captions.pooled.T
+        """Scores every image against every caption; neither order matters.
+
+        Under autocast the products of regions and words are made in its type, nothing else is.
+        """
+        with torch.autocast(images.pooled.device.type, enabled=False):
+            pooled = images.pooled @ captions.pooled.T
         if self.scorer is None:
             return pooled
         local = local_scores(self.scorer, images, captions)

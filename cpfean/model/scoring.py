@@ -61,9 +61,12 @@ def local_scores(
     kind = images.regions.dtype
     product_type = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
     # Captions of like length next to each other: a block is padded little, and as many captions
-    # are as much work.
-    order = captions.mask.sum(dim=1).argsort(stable=True)
-    captions = captions.rows(order)
+    # are as much work. Evaluation gives them so; that spares a copy of all words.
+    lengths = captions.mask.sum(dim=1)
+    order = None
+    if bool((lengths.diff() < 0).any()):
+        order = lengths.argsort(stable=True)
+        captions = captions.rows(order)
     with torch.autocast(device, enabled=False):
         if device == "cpu" and isinstance(scorer, ProminentAlignment) and scorer.rounds == 1:
             scores = _compiled(scorer, images, captions, product_type)
@@ -73,7 +76,7 @@ def local_scores(
             scores = _PlainScores.apply(
                 scorer, images.mask, captions.mask, product_type, *fragments, *parameters
             )
-        return scores[:, order.argsort()]
+        return scores if order is None else scores[:, order.argsort()]
 
 
 def _compiled(

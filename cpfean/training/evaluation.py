@@ -39,6 +39,7 @@ def evaluate(
     protocol: Literal["full", "coco-1k"],
     batch_size: int,
     device: torch.device,
+    products: Literal["fp32", "bf16"] = "fp32",
 ) -> RetrievalMetrics:
     """Metrics of a split; every process returns the same.
 
@@ -49,6 +50,7 @@ def evaluate(
             images are scored with its own captions only.
         batch_size: images or captions encoded at a time.
         device: where to compute.
+        products: type of the matrix products of scoring; everything else is in the model's.
 
     Raises:
         DataError: "coco-1k" on a split that does not divide into folds.
@@ -66,7 +68,13 @@ def evaluate(
             if len(galleries) > 1:
                 name = f"{name}, fold {number} of {len(galleries)}"
             ranks = _count_ranks(
-                model, dataset, gallery, name=name, batch_size=batch_size, device=device
+                model,
+                dataset,
+                gallery,
+                name=name,
+                batch_size=batch_size,
+                device=device,
+                products=products,
             )
             metrics.append(ranks.metrics())
     finally:
@@ -82,6 +90,7 @@ def _count_ranks(
     name: str,
     batch_size: int,
     device: torch.device,
+    products: Literal["fp32", "bf16"],
 ) -> RankCounter:
     """Scores this process's share of a gallery's images against all its captions."""
     rank, world_size = place()
@@ -105,8 +114,9 @@ def _count_ranks(
         for block, batch in zip(blocks, batches, strict=True):
             images = model.encode_images(**batch.to(device, non_blocking=on_gpu)._asdict())
             scores = torch.empty(len(block), len(gallery) * per_image, dtype=dtype, device=device)
-            for columns, embedded in captions:
-                scores[:, columns] = model.score(images, embedded)
+            with torch.autocast(device.type, torch.bfloat16, enabled=products == "bf16"):
+                for columns, embedded in captions:
+                    scores[:, columns] = model.score(images, embedded)
             ranks.add(scores, first=block.start)
             if ranks.diverged:
                 break

@@ -172,6 +172,7 @@ def fit(
             protocol=config.evaluation.protocol,
             batch_size=config.evaluation.batch_size,
             device=device,
+            products=config.evaluation.products,
         )
         best_rsum, best_epoch = state.best_rsum, state.best_epoch
         if metrics.rsum > best_rsum:

@@ -120,6 +120,7 @@ def evaluate_checkpoint(
     device: torch.device,
     num_regions: int,
     batch_size: int = 128,
+    products: Literal["fp32", "bf16"] = "fp32",
     text_encoder: str | None = None,
 ) -> RetrievalMetrics:
     """Metrics of a checkpoint's best model on a split.
@@ -134,6 +135,7 @@ def evaluate_checkpoint(
         device: where to compute.
         num_regions: the region count.
         batch_size: images or captions encoded at a time.
+        products: as in `evaluate`.
         text_encoder: where a frozen text encoder is now, if it has moved.
 
     Raises:
@@ -146,7 +148,14 @@ def evaluate_checkpoint(
     opened = open_split(data_folder, split, num_regions=num_regions)
     _check_made_for(model, opened, source=str(checkpoint))
     dataset = _dataset(model, opened, tokenizer, cache_dir=cache_dir, device=device)
-    return evaluate(model, dataset, protocol=protocol, batch_size=batch_size, device=device)
+    return evaluate(
+        model,
+        dataset,
+        protocol=protocol,
+        batch_size=batch_size,
+        device=device,
+        products=products,
+    )
 
 
 def _check_made_for(model: Cpfean, split: Split, *, source: str) -> None:

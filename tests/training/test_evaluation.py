@@ -210,3 +210,25 @@ def test_captions_are_grouped_by_length_unless_they_are_few(
     groups = [lengths[part].tolist() for part in evaluation._length_groups(lengths)]
     assert groups == [[4, 4, 4, 4], [5, 6, 6], [7, 7, 7], [9]]
     assert [part.start for part in evaluation._length_groups(lengths[:1])] == [0]
+
+
+def test_products_in_bf16_are_those_of_scoring_alone(
+    tiny_config: ExperimentConfig,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
+    found: dict[str, set[bool]] = {"encode_images": set(), "encode_captions": set(), "score": set()}
+    for name, seen in found.items():
+        original = getattr(model, name)
+
+        def noted(*given: Any, seen: set[bool] = seen, call: Any = original, **more: Any) -> Any:
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return call(*given, **more)
+
+        monkeypatch.setattr(model, name, noted)
+    for products, autocast in (("bf16", True), ("fp32", False)):
+        evaluate(model, dataset, protocol="full", batch_size=5, device=CPU, products=products)
+        assert found == {"encode_images": {False}, "encode_captions": {False}, "score": {autocast}}
+        found["score"].clear()
