@@ -93,3 +93,15 @@ def test_two_workers_are_compared_with_one(run_benchmark: Run) -> None:
     assert rows.keys() == {(w, n) for w in ("training", "evaluation") for n in (1, 2)}
     assert rows["training", 1]["v one worker"] == 1
     assert all(row["pairs/s"] > 0 for row in result["rows"])
+
+
+def test_full_training_steps_are_counted(run_benchmark: Run) -> None:
+    printed, result = run_benchmark(
+        "full_training",
+        *("--batch", 4, "--regions", 5, "--dim", 32, "--feature-dim", 16, "--text-dim", 32),
+        *("--text-layers", 1, "--steps", 2, "--runs", 1, "--device", "cpu"),
+    )
+    (row,) = result["rows"]
+    assert row["images/s"] == pytest.approx(4 * row["steps/s"])
+    assert row["parameters"] > 1000
+    assert "steps/s" in printed
