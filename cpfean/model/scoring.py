@@ -263,12 +263,13 @@ class _Blocks:
     def scores(self) -> Tensor:
         """The scores, (image, caption)."""
         result = self.constants.new_empty(len(self.region_gram), len(self.word_gram))
+        # Nothing is added up here, so whoever is free takes the next block.
+        blocks = iter(list(product(self.image_blocks, self.caption_blocks)))
 
         def work(number: int) -> None:
             thread = _Thread(self)
-            for images in self.image_blocks[number :: self.threads]:
-                for captions in self.caption_blocks:
-                    thread.score(images, captions, result)
+            for images, captions in blocks:
+                thread.score(images, captions, result)
 
         _in_threads(work, self.threads)
         return result
