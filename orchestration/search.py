@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,13 +164,14 @@ class Proposals:
         _silence_experimental(optuna)
         self._space = space
         self._states = optuna.trial.TrialState
-        # timeout: another process may be looking at the study.
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 30}}
-        )
-        self._study: optuna.Study = optuna.create_study(
-            storage=storage, study_name=file.parent.name, direction="maximize", load_if_exists=True
-        )
+        if not file.exists():
+            # A driver killed while Optuna writes its tables would leave some without the index that
+            # keeps the study's name unique: the file appears complete or not at all.
+            new = file.with_name(f"{file.name}.new")
+            new.unlink(missing_ok=True)
+            _open_study(new, name=file.parent.name)
+            os.replace(new, file)
+        self._study = _open_study(file, name=file.parent.name)
         known = len(self._study.get_trials(deepcopy=False))
         # A restarted sampler with the same seed would draw the same points once more.
         self._random = optuna.samplers.RandomSampler(seed=seed + known)
@@ -281,3 +283,16 @@ def _silence_experimental(optuna: Any) -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def _open_study(file: Path, *, name: str) -> optuna.Study:
+    """The study in a database, made if absent."""
+    import optuna
+
+    # timeout: another process may be looking at the study.
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 30}}
+    )
+    return optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True
+    )

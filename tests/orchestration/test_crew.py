@@ -193,7 +193,7 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
     subprocess.run(
         [sys.executable, str(ROOT / "experiments/train.py"), *words],
         cwd=tmp_path,
-        env=os.environ | {"CPFEAN_CACHE": str(tmp_path / "cache")},
+        env=os.environ | {"CPFEAN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
     )
