@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cpfean.config import AlignmentConfig
 from cpfean.model.alignment import ProminentAlignment
@@ -124,26 +123,44 @@ def naive_scores(
 ) -> Tensor:
     """CPFEAN as the field writes such scores: caption by caption, with a context for every pair.
 
-    The equations of docs/model.md, section 4, in their order; soft gates, all regions real.
+    The equations of docs/model.md, section 4, in their order; soft gates, all regions real. Images
+    in shards of 128, as published evaluations take them.
     """
-    kappa, tau, lam, beta = scorer.constants(like=images.regions)
-    columns = []
-    for words, mask in zip(captions.words, captions.mask, strict=True):
-        words = words[mask].expand(len(images.regions), -1, -1)  # image word dim
-        cosines = images.regions @ words.transpose(1, 2)  # image region word
-        gates = torch.sigmoid(kappa * (cosines.amax(dim=2) - images.thresholds))
-        prominence = (tau * cosines).softmax(dim=2)
-        named_by = (gates[..., None] * prominence).sum(dim=1)
-        weights = 1 + beta * named_by
-        weights = weights / weights.sum(dim=1, keepdim=True)
-        attention = (lam * cosines + gates.log()[..., None]).softmax(dim=1)
-        contexts = attention.transpose(1, 2) @ images.regions  # image word dim
-        prominent = prominence @ words  # image region dim
-        of_words = (weights * functional.cosine_similarity(contexts, words, dim=2)).sum(dim=1)
-        of_regions = functional.cosine_similarity(images.regions, prominent, dim=2)
-        relevant = (gates * of_regions).sum(dim=1) / gates.sum(dim=1)
-        columns.append(0.5 * of_words + 0.5 * relevant)
-    return torch.stack(columns, dim=1)
+    shards = [
+        torch.stack(
+            [
+                _naive_column(scorer, regions, thresholds, words[mask])
+                for words, mask in zip(captions.words, captions.mask, strict=True)
+            ],
+            dim=1,
+        )
+        for regions, thresholds in zip(
+            images.regions.split(128), images.thresholds.split(128), strict=True
+        )
+    ]
+    return torch.cat(shards)
+
+
+def _naive_column(
+    scorer: ProminentAlignment, regions: Tensor, thresholds: Tensor, words: Tensor
+) -> Tensor:
+    """Scores of some images with one caption, (image,)."""
+    kappa, tau, lam, beta = scorer.constants(like=regions)
+    cosines = regions @ words.T  # image region word
+    gates = torch.sigmoid(kappa * (cosines.amax(dim=2) - thresholds))
+    prominence = (tau * cosines).softmax(dim=2)
+    named_by = (gates[..., None] * prominence).sum(dim=1)
+    weights = 1 + beta * named_by
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    attention = (lam * cosines + gates.log()[..., None]).softmax(dim=1)
+    contexts = attention.transpose(1, 2) @ regions  # image word dim
+    prominent = prominence @ words  # image region dim
+    # Regions and words are of length 1, contexts are not.
+    to_words = (contexts * words).sum(dim=2) / contexts.norm(dim=2)
+    to_regions = (prominent * regions).sum(dim=2) / prominent.norm(dim=2)
+    of_words = (weights * to_words).sum(dim=1)
+    of_regions = (gates * to_regions).sum(dim=1) / gates.sum(dim=1)
+    return 0.5 * of_words + 0.5 * of_regions
 
 
 def peer(text: str) -> tuple[str, Path]:

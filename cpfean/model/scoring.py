@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -91,10 +91,10 @@ def _compiled(
     scores: Tensor = _CompiledScores.apply(
         regions.rows,
         words.rows,
-        regions.gram,
-        words.gram,
         thresholds,
         scorer.constants(like=regions.rows),
+        regions.gram,
+        words.gram,
         _Layout(regions.offsets, words.offsets, gates[scorer.gate], product_type),
     )
     return scores
@@ -186,7 +186,8 @@ class _Fragments(NamedTuple):
     Attributes:
         rows: unit-norm embeddings, those of the first image or caption first.
         offsets: the first row of each image or caption, and the end.
-        gram: inner products of the fragments of each, padded.
+        gram: inner products of the fragments of each, padded; outside the graph, since whoever
+            computes with them sends their gradient on to the rows.
     """
 
     rows: Float[Tensor, "fragment dim"]
@@ -206,7 +207,9 @@ def _without_padding(
         others = others.gather(1, order)
     offsets = np.concatenate([[0], counts.cumsum(0).numpy()]).astype(np.int64)
     rows = vectors.flatten(0, 1) if bool(first.all()) else vectors[first]
-    return _Fragments(rows, offsets, vectors @ vectors.transpose(1, 2)), others
+    with torch.no_grad():
+        gram = vectors @ vectors.transpose(1, 2)
+    return _Fragments(rows, offsets, gram), others
 
 
 class _Layout(NamedTuple):
@@ -232,7 +235,7 @@ class _CompiledScores(torch.autograd.Function):
         with torch.no_grad():
             blocks = _Blocks(*(*ctx.saved_tensors, ctx.layout))
             found = blocks.gradients(gradients[0].contiguous())
-        return (*found, None)
+        return (*found, None, None, None)
 
 
 class _Blocks:
@@ -242,15 +245,16 @@ class _Blocks:
         self,
         regions: Tensor,
         words: Tensor,
-        region_gram: Tensor,
-        word_gram: Tensor,
         thresholds: Tensor,
         constants: Tensor,
+        region_gram: Tensor,
+        word_gram: Tensor,
         layout: _Layout,
     ) -> None:
         self.layout = layout
-        self.regions = regions.detach().to(layout.product_type)
-        self.words = words.detach().to(layout.product_type)
+        self.region_rows, self.word_rows = regions.detach(), words.detach()
+        self.regions = self.region_rows.to(layout.product_type)
+        self.words = self.word_rows.to(layout.product_type)
         self.region_gram = region_gram.detach().contiguous()
         self.word_gram = word_gram.detach().contiguous()
         self.thresholds = thresholds.detach().contiguous()
@@ -275,7 +279,7 @@ class _Blocks:
         return result
 
     def gradients(self, upstream: Tensor) -> list[Tensor]:
-        """The gradients of the tensors given, in their order.
+        """The gradients of regions, words, thresholds and constants.
 
         Args:
             upstream: gradient of the scores, (image, caption).
@@ -283,20 +287,16 @@ class _Blocks:
         few = int(upstream.count_nonzero()) < _FEW * upstream.numel()
         # An image belongs to one thread, so these have one writer for each place.
         d_regions = self.constants.new_zeros(self.regions.shape)
-        d_region_gram = torch.zeros_like(self.region_gram)
         d_thresholds = torch.zeros_like(self.thresholds)
-        threads = [
-            _GradientThread(self, d_regions, d_region_gram, d_thresholds)
-            for _ in range(self.threads)
-        ]
+        threads = [_GradientThread(self, d_regions, d_thresholds) for _ in range(self.threads)]
 
         def work(number: int) -> None:
             for images in self.image_blocks[number :: self.threads]:
                 if few:
                     threads[number].propagate_few(images, upstream)
-                    continue
-                for captions in self.caption_blocks:
-                    threads[number].propagate(images, captions, upstream)
+                else:
+                    for captions in self.caption_blocks:
+                        threads[number].propagate(images, captions, upstream)
 
         _in_threads(work, self.threads)
         # In the order of the threads, whoever was first: the sums must not depend on that.
@@ -305,14 +305,8 @@ class _Blocks:
             first.d_words += other.d_words
             first.d_word_gram += other.d_word_gram
             first.d_constants += other.d_constants
-        return [
-            d_regions,
-            first.d_words,
-            d_region_gram,
-            first.d_word_gram,
-            d_thresholds,
-            first.d_constants,
-        ]
+        _through_gram(first.d_words, first.d_word_gram, self.word_rows, self.layout.words)
+        return [d_regions, first.d_words, d_thresholds, first.d_constants]
 
 
 class _Thread:
@@ -359,13 +353,10 @@ class _Thread:
 class _GradientThread(_Thread):
     """One thread's share of the gradients; what belongs to captions is the thread's own."""
 
-    def __init__(
-        self, blocks: _Blocks, d_regions: Tensor, d_region_gram: Tensor, d_thresholds: Tensor
-    ) -> None:
+    def __init__(self, blocks: _Blocks, d_regions: Tensor, d_thresholds: Tensor) -> None:
         super().__init__(blocks)
         self.d_cosines = blocks.constants.new_zeros(0)
         self.d_regions = d_regions
-        self.d_region_gram = d_region_gram
         self.d_thresholds = d_thresholds
         self.d_words = blocks.constants.new_zeros(blocks.words.shape)
         self.d_word_gram = torch.zeros_like(blocks.word_gram)
@@ -427,12 +418,15 @@ class _GradientThread(_Thread):
         stride = self.multiply(words, regions)
         if len(self.d_cosines) < len(self.cosines):
             self.d_cosines = torch.zeros_like(self.cosines)
+        region_gram = blocks.region_gram[slice(*images)]
+        d_region_gram = torch.zeros_like(region_gram)
+        offsets = _offsets(layout.regions, images)
         prominent.local_gradients(
             self.cosines.numpy(),
             stride,
             word_offsets,
-            _offsets(layout.regions, images),
-            blocks.region_gram[slice(*images)].numpy(),
+            offsets,
+            region_gram.numpy(),
             word_gram.numpy(),
             blocks.thresholds[slice(*images)].numpy(),
             blocks.constants.numpy(),
@@ -441,14 +435,28 @@ class _GradientThread(_Thread):
             images[0] if len(upstream) == len(blocks.thresholds) else 0,
             first_caption,
             self.d_cosines.numpy(),
-            self.d_region_gram[slice(*images)].numpy(),
+            d_region_gram.numpy(),
             d_word_gram.numpy(),
             self.d_thresholds[slice(*images)].numpy(),
             self.d_constants.numpy(),
         )
         d_cosines = _rows(self.d_cosines, len(words), stride, len(regions)).to(words.dtype)
-        self.d_regions[columns] += d_cosines.T @ words
+        d_regions = self.d_regions[columns]
+        d_regions += d_cosines.T @ words
+        _through_gram(d_regions, d_region_gram, blocks.region_rows[columns], offsets)
         return (d_cosines @ regions).to(self.d_words.dtype)
+
+
+def _through_gram(
+    d_rows: Float[Tensor, "fragment dim"],
+    d_gram: Float[Tensor, "n most most"],
+    rows: Float[Tensor, "fragment dim"],
+    offsets: Int64[np.ndarray, "n+1"],
+) -> None:
+    """Adds what reaches the fragments V of each through K = V V': 2 dK V, as dK is symmetric."""
+    for one, (start, stop) in zip(d_gram, pairwise(offsets), strict=True):
+        many = stop - start
+        d_rows[start:stop].addmm_(one[:many, :many], rows[start:stop], alpha=2)
 
 
 def _rows(flat: Tensor, num_rows: int, stride: int, num_columns: int) -> Tensor:
