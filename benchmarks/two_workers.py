@@ -21,13 +21,12 @@ import torch
 from measure import Timing, parser_of, publish, say
 from random_data import as_dataset, write_split
 from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
 from cpfean.data.split import open_split
 from cpfean.training.evaluation import evaluate
-from cpfean.training.global_batch import GlobalBatchLoss
+from cpfean.training.global_batch import GlobalBatchLoss, data_parallel
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.setup import build_model
 
@@ -110,7 +109,7 @@ def _worker(
     model = build_model(config, split=split, tokenizer=tokenizer)
     model.backbone.requires_grad_(False)
     step = GlobalBatchLoss(model, margin=config.loss.margin).train()
-    parallel = step if workers == 1 else DistributedDataParallel(step, broadcast_buffers=False)
+    parallel = data_parallel(step, torch.device("cpu"))
     optimizer = build_optimizer(model, config.optim)
     requests = [
         request
@@ -121,7 +120,7 @@ def _worker(
     ]
 
     def train(number: int) -> None:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         batch = dataset.training_batch(requests[number])
         (parallel(batch, "hardest", arguments.batch) * workers).backward()
         optimizer.step()

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cpfean.data.batch import Batch
 from cpfean.losses.triplet import triplet_loss
@@ -47,3 +48,15 @@ class GlobalBatchLoss(nn.Module):
         image_ids = gathered(batch.image_ids, total=total)
         scores = self.model.score(images, everybody)
         return triplet_loss(scores, image_ids, margin=self.margin, mining=mining, first=first)
+
+
+def data_parallel(step: GlobalBatchLoss, device: torch.device) -> nn.Module:
+    """The step as it is, or wrapped so that gradients are averaged over the processes."""
+    if place()[1] == 1:
+        return step
+    return DistributedDataParallel(
+        step,
+        device_ids=[device] if device.type == "cuda" else None,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
+    )

@@ -16,7 +16,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches, RetrievalDataset
@@ -33,7 +32,7 @@ from cpfean.training.checkpoint import (
     restore,
 )
 from cpfean.training.evaluation import evaluate
-from cpfean.training.global_batch import GlobalBatchLoss
+from cpfean.training.global_batch import GlobalBatchLoss, data_parallel
 from cpfean.training.optimizer import build_optimizer, set_epoch
 from cpfean.training.progress import Progress
 from cpfean.training.setup import open_experiment
@@ -154,7 +153,7 @@ def fit(
         check_same_run(state, config, fingerprint)
         best_weights = restore(resume_from, model, optimizer)
         logger.info("resumed after epoch %d of %d", state.epoch, config.optim.epochs)
-    parallel = _parallel(step, device)
+    parallel = data_parallel(step, device)
 
     for epoch in range(state.epoch + 1, config.optim.epochs + 1):
         if state.stopped_early:
@@ -213,18 +212,6 @@ def fit(
         )
         reporter.report(report, checkpoint if rank == 0 else None)
     return FitResult(history=state.history, best_rsum=state.best_rsum, best_epoch=state.best_epoch)
-
-
-def _parallel(step: GlobalBatchLoss, device: torch.device) -> nn.Module:
-    """The step as it is, or wrapped so that gradients are averaged over the processes."""
-    if place()[1] == 1:
-        return step
-    return DistributedDataParallel(
-        step,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
 
 
 def _train_epoch(
