@@ -126,10 +126,11 @@ def naive_scores(
     The equations of docs/model.md, section 4, in their order; soft gates, all regions real. Images
     in shards of 128, as published evaluations take them.
     """
+    constants = scorer.constants(like=images.regions)
     shards = [
         torch.stack(
             [
-                _naive_column(scorer, regions, thresholds, words[mask])
+                _naive_column(constants, regions, thresholds, words[mask])
                 for words, mask in zip(captions.words, captions.mask, strict=True)
             ],
             dim=1,
@@ -141,11 +142,9 @@ def naive_scores(
     return torch.cat(shards)
 
 
-def _naive_column(
-    scorer: ProminentAlignment, regions: Tensor, thresholds: Tensor, words: Tensor
-) -> Tensor:
+def _naive_column(constants: Tensor, regions: Tensor, thresholds: Tensor, words: Tensor) -> Tensor:
     """Scores of some images with one caption, (image,)."""
-    kappa, tau, lam, beta = scorer.constants(like=regions)
+    kappa, tau, lam, beta = constants
     cosines = regions @ words.T  # image region word
     gates = torch.sigmoid(kappa * (cosines.amax(dim=2) - thresholds))
     prominence = (tau * cosines).softmax(dim=2)

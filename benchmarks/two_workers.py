@@ -120,7 +120,7 @@ def _worker(
     ]
 
     def train(number: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         batch = dataset.training_batch(requests[number])
         (parallel(batch, "hardest", arguments.batch) * workers).backward()
         optimizer.step()

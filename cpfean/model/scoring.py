@@ -255,8 +255,7 @@ class _Blocks:
         self.region_rows, self.word_rows = regions.detach(), words.detach()
         self.regions = self.region_rows.to(layout.product_type)
         self.words = self.word_rows.to(layout.product_type)
-        self.region_gram = region_gram.detach().contiguous()
-        self.word_gram = word_gram.detach().contiguous()
+        self.region_gram, self.word_gram = region_gram, word_gram
         self.thresholds = thresholds.detach().contiguous()
         self.constants = constants.detach()
         self.threads = max(1, min(torch.get_num_threads(), len(thresholds)))
@@ -287,8 +286,12 @@ class _Blocks:
         few = int(upstream.count_nonzero()) < _FEW * upstream.numel()
         # An image belongs to one thread, so these have one writer for each place.
         d_regions = self.constants.new_zeros(self.regions.shape)
+        d_region_gram = torch.zeros_like(self.region_gram)
         d_thresholds = torch.zeros_like(self.thresholds)
-        threads = [_GradientThread(self, d_regions, d_thresholds) for _ in range(self.threads)]
+        threads = [
+            _GradientThread(self, d_regions, d_region_gram, d_thresholds)
+            for _ in range(self.threads)
+        ]
 
         def work(number: int) -> None:
             for images in self.image_blocks[number :: self.threads]:
@@ -305,6 +308,7 @@ class _Blocks:
             first.d_words += other.d_words
             first.d_word_gram += other.d_word_gram
             first.d_constants += other.d_constants
+        _through_gram(d_regions, d_region_gram, self.region_rows, self.layout.regions)
         _through_gram(first.d_words, first.d_word_gram, self.word_rows, self.layout.words)
         return [d_regions, first.d_words, d_thresholds, first.d_constants]
 
@@ -353,10 +357,13 @@ class _Thread:
 class _GradientThread(_Thread):
     """One thread's share of the gradients; what belongs to captions is the thread's own."""
 
-    def __init__(self, blocks: _Blocks, d_regions: Tensor, d_thresholds: Tensor) -> None:
+    def __init__(
+        self, blocks: _Blocks, d_regions: Tensor, d_region_gram: Tensor, d_thresholds: Tensor
+    ) -> None:
         super().__init__(blocks)
         self.d_cosines = blocks.constants.new_zeros(0)
         self.d_regions = d_regions
+        self.d_region_gram = d_region_gram
         self.d_thresholds = d_thresholds
         self.d_words = blocks.constants.new_zeros(blocks.words.shape)
         self.d_word_gram = torch.zeros_like(blocks.word_gram)
@@ -418,15 +425,12 @@ class _GradientThread(_Thread):
         stride = self.multiply(words, regions)
         if len(self.d_cosines) < len(self.cosines):
             self.d_cosines = torch.zeros_like(self.cosines)
-        region_gram = blocks.region_gram[slice(*images)]
-        d_region_gram = torch.zeros_like(region_gram)
-        offsets = _offsets(layout.regions, images)
         prominent.local_gradients(
             self.cosines.numpy(),
             stride,
             word_offsets,
-            offsets,
-            region_gram.numpy(),
+            _offsets(layout.regions, images),
+            blocks.region_gram[slice(*images)].numpy(),
             word_gram.numpy(),
             blocks.thresholds[slice(*images)].numpy(),
             blocks.constants.numpy(),
@@ -435,15 +439,13 @@ class _GradientThread(_Thread):
             images[0] if len(upstream) == len(blocks.thresholds) else 0,
             first_caption,
             self.d_cosines.numpy(),
-            d_region_gram.numpy(),
+            self.d_region_gram[slice(*images)].numpy(),
             d_word_gram.numpy(),
             self.d_thresholds[slice(*images)].numpy(),
             self.d_constants.numpy(),
         )
         d_cosines = _rows(self.d_cosines, len(words), stride, len(regions)).to(words.dtype)
-        d_regions = self.d_regions[columns]
-        d_regions += d_cosines.T @ words
-        _through_gram(d_regions, d_region_gram, blocks.region_rows[columns], offsets)
+        self.d_regions[columns] += d_cosines.T @ words
         return (d_cosines @ regions).to(self.d_words.dtype)
 
 

@@ -28,7 +28,7 @@ def build_optimizer(model: Cpfean, config: OptimConfig) -> torch.optim.AdamW:
             {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()
         ],
-        fused=True,  # one pass over the weights: a fifth of the time on processors too
+        fused=True,  # one pass over the weights instead of several, on processors too
     )
 
 
