@@ -3,9 +3,9 @@
     python benchmarks/two_workers.py
 
 One process and then two, with one thread each, joined by gloo: training steps of the same global
-batch on hardest negatives, and an evaluation of the same images and captions. In turns; every
-worker is a fresh process that takes a step before the clock starts. Random data, frozen text
-encoder with cached word vectors, everything else trained.
+batch on hardest negatives, each with its own time, and an evaluation of the same images and
+captions. In turns; every worker is a fresh process that takes a step before the clock starts.
+Random data, frozen text encoder with cached word vectors, everything else trained.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser = parser_of(__doc__, "two_workers")
     parser.add_argument("--images", type=int, default=200, help="with five captions each (200)")
     parser.add_argument("--batch", type=int, default=128, help="pairs of a step (128)")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed (3)")
+    parser.add_argument("--steps", type=int, default=5, help="a run, each timed (5)")
     parser.add_argument("--dim", type=int, default=1024, help="of the joint space (1024)")
     parser.add_argument("--feature-dim", type=int, default=2048, help="of a region (2048)")
     parser.add_argument("--text-dim", type=int, default=768, help="of a cached word (768)")
@@ -51,11 +51,11 @@ def main() -> None:
         for run in range(arguments.runs):
             for workers in (1, 2):
                 for work, taken in measure(Path(folder), workers, arguments).items():
-                    seconds[work, workers].append(taken)
+                    seconds[work, workers] += taken
             say(f"  run {run + 1} of {arguments.runs}")
     timings = {key: Timing.of(values) for key, values in seconds.items()}
     pairs = {
-        "training": arguments.steps * arguments.batch**2,
+        "training": arguments.batch**2,
         "evaluation": arguments.images * 5 * arguments.images,
     }
     rows = [
@@ -72,8 +72,8 @@ def main() -> None:
     publish(arguments.output, rows, **{k: v for k, v in vars(arguments).items() if k != "output"})
 
 
-def measure(folder: Path, workers: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the slowest worker, by kind of work."""
+def measure(folder: Path, workers: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of the slowest worker in every step and in the evaluation."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     rendezvous = folder / f"rendezvous-{workers}-{time.monotonic_ns()}"
@@ -83,7 +83,10 @@ def measure(folder: Path, workers: int, arguments: argparse.Namespace) -> dict[s
         nprocs=workers,
     )
     found = [results.get() for _ in range(workers)]
-    return {work: max(result[work] for result in found) for work in WORK}
+    return {
+        work: [max(times) for times in zip(*(result[work] for result in found), strict=True)]
+        for work in WORK
+    }
 
 
 def _worker(
@@ -119,22 +122,21 @@ def _worker(
         )
     ]
 
-    def train(number: int) -> None:
+    def train(number: int) -> float:
+        started = time.perf_counter()
         optimizer.zero_grad()
         batch = dataset.training_batch(requests[number])
         (parallel(batch, "hardest", arguments.batch) * workers).backward()
         optimizer.step()
+        return time.perf_counter() - started
 
     train(0)
     distributed.barrier()
-    started = time.perf_counter()
-    for number in range(1, 1 + arguments.steps):
-        train(number)
-    taken = {"training": time.perf_counter() - started}
+    taken = {"training": [train(number) for number in range(1, 1 + arguments.steps)]}
     distributed.barrier()
     started = time.perf_counter()
     evaluate(model, dataset, protocol="full", batch_size=128, device=torch.device("cpu"))
-    taken["evaluation"] = time.perf_counter() - started
+    taken["evaluation"] = [time.perf_counter() - started]
     results.put(taken)
     distributed.barrier()
     distributed.destroy_process_group()

@@ -73,14 +73,17 @@ class LabelEmbeddings(nn.Module):
         self.register_buffer("pieces", pieces)
         self.register_buffer("vectors", vectors)
 
-    def forward(self, backbone: TextBackbone) -> Float[Tensor, "label text_dim"]:
-        """The embeddings of all names."""
+    def forward(
+        self, labels: Int[Tensor, " label"], backbone: TextBackbone
+    ) -> Float[Tensor, "label text_dim"]:
+        """The embeddings of these labels' names."""
         if self.vectors is not None:
-            return self.vectors
+            return self.vectors[labels]
         assert self.pieces is not None
-        vectors = backbone.piece_embeddings()(self.pieces.clamp(min=0))
+        pieces = self.pieces[labels]
+        vectors = backbone.piece_embeddings()(pieces.clamp(min=0))
         scaled = nn.functional.layer_norm(vectors, vectors.shape[-1:])
-        return masked_mean(scaled, self.pieces >= 0)
+        return masked_mean(scaled, pieces >= 0)
 
 
 class Cpfean(nn.Module):
@@ -165,8 +168,10 @@ class Cpfean(nn.Module):
         regions = self.image_encoder(features, geometry)
         if self.text_prior is not None and self.labels is not None:
             assert labels is not None, "the model was built for data with labels"
-            names = self.word_projection(self.labels(self.backbone))
-            regions = self.text_prior(regions, names[labels], confidences)
+            # Each name once: a batch shows few of the vocabulary's, and most of them often.
+            shown, place = labels.unique(return_inverse=True)
+            names = self.word_projection(self.labels(shown, self.backbone))
+            regions = self.text_prior(regions, names[place], confidences)
         dtype = self.word_projection.weight.dtype
         overlap = None if iou is None else iou.to(dtype)
         mask = self.region_reasoning.keep(region_mask, overlap)
