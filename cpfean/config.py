@@ -231,6 +231,7 @@ class AlignmentConfig(_Part):
         region_temperature: lambda, inverse temperature of the softmax over regions.
         rounds: how often fusion is repeated.
         global_weight: eta, share of the pooled, global cosine in the score.
+        pooling: of that part: "mean", or VSE-inf's "generalized" pooling.
     """
 
     _prefix: typing.ClassVar[str] = "model.alignment"
@@ -246,6 +247,7 @@ class AlignmentConfig(_Part):
     region_temperature: float = 9.0
     rounds: int = 1
     global_weight: float = 0.5
+    pooling: Literal["mean", "generalized"] = "mean"
 
     def _validate(self) -> None:
         self._need(-1 <= self.gate_threshold <= 1, "gate_threshold", "a cosine, in [-1, 1]")
@@ -255,6 +257,11 @@ class AlignmentConfig(_Part):
         self._need(0 < self.region_temperature <= 1000, "region_temperature", "in (0, 1000]")
         self._need(1 <= self.rounds <= 8, "rounds", "from 1 to 8")
         self._need(0 <= self.global_weight <= 1, "global_weight", "a share, in [0, 1]")
+        self._need(
+            self.pooling == "mean" or self.global_weight > 0,
+            "pooling",
+            '"mean" where global_weight is 0: nothing is pooled',
+        )
         repeats = self.rounds == 1 or (self.fusion and self.kind == "prominent")
         self._need(
             repeats, "rounds", "1 where fusion is off or replaced: there is nothing to repeat"

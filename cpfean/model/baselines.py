@@ -1,12 +1,14 @@
-"""Scorers of the field behind the interface of `cpfean.model.alignment`.
+"""Scorers of the field behind the interface of `cpfean.model.alignment`, and VSE-inf's pooling.
 
 Axes:  as in `cpfean.model.alignment`.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,3 +62,55 @@ class HardCoding(nn.Module):
         best = pairs.cosines.masked_fill(~pairs.region_mask, -torch.inf).amax(dim=-1)
         logits = (best / self.temperature).masked_fill(~pairs.word_mask.squeeze(-1), -torch.inf)
         return self.temperature * logits.logsumexp(dim=-1)
+
+
+class GeneralizedPooling(nn.Module):
+    """VSE-inf's pooling: a learned weight for the largest, second largest, ... of each feature.
+
+        pooled_d = sum_k theta_k max_k(x_d),   theta = softmax_k(u . GRU(positions)_k / 0.1)
+
+    max_k(x_d) is the k-th largest value of feature d among the fragments. The weights depend on
+    how many fragments there are, and on nothing else; equal ones are the mean, all on the first the
+    maximum.
+
+    Source: Chen et al. (arXiv:2011.04305): trigonometric positions of width 32, a bidirectional GRU
+    of width 32 whose directions are averaged, temperature 0.1.
+    """
+
+    width = 32
+    temperature = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(self.width, self.width, batch_first=True, bidirectional=True)
+        self.score = nn.Linear(self.width, 1, bias=False)
+
+    def forward(
+        self, fragments: Float[Tensor, "rows fragment dim"], mask: Bool[Tensor, "rows fragment"]
+    ) -> Float[Tensor, "rows dim"]:
+        """Pools the real fragments of each row; every row has one."""
+        counts, row_of = mask.sum(dim=1).unique(return_inverse=True)
+        weights = self.weights(counts)[row_of].to(fragments.dtype)
+        hidden = fragments.masked_fill(~mask[..., None], -torch.inf)
+        largest = hidden.sort(dim=1, descending=True).values[:, : weights.shape[1]]
+        return torch.einsum("nk,nkd->nd", weights, largest.masked_fill(largest.isinf(), 0.0))
+
+    def weights(self, counts: Int[Tensor, " length"]) -> Float[Tensor, "length fragment"]:
+        """theta for sets of so many fragments; 0 beyond them."""
+        longest = int(counts.max())
+        places = self._positions(longest).expand(len(counts), -1, -1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            places, counts.cpu(), batch_first=True, enforce_sorted=False
+        )
+        hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        forward, backward = hidden.chunk(2, dim=-1)
+        scores = self.score((forward + backward) / 2).squeeze(-1) / self.temperature
+        inside = torch.arange(longest, device=counts.device) < counts[:, None]
+        return scores.masked_fill(~inside, -torch.inf).softmax(dim=1)
+
+    def _positions(self, length: int) -> Float[Tensor, "fragment width"]:
+        like = self.score.weight
+        place = torch.arange(length, dtype=like.dtype, device=like.device)[:, None]
+        rates = torch.arange(0, self.width, 2, dtype=like.dtype, device=like.device)
+        angles = place * torch.exp(rates * (-math.log(10000.0) / self.width))
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)

@@ -24,7 +24,7 @@ from cpfean.model.alignment import (
     ProminentAlignment,
     every_pair,
 )
-from cpfean.model.baselines import CrossAttention, HardCoding
+from cpfean.model.baselines import CrossAttention, GeneralizedPooling, HardCoding
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
 from cpfean.model.image_encoder import ImageEncoder
 from cpfean.model.reasoning import RegionReasoning, WordReasoning
@@ -135,6 +135,9 @@ class Cpfean(nn.Module):
         )
         self.word_reasoning = WordReasoning(config.words, dim=config.dim)
         self.global_weight = config.alignment.global_weight
+        generalized = config.alignment.pooling == "generalized"
+        self.region_pooling = GeneralizedPooling() if generalized else masked_mean
+        self.word_pooling = GeneralizedPooling() if generalized else masked_mean
         self.scorer: nn.Module | None = None
         if self.global_weight < 1:
             if config.alignment.kind == "prominent":
@@ -175,7 +178,7 @@ class Cpfean(nn.Module):
         dtype = self.word_projection.weight.dtype
         overlap = None if iou is None else iou.to(dtype)
         mask = self.region_reasoning.keep(region_mask, overlap)
-        pooled = unit(masked_mean(regions, mask)).to(dtype)
+        pooled = unit(self.region_pooling(regions, mask)).to(dtype)
         thresholds = (
             self.scorer.thresholds(regions).to(dtype)
             if isinstance(self.scorer, ProminentAlignment)
@@ -209,7 +212,7 @@ class Cpfean(nn.Module):
         words = self.word_projection(word_features.to(self.word_projection.weight.dtype))
         words = unit(self.word_reasoning(words, word_mask, word_links))
         words = words.to(self.word_projection.weight.dtype)
-        return CaptionEmbeddings(words, word_mask, unit(masked_mean(words, word_mask)))
+        return CaptionEmbeddings(words, word_mask, unit(self.word_pooling(words, word_mask)))
 
     def score(
         self, images: ImageEmbeddings, captions: CaptionEmbeddings

@@ -19,7 +19,7 @@ class ImageEmbeddings(NamedTuple):
     Attributes:
         regions: unit-norm embeddings; arbitrary where masked.
         mask: True where a region is real.
-        pooled: unit-norm mean of the regions before they reasoned over each other.
+        pooled: unit-norm pool of the regions before they reasoned over each other.
         thresholds: theta, the relevance at which a region's gate is half open; zeros where no gate
             is learned.
     """
@@ -40,7 +40,7 @@ class CaptionEmbeddings(NamedTuple):
     Attributes:
         words: unit-norm embeddings; arbitrary where masked.
         mask: True where a word is real; the real ones come first.
-        pooled: unit-norm mean of the words.
+        pooled: unit-norm pool of the words.
     """
 
     words: Float[Tensor, "caption word dim"]
