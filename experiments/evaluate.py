@@ -50,23 +50,12 @@ def main() -> None:
 def body(arguments: argparse.Namespace) -> int:
     import torch
 
-    from cpfean.data.sources import resolve_data
-    from cpfean.data.split import check_folder
     from cpfean.training.setup import evaluate_checkpoint
-    from orchestration.settings import Settings
 
     model = model_folder(arguments.checkpoint)
     config = trained_configuration(model)
-    data = config.data
-    if arguments.data is not None:
-        data = DataConfig(
-            path=arguments.data, num_regions=data.num_regions, synthetic=data.synthetic
-        )
-    cache_dir = Settings.resolve(output=Path("runs"), address="local").cache_dir
-    folder = resolve_data(data, cache_dir=cache_dir)
-    check_folder(
-        folder, num_regions=data.num_regions, splits=(arguments.split,), cache_dir=cache_dir
-    )
+    cache_dir = cache_folder()
+    folder = checked_split(config, arguments.data, split=arguments.split, cache_dir=cache_dir)
     metrics = evaluate_checkpoint(
         model,
         data_folder=folder,
@@ -74,13 +63,45 @@ def body(arguments: argparse.Namespace) -> int:
         protocol=arguments.protocol or config.evaluation.protocol,
         cache_dir=cache_dir,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        num_regions=data.num_regions,
+        num_regions=config.data.num_regions,
         batch_size=config.evaluation.batch_size,
         products=arguments.products or config.evaluation.products,
     )
     json.dump(metrics.as_dict(), sys.stdout, indent=1)
     print()
     return 0
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept on this machine."""
+    from orchestration.settings import Settings
+
+    return Settings.resolve(output=Path("runs"), address="local").cache_dir
+
+
+def checked_split(
+    config: ExperimentConfig, data: str | None, *, split: str, cache_dir: Path
+) -> Path:
+    """Fetches or makes the data for a trained model, and checks one split of it.
+
+    Args:
+        config: that the model was trained with.
+        data: folder, URL or "synthetic"; None for what the model was trained on.
+        split: its name.
+        cache_dir: for what can be made again.
+
+    Raises:
+        DataError: every fault that was found.
+    """
+    from cpfean.data.sources import resolve_data
+    from cpfean.data.split import check_folder
+
+    wanted = config.data
+    if data is not None:
+        wanted = DataConfig(path=data, num_regions=wanted.num_regions, synthetic=wanted.synthetic)
+    folder = resolve_data(wanted, cache_dir=cache_dir)
+    check_folder(folder, num_regions=wanted.num_regions, splits=(split,), cache_dir=cache_dir)
+    return folder
 
 
 def model_folder(path: Path) -> Path:

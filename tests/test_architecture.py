@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("cpfean", "orchestration", "experiments")
 CLUSTER = frozenset({"ray", "optuna", "mlflow"})
-FOUNDATION = frozenset({"cpfean.config", "cpfean.errors", "cpfean.processes"})
+FOUNDATION = frozenset({"cpfean.config", "cpfean.errors", "cpfean.processes", "cpfean.progress"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ ROOMS = {
     "cpfean.kernels": Room(ours=frozenset(), never=CLUSTER | {"torch"}),
     "cpfean.model": Room(ours=FOUNDATION | {"cpfean.kernels"}),
     "cpfean.processes": Room(ours=frozenset()),
+    "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=frozenset({"cpfean"})),
     "orchestration": Room(ours=frozenset({"cpfean"}), never=frozenset()),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),

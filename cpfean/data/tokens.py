@@ -220,6 +220,21 @@ class CaptionTokenizer:
             num_truncated=num_truncated,
         )
 
+    def words(self, caption: str) -> list[str]:
+        """The texts of a caption's words as they stand in it, without what is cut.
+
+        With units "pieces", its pieces, specials included.
+        """
+        text = caption.translate(_SEPARATORS)
+        coded = self._tokenizer([text], truncation=True, max_length=self.max_tokens).encodings[0]
+        if self.units == "pieces":
+            return list(coded.tokens)
+        spans: dict[int, tuple[int, int]] = {}
+        for word, (start, stop) in zip(_numbered(coded.word_ids), coded.offsets, strict=True):
+            spans[word] = (spans.get(word, (start, stop))[0], stop)
+        spans.pop(-1, None)
+        return [text[start:stop] for start, stop in spans.values()]
+
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files and our settings; `load` takes them back."""
         folder.mkdir(parents=True, exist_ok=True)

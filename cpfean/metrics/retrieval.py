@@ -10,6 +10,7 @@ needs the whole score matrix, neither in one place nor at one time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -159,11 +160,7 @@ class RankCounter:
         if broken < len(self.gallery) * num_captions:
             image, caption = divmod(broken, num_captions)
             start = self.gallery.start
-            raise DivergedError(
-                f"the score of image {start + image}, caption "
-                f"{start * self.captions_per_image + caption} is not finite: nothing can be "
-                "ranked. The training has diverged; try a lower optim.learning_rate."
-            )
+            raise _not_finite(start + image, start * self.captions_per_image + caption)
         # What other processes hold is zero here, so the sum is everybody's.
         matches = summed(self._matches.clone())
         better_images = (self._rivals >= matches).sum(dim=0)
@@ -182,20 +179,79 @@ def retrieval_metrics(
         DataError: the columns are not `captions_per_image` for each row.
         DivergedError: a score is not finite.
     """
-    num_images, num_captions = scores.shape
-    if num_images == 0 or num_captions != num_images * captions_per_image:
-        raise DataError(
-            f"a score matrix of {num_images} images by {num_captions} captions; expected "
-            f"{captions_per_image} captions for each of at least one image."
-        )
+    _check_complete(scores, captions_per_image)
     counter = RankCounter(
-        range(num_images),
+        range(len(scores)),
         captions_per_image=captions_per_image,
         dtype=scores.dtype,
         device=scores.device,
     )
     counter.add(scores, first=0)
     return counter.metrics()
+
+
+class QueryRanks(NamedTuple):
+    """The place of each query's best match among all candidates, from 1.
+
+    Attributes:
+        images: of each image's best caption.
+        captions: of each caption's image.
+    """
+
+    images: Int[Tensor, "image"]
+    captions: Int[Tensor, "caption"]
+
+    def metrics(self) -> RetrievalMetrics:
+        """The recalls."""
+        return RetrievalMetrics(
+            image_to_text=RecallAtK.from_counts(self.images - 1),
+            text_to_image=RecallAtK.from_counts(self.captions - 1),
+        )
+
+
+def query_ranks(
+    scores: Float[Tensor, "image caption"], *, captions_per_image: int = 5
+) -> QueryRanks:
+    """The rank of every query, for looking at single ones; a tie counts against the model.
+
+    Args:
+        scores: the complete matrix, held by one process.
+        captions_per_image: captions of an image, next to each other.
+
+    Raises:
+        DataError: the columns are not `captions_per_image` for each row.
+        DivergedError: a score is not finite.
+    """
+    _check_complete(scores, captions_per_image)
+    if not bool(scores.isfinite().all()):
+        image, caption = (~scores.isfinite()).nonzero()[0].tolist()
+        raise _not_finite(image, caption)
+    own = torch.arange(scores.shape[1], device=scores.device).view(-1, captions_per_image)
+    matches = scores.gather(1, own)
+    best = matches.amax(dim=1, keepdim=True)
+    # Of an image's own captions those that are as good as the best are no rivals of it.
+    better_captions = (scores >= best).sum(dim=1) - (matches >= best).sum(dim=1)
+    return QueryRanks(
+        images=1 + better_captions,
+        # A match is as good as itself: it counts the 1 that ranks begin with.
+        captions=(scores >= matches.flatten()).sum(dim=0),
+    )
+
+
+def _check_complete(scores: Float[Tensor, "image caption"], captions_per_image: int) -> None:
+    num_images, num_captions = scores.shape
+    if num_images == 0 or num_captions != num_images * captions_per_image:
+        raise DataError(
+            f"a score matrix of {num_images} images by {num_captions} captions; expected "
+            f"{captions_per_image} captions for each of at least one image."
+        )
+
+
+def _not_finite(image: int, caption: int) -> DivergedError:
+    return DivergedError(
+        f"the score of image {image}, caption {caption} is not finite: nothing can be ranked. "
+        "The training has diverged; try a lower optim.learning_rate."
+    )
 
 
 def folds(num_images: int, *, fold_size: int) -> list[range]:

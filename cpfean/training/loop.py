@@ -24,6 +24,7 @@ from cpfean.data.split import data_fingerprint
 from cpfean.errors import DivergedError
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.processes import place, summed
+from cpfean.progress import Progress
 from cpfean.training.checkpoint import (
     Checkpoint,
     TrainingState,
@@ -34,7 +35,6 @@ from cpfean.training.checkpoint import (
 from cpfean.training.evaluation import evaluate
 from cpfean.training.global_batch import GlobalBatchLoss, data_parallel
 from cpfean.training.optimizer import build_optimizer, set_epoch
-from cpfean.training.progress import Progress
 from cpfean.training.setup import open_experiment
 
 logger = logging.getLogger(__name__)

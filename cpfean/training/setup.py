@@ -110,6 +110,50 @@ def check_data_suffices(config: ExperimentConfig, split: Split) -> None:
         logger.info("%s: no boxes, so every region neighbours every region", split.name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A trained model in evaluation mode on its device, and a split for it to look at."""
+
+    model: Cpfean
+    tokenizer: CaptionTokenizer
+    dataset: RetrievalDataset
+
+
+def open_checkpoint(
+    checkpoint: Path,
+    *,
+    data_folder: Path,
+    split: str,
+    cache_dir: Path,
+    device: torch.device,
+    num_regions: int,
+    text_encoder: str | None = None,
+) -> TrainedModel:
+    """Reads a checkpoint's best model, and opens a split the way that the model needs it.
+
+    Args:
+        checkpoint: a training checkpoint, or a folder that `save_pretrained` wrote with its
+            tokenizer.
+        data_folder: a checked folder in the native format.
+        split: its name.
+        cache_dir: for what can be made again.
+        device: where to compute.
+        num_regions: the region count.
+        text_encoder: where a frozen text encoder is now, if it has moved.
+
+    Raises:
+        CheckpointError: not such a folder, or made for data with other fields.
+        DataError: what is wrong with the data.
+    """
+    folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
+    model = Cpfean.from_pretrained(folder, text_encoder=text_encoder).to(device)
+    tokenizer = CaptionTokenizer.load(folder / "tokenizer")
+    opened = open_split(data_folder, split, num_regions=num_regions)
+    _check_made_for(model, opened, source=str(checkpoint))
+    dataset = _dataset(model, opened, tokenizer, cache_dir=cache_dir, device=device)
+    return TrainedModel(model=model, tokenizer=tokenizer, dataset=dataset)
+
+
 def evaluate_checkpoint(
     checkpoint: Path,
     *,
@@ -126,31 +170,28 @@ def evaluate_checkpoint(
     """Metrics of a checkpoint's best model on a split.
 
     Args:
-        checkpoint: a training checkpoint, or a folder that `save_pretrained` wrote with its
-            tokenizer.
-        data_folder: a checked folder in the native format.
-        split: its name.
+        checkpoint, data_folder, split, cache_dir, device, num_regions, text_encoder: as in
+            `open_checkpoint`.
         protocol: as in `evaluate`.
-        cache_dir: for what can be made again.
-        device: where to compute.
-        num_regions: the region count.
         batch_size: images or captions encoded at a time.
         products: as in `evaluate`.
-        text_encoder: where a frozen text encoder is now, if it has moved.
 
     Raises:
         CheckpointError: not such a folder, or made for data with other fields.
         DataError: what is wrong with the data.
     """
-    folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
-    model = Cpfean.from_pretrained(folder, text_encoder=text_encoder).to(device)
-    tokenizer = CaptionTokenizer.load(folder / "tokenizer")
-    opened = open_split(data_folder, split, num_regions=num_regions)
-    _check_made_for(model, opened, source=str(checkpoint))
-    dataset = _dataset(model, opened, tokenizer, cache_dir=cache_dir, device=device)
+    trained = open_checkpoint(
+        checkpoint,
+        data_folder=data_folder,
+        split=split,
+        cache_dir=cache_dir,
+        device=device,
+        num_regions=num_regions,
+        text_encoder=text_encoder,
+    )
     return evaluate(
-        model,
-        dataset,
+        trained.model,
+        trained.dataset,
         protocol=protocol,
         batch_size=batch_size,
         device=device,

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 
 from cpfean.data.dataset import RetrievalDataset, WordFeatures
 from cpfean.model.text_encoder import TextBackbone
-from cpfean.training.progress import Progress
+from cpfean.progress import Progress
 
 
 def encode_frozen(

@@ -72,6 +72,23 @@ def test_words_are_runs_of_letters_and_single_marks(make: Callable[..., CaptionT
 
 
 @pytest.mark.parametrize("make", [scratch, minilm])
+def test_words_can_be_read_as_they_stand_in_the_caption(
+    make: Callable[..., CaptionTokenizer],
+) -> None:
+    caption = "Two DOGS at the caf\u00e9 ; one's unforeseeable!"
+    assert make().words(caption) == [
+        *("Two", "DOGS", "at", "the", "caf\u00e9", ";", "one", "'", "s", "unforeseeable", "!")
+    ]
+    assert make().words("a\fb\u2028c") == ["a", "b", "c"]
+    cut = make(max_tokens=5)
+    assert cut.words("a dog on a beach") == ["a", "dog", "on"]
+    assert make(units="pieces").words("a")[0] == "[CLS]"
+    for tokenizer in (make(), cut, make(units="pieces")):
+        for given in [*CAPTIONS, caption]:
+            assert len(tokenizer.words(given)) == tokenizer.encode([given]).num_words[0]
+
+
+@pytest.mark.parametrize("make", [scratch, minilm])
 def test_a_caption_is_framed_by_two_specials_of_no_word(
     make: Callable[..., CaptionTokenizer],
 ) -> None:

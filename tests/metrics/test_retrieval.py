@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpfean.errors import DataError, DivergedError
-from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds, retrieval_metrics
+from cpfean.metrics.retrieval import (
+    RankCounter,
+    RetrievalMetrics,
+    folds,
+    query_ranks,
+    retrieval_metrics,
+)
 from tests.metrics.naive import naive_recalls
 
 PER_IMAGE = 5
@@ -26,6 +32,37 @@ def test_recalls_equal_sorting_by_hand(seed: int, num_images: int, ties: bool) -
     expected = naive_recalls(scores)
     assert found.pop("rsum") == pytest.approx(sum(expected.values()))
     assert found == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 2**16), num_images=st.integers(1, 15), ties=st.booleans())
+def test_ranks_of_single_queries_are_those_behind_the_recalls(
+    seed: int, num_images: int, ties: bool
+) -> None:
+    scores = torch.rand(
+        num_images, num_images * PER_IMAGE, generator=torch.Generator().manual_seed(seed)
+    )
+    if ties:
+        scores = (scores * 4).round()
+    ranks = query_ranks(scores)
+    assert ranks.metrics() == retrieval_metrics(scores)
+    # By hand: wrong candidates that are as good as the best match come before it.
+    for image, row in enumerate(scores.tolist()):
+        own = range(image * PER_IMAGE, (image + 1) * PER_IMAGE)
+        best = max(row[caption] for caption in own)
+        wrong = [score for caption, score in enumerate(row) if caption not in own]
+        assert ranks.images[image] == 1 + sum(score >= best for score in wrong)
+    for caption, column in enumerate(scores.T.tolist()):
+        match = column.pop(caption // PER_IMAGE)
+        assert ranks.captions[caption] == 1 + sum(score >= match for score in column)
+
+
+def test_ranks_are_refused_where_metrics_are() -> None:
+    with pytest.raises(DataError, match="expected 5 captions"):
+        query_ranks(torch.zeros(2, 9))
+    broken = torch.zeros(2, 10)
+    broken[1, 3] = math.nan
+    with pytest.raises(DivergedError, match="image 1, caption 3"):
+        query_ranks(broken)
 
 
 def test_constant_scores_earn_nothing_and_perfect_ones_everything() -> None:

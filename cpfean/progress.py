@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Literal
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ class Progress:
         what: str,
         *,
         total: int,
+        unit: Literal["", "%"] = "",
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -25,11 +27,13 @@ class Progress:
         Args:
             what: the work, as a phrase: "encoding captions".
             total: steps in all.
+            unit: "%" says how far it is in percent, where the steps mean nothing to people.
             interval: seconds between two lines.
             clock: seconds from any origin.
         """
         self.what = what
         self.total = total
+        self.unit = unit
         self.interval = interval
         self._clock = clock
         self._start = self._said = clock()
@@ -47,7 +51,8 @@ class Progress:
         self._said = now
         left = (now - self._start) / done * (self.total - done)
         note = f", {note}" if note else ""
-        logger.info("%s: %d/%d%s, %s left", self.what, done, self.total, note, duration(left))
+        far = f"{100 * done // self.total} %" if self.unit == "%" else f"{done}/{self.total}"
+        logger.info("%s: %s%s, %s left", self.what, far, note, duration(left))
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpfean.processes import share
-from cpfean.training.progress import Progress, duration
+from cpfean.progress import Progress, duration
 
 
 def test_progress_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture) -> None:
@@ -23,6 +23,15 @@ def test_progress_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture) -
         "scoring: 4/10, loss 1.5, 18 s left",
         "scoring: 8/10, loss 1.5, 6 s left",
     ]
+
+
+def test_progress_in_percent(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    progress = Progress("converting", total=4_000, unit="%", clock=lambda: now[0])
+    with caplog.at_level(logging.INFO):
+        now[0] = 30.0
+        progress.step(3_000)
+    assert [record.message for record in caplog.records] == ["converting: 75 %, 10 s left"]
 
 
 def test_durations_read_like_durations() -> None:
