@@ -227,7 +227,8 @@ class AlignmentConfig(_Part):
         gate_sharpness: kappa at the start.
         prominence: False weighs all words alike.
         prominence_weight: beta at the start.
-        word_temperature: tau, inverse temperature of the softmax over words.
+        word_temperature: tau, inverse temperature of the softmax over words; of "hard_coding", of
+            its sum over words.
         region_temperature: lambda, inverse temperature of the softmax over regions.
         rounds: how often fusion is repeated.
         global_weight: eta, share of the pooled, global cosine in the score.

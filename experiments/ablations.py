@@ -35,6 +35,11 @@ ABLATIONS: tuple[Ablation, ...] = (
         overrides={"model.regions.layers": 0},
     ),
     Ablation(
+        name="no_reasoning",
+        question="What do both kinds of reasoning within a modality add together?",
+        overrides={"model.words.layers": 0, "model.regions.layers": 0},
+    ),
+    Ablation(
         name="no_prominence",
         question="Does it help that words which many relevant regions name count for more?",
         overrides={"model.alignment.prominence": False},
@@ -48,6 +53,49 @@ ABLATIONS: tuple[Ablation, ...] = (
         name="dense_regions",
         question="Is attention among overlapping regions better than among all of them?",
         overrides={"model.regions.graph": "dense"},
+    ),
+    Ablation(
+        name="filtered_regions",
+        question="Is dropping overlapping regions better than reasoning over them?",
+        overrides={"model.regions.graph": "filtered"},
+    ),
+    Ablation(
+        name="window_words",
+        question="Is it enough for a word to see its two neighbours on either side?",
+        overrides={"model.words.graph": "window"},
+    ),
+    Ablation(
+        name="syntax_words",
+        question="Are dependency edges better than all words seeing each other?",
+        overrides={"model.words.graph": "syntax"},
+    ),
+    Ablation(
+        name="hard_gate",
+        question="Is a gate that is either open or closed better than a soft one?",
+        overrides={"model.alignment.gate": "hard"},
+    ),
+    Ablation(
+        name="no_gate",
+        question="What does the gate add, prominent words left as they are?",
+        overrides={"model.alignment.gate": "off"},
+    ),
+    Ablation(
+        name="two_rounds",
+        question="Does fusing twice bring more than fusing once?",
+        overrides={"model.alignment.rounds": 2},
+    ),
+    Ablation(
+        name="three_rounds",
+        question="And three times?",
+        overrides={"model.alignment.rounds": 3},
+    ),
+    *(
+        Ablation(
+            name=f"regions_{count}",
+            question=f"How far do the {count} surest regions of an image go?",
+            overrides={"data.num_regions": count},
+        )
+        for count in (12, 18, 24, 30, 36)
     ),
     Ablation(
         name="cross_attention",

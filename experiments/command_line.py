@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
@@ -16,7 +16,14 @@ from experiments.baselines import BASELINES
 from orchestration.records import RunFolder
 from orchestration.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, prepare_environment
-from orchestration.study import Interrupted, StudyPlan, StudyResult, closing_lines, run_study
+from orchestration.study import (
+    TUNING,
+    Interrupted,
+    StudyPlan,
+    StudyResult,
+    closing_lines,
+    run_study,
+)
 
 # A setting -> the file that data must have for it to make a difference, and what is in it.
 _NEEDS = {
@@ -122,6 +129,29 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
     where.add_argument("--debug", action="store_true", help="show where an error came from")
 
 
+def add_comparison_flags(parser: Parser, *, seeds: int) -> None:
+    """The flags of commands that run variants on seeds."""
+    parser.add_argument(
+        "--seeds",
+        metavar="K",
+        type=int,
+        default=seeds,
+        help=f"runs of each, on the seeds after --seed (default: {seeds})",
+    )
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        help="folder of what runs came to; those in it are not trained again, and files from other "
+        "machines may be put there (default: results in the output folder)",
+    )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="one run after another in this process, without Ray",
+    )
+
+
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     """Parses, runs, and turns what went wrong into a message and an exit code."""
     arguments = parser.parse_args()
@@ -203,7 +233,8 @@ def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
     if arguments.name is not None:
         return check_name(arguments.name)
     if arguments.resume:
-        name = RunFolder.newest_unfinished(where.output, kind).name
+        kinds = (kind, "tuning") if kind == "comparison" else (kind,)
+        name = RunFolder.newest_unfinished(where.output, *kinds).name.removesuffix(TUNING)
         say(f"resuming {name}")
         return name
     return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -282,6 +313,55 @@ def fitting_space(space: SearchSpace, stored: int) -> SearchSpace:
     return SearchSpace(
         name=space.name, question=space.question, parameters=parameters, only_if=space.only_if
     )
+
+
+def comparison_plan(
+    arguments: argparse.Namespace, kind: Literal["ablations", "comparison"]
+) -> tuple[StudyPlan, Settings, range]:
+    """What commands that run variants on seeds start from, its trials to be filled in; and seeds.
+
+    Raises:
+        ConfigError, DataError: flags or data that do not do.
+    """
+    num_seeds = positive(arguments.seeds, "--seeds")
+    workers = positive(arguments.workers, "--workers")
+    if arguments.in_process and workers > 1:
+        raise ConfigError(f"--in-process is one process; got --workers {workers}.")
+    config = configuration(arguments)
+    where = settings(arguments)
+    name = run_name(arguments, kind, where)
+    folder, fingerprint = checked_data(config, where, num_regions=config.data.num_regions)
+    results = (arguments.results or where.output / "results").expanduser().absolute()
+    plan = StudyPlan(
+        kind=kind,
+        name=name,
+        base=config,
+        trials=0,
+        workers=workers,
+        data_folder=folder,
+        data_fingerprint=fingerprint,
+        results=results,
+    )
+    return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
+
+
+def runner(arguments: argparse.Namespace) -> Callable[..., StudyResult]:
+    """Runs a study on Ray, or here."""
+    if not arguments.in_process:
+        return run_study
+    from orchestration.local import run_here
+
+    return run_here
+
+
+def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:
+    """The table, and where everything is."""
+    from orchestration.ablation import compare
+    from orchestration.report import markdown_table
+
+    print("\n" + markdown_table(compare(result.records)))
+    print(f"tables, plots   {report}")
+    print_closing(result, where)
 
 
 def finish(plan: StudyPlan, where: Settings, *, resume: bool) -> StudyResult:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cpfean.config import nearest
+from cpfean.config import ExperimentConfig, nearest
 from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.ablations import ABLATIONS
 
+if TYPE_CHECKING:
+    from orchestration.ablation import Ablation
+
 _EPILOG = (
     """\
-Prints rSum on dev (best epoch) as mean and 95 % interval over the seeds, and each variant's
-difference from the full model, paired by seed. The variants:
+Ends with rSum on the test split (best epoch on dev) as mean and 95 % interval over the seeds, and
+each variant's difference from the full model, paired by seed. What ran before (same configuration,
+data and code) is taken from the folder of results and not trained again. The variants:
 
 """
     + "\n".join(f"  {ablation.name:28}{ablation.question}" for ablation in ABLATIONS)
@@ -20,6 +26,7 @@ difference from the full model, paired by seed. The variants:
 
   python experiments/run_ablations.py --seeds 3
   python experiments/run_ablations.py --only no_fusion --only no_priors --data DIR
+  python experiments/run_ablations.py --in-process          one run after another, without Ray
   python experiments/run_ablations.py --resume              after a crash: finished runs stay
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
@@ -31,15 +38,13 @@ Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 clus
 def main() -> None:
     parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
-        "--seeds", metavar="K", type=int, default=3, help="seeds from --seed on (default: 3)"
-    )
-    parser.add_argument(
         "--only",
         metavar="NAME",
         action="append",
         default=[],
         help="this variant and the full model; may be repeated",
     )
+    command_line.add_comparison_flags(parser, seeds=3)
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a run (default: 1)"
     )
@@ -47,11 +52,9 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.ablation import compare, comparison_table, plan_trials
-    from orchestration.study import StudyPlan
+    from orchestration.ablation import FULL, Ablation
+    from orchestration.comparison import compare_variants, report_folder
 
-    num_seeds = command_line.positive(arguments.seeds, "--seeds")
-    workers = command_line.positive(arguments.workers, "--workers")
     known = {ablation.name: ablation for ablation in ABLATIONS}
     for name in arguments.only:
         if name not in known:
@@ -59,34 +62,52 @@ def body(arguments: argparse.Namespace) -> int:
     if len(set(arguments.only)) < len(arguments.only):
         raise ConfigError("--only names an ablation twice.")
     chosen = [known[name] for name in arguments.only] or list(ABLATIONS)
-    config = command_line.configuration(arguments)
-    trials = plan_trials(config, chosen, range(config.seed, config.seed + num_seeds))
-    where = command_line.settings(arguments)
-    name = command_line.run_name(arguments, "ablations", where)
-    folder, fingerprint = command_line.checked_data(
-        config, where, num_regions=config.data.num_regions
-    )
+    plan, where, seeds = command_line.comparison_plan(arguments, "ablations")
+    possible = []
     for ablation in chosen:
-        command_line.check_needs(
-            folder,
-            list(ablation.overrides),
-            who=f"ablation {ablation.name!r}",
-            instead="Name the others with --only.",
-        )
-    plan = StudyPlan(
-        kind="ablations",
-        name=name,
-        base=config,
-        trials=len(trials),
-        workers=workers,
-        fixed=trials,
-        data_folder=folder,
-        data_fingerprint=fingerprint,
+        try:
+            _check(ablation, plan.base, plan.data_folder)
+        except ConfigError as error:
+            if arguments.only:
+                raise
+            command_line.say(f"left out: {error}")
+        else:
+            possible.append(ablation)
+    full = Ablation(name=FULL, question="The full model.", overrides={})
+    result = compare_variants(
+        plan,
+        [full, *possible],
+        seeds=seeds,
+        settings=where,
+        resume=arguments.resume,
+        runner=command_line.runner(arguments),
+        say=command_line.say,
     )
-    result = command_line.finish(plan, where, resume=arguments.resume)
-    print(comparison_table(compare(result.records)))
-    command_line.print_closing(result, where)
+    command_line.print_comparison(result, report_folder(plan, where), where)
     return result.exit_code
+
+
+def _check(ablation: Ablation, base: ExperimentConfig, folder: Path) -> None:
+    """Raises ConfigError if the ablation changes nothing here, or needs what is not there."""
+    from cpfean.data.tokens import spacy_parser
+
+    who = f"ablation {ablation.name!r}"
+    try:
+        config = base.with_overrides(ablation.overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{who}: {error}") from None
+    if config == base:
+        raise ConfigError(f"{who} is the configuration as it stands.")
+    command_line.check_needs(
+        folder, list(ablation.overrides), who=who, instead="Name others with --only."
+    )
+    stored = command_line.stored_regions(folder)
+    if config.data.num_regions > max(stored, base.data.num_regions):
+        raise ConfigError(
+            f"{who} asks for {config.data.num_regions} regions, and {folder} has {stored} an image."
+        )
+    if config.model.words.graph == "syntax":
+        spacy_parser()
 
 
 if __name__ == "__main__":

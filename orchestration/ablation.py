@@ -1,14 +1,14 @@
-"""Ablations: one change each, trained on the same seeds as the full model, compared in pairs.
+"""Variants of the model on the same seeds, compared in pairs.
 
-The same seed means the same data order, dropout and initial weights of what both have, so the
-difference of two runs varies less than either: its interval is the one to look at.
+The same seed means the same data order, dropout and initial weights of what two variants both have,
+so the difference of two runs varies less than either: its interval is the one to look at.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
@@ -16,6 +16,7 @@ from orchestration.records import TrialRecord
 from orchestration.study import TrialPlan
 
 FULL = "full"
+LEVEL = 0.05  # of significance, after Holm's correction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,19 +44,37 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AblationResult:
-    """How a variant compares with the full model.
+    """How a variant compares with the full model, by rSum on the test split.
 
     Attributes:
-        rsum: over its seeds.
+        rsums: of its seeds.
+        rsum: mean and interval of these; None if no seed finished.
         difference: variant minus full, paired by seed; None for the full model itself, or if no
             seed finished for both.
+        p: of the paired t-test of that difference, two-sided, corrected by Holm over all variants;
+            None without two pairs.
         failed: its trials without a result.
+        seconds: of training, mean over its seeds.
     """
 
     name: str
-    rsum: Interval | None
-    difference: Interval | None
-    failed: int
+    rsums: Mapping[int, float] = field(default_factory=dict)
+    rsum: Interval | None = None
+    difference: Interval | None = None
+    p: float | None = None
+    failed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """The difference in words."""
+        if self.difference is None:
+            return ""
+        if self.p is None:
+            return "one seed says nothing"
+        if self.p >= LEVEL:
+            return "not distinguishable from full"
+        return "better than full" if self.difference.mean > 0 else "worse than full"
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -74,70 +93,81 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, half_width=quantile * math.sqrt(variance / n), n=n)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: with all below 0.05 kept, the chance of one false find is below 0.05.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure (1979).
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
 def plan_trials(
-    base: ExperimentConfig, ablations: Iterable[Ablation], seeds: Sequence[int]
+    base: ExperimentConfig, variants: Iterable[Ablation], seeds: Sequence[int]
 ) -> tuple[TrialPlan, ...]:
-    """The full model and every variant on every seed, seed by seed.
+    """Every variant on every seed, seed by seed.
 
     Raises:
         ConfigError: a variant that this base does not allow.
     """
-    variants: list[tuple[str, Mapping[str, Plain]]] = [(FULL, {})]
-    variants += [(ablation.name, ablation.overrides) for ablation in ablations]
+    variants = list(variants)
     plans = []
     for seed in seeds:
-        for name, overrides in variants:
+        for variant in variants:
+            overrides = {**variant.overrides, "seed": seed}
             try:
-                config = base.with_overrides({**overrides, "seed": seed})
+                config = base.with_overrides(overrides)
             except ConfigError as error:
-                raise ConfigError(f"ablation {name!r}: {error}") from None
+                raise ConfigError(f"variant {variant.name!r}: {error}") from None
             plans.append(
-                TrialPlan(
-                    name=f"{name}/seed-{seed}", overrides={**overrides, "seed": seed}, config=config
-                )
+                TrialPlan(name=f"{variant.name}/seed-{seed}", overrides=overrides, config=config)
             )
     return tuple(plans)
 
 
 def compare(records: Iterable[TrialRecord]) -> list[AblationResult]:
-    """Results in the order of the variants' first trials, the full model first."""
-    by_name: dict[str, dict[int, float]] = {}
-    failed: dict[str, int] = {}
+    """Results in the order of the variants' first trials."""
+    trials: dict[str, list[TrialRecord]] = {}
     for record in records:
-        name = record.name.split("/")[0]
-        by_name.setdefault(name, {})
-        failed.setdefault(name, 0)
-        if record.state == "finished":
-            by_name[name][int(record.overrides["seed"])] = record.best_rsum
-        else:
-            failed[name] += 1
-    full = by_name.get(FULL, {})
+        trials.setdefault(record.name.split("/")[0], []).append(record)
+    finished = {
+        name: {
+            int(r.overrides["seed"]): r for r in sorted(of_name, key=lambda r: r.number) if r.test
+        }
+        for name, of_name in trials.items()
+    }
+    full = finished.get(FULL, {})
     results = []
-    for name, values in by_name.items():
-        pairs = [values[seed] - full[seed] for seed in sorted(values) if seed in full]
+    for name, by_seed in finished.items():
+        rsums = {seed: by_seed[seed].test["rsum"] for seed in sorted(by_seed)}
+        pairs = [rsums[seed] - full[seed].test["rsum"] for seed in rsums if seed in full]
         results.append(
             AblationResult(
                 name=name,
-                rsum=mean_interval([values[seed] for seed in sorted(values)]) if values else None,
+                rsums=rsums,
+                rsum=mean_interval(list(rsums.values())) if rsums else None,
                 difference=mean_interval(pairs) if pairs and name != FULL else None,
-                failed=failed[name],
+                p=_paired_p(pairs) if name != FULL else None,
+                failed=sum(record.state == "failed" for record in trials[name]),
+                seconds=sum(r.seconds for r in by_seed.values()) / max(1, len(by_seed)),
             )
         )
+    tested = [index for index, result in enumerate(results) if result.p is not None]
+    for index, p in zip(tested, holm([results[i].p or 0.0 for i in tested]), strict=True):
+        results[index] = replace(results[index], p=p)
     return results
 
 
-def comparison_table(results: Sequence[AblationResult]) -> str:
-    """Lines for people: dev rSum as mean and 95 % interval, and the paired difference."""
-    rows = [["variant", "dev rSum, 95 % interval", "difference from full, paired"]]
-    for result in results:
-        cells = [result.name, str(result.rsum or "-"), str(result.difference or "")]
-        if result.failed:
-            cells[1] += f", {result.failed} failed"
-        if result.difference is not None and result.difference.mean > 0:
-            cells[2] = f"+{cells[2]}"
-        rows.append(cells)
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+def _paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of a mean difference of zero."""
+    from scipy import stats
+
+    if len(differences) < 2:
+        return None
+    if len(set(differences)) == 1:  # no spread: the statistic is 0 / 0 or infinite
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,16 +28,21 @@ class CheckpointFolder:
     """
 
     def __init__(self, uri: str) -> None:
-        from pyarrow import fs
-
         self.uri = uri.rstrip("/")
-        filesystem, self._path = fs.FileSystem.from_uri(self.uri)
-        self._filesystem: Any = filesystem
-        self._is_local = filesystem.type_name == "local"
+        self._path = self.uri.removeprefix("file://")
+        self._is_local = "://" not in self._path
+        self._filesystem: Any = None
+        if not self._is_local:
+            from pyarrow import fs
+
+            self._filesystem, self._path = fs.FileSystem.from_uri(self.uri)
 
     def create(self) -> None:
         """Makes the folder if it is not there."""
-        self._filesystem.create_dir(self._path, recursive=True)
+        if self._is_local:
+            Path(self._path).mkdir(parents=True, exist_ok=True)
+        else:
+            self._filesystem.create_dir(self._path, recursive=True)
 
     def check_shared(self) -> None:
         """Raises ConfigError on a node that does not see the folder the driver has made."""
@@ -58,7 +64,10 @@ class CheckpointFolder:
         else:
             self._upload(checkpoint, name)
         for old in self.names()[:-_KEPT]:
-            self._filesystem.delete_dir(f"{self._path}/{old}")
+            if self._is_local:
+                shutil.rmtree(f"{self._path}/{old}")
+            else:
+                self._filesystem.delete_dir(f"{self._path}/{old}")
         return self.at(name)
 
     def at(self, name: str) -> str:
@@ -67,6 +76,8 @@ class CheckpointFolder:
 
     def names(self) -> list[str]:
         """All checkpoints, oldest first, damaged ones included."""
+        if self._is_local:
+            return sorted(path.name for path in Path(self._path).glob("epoch-*"))
         from pyarrow import fs
 
         listed = self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
@@ -85,11 +96,11 @@ class CheckpointFolder:
     @contextmanager
     def opened(self, name: str) -> Iterator[Path]:
         """A checkpoint as a local folder, fetched if need be."""
-        from pyarrow import fs
-
         if self._is_local:
             yield Path(self._path) / name
             return
+        from pyarrow import fs
+
         with tempfile.TemporaryDirectory(prefix="cpfean-") as folder:
             fs.copy_files(f"{self._path}/{name}", folder, source_filesystem=self._filesystem)
             yield Path(folder)

@@ -1,20 +1,25 @@
-"""One training in this very process: no Ray, the same records and the same tracking."""
+"""Trainings in this very process, one after another: no Ray, the same records and tracking."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
-from orchestration.records import RunFolder, TrialRecord, write_json, write_text
+from orchestration.records import RunFolder, State, TrialRecord, write_text
 from orchestration.settings import Settings
 from orchestration.study import (
     StudyPlan,
     StudyResult,
+    best_of,
+    concluded,
     keep_model,
-    summary,
+    planned_record,
+    resume_line,
     test_metrics,
     tracked_run,
 )
@@ -29,11 +34,13 @@ if TYPE_CHECKING:
 def run_here(
     plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
 ) -> StudyResult:
-    """Trains the one configuration of a plan, or trains it on from its newest checkpoint.
+    """Trains the configurations of a plan, or trains them on from their newest checkpoints.
+
+    Of several, one that fails is recorded and the next one follows.
 
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan.
-        CpfeanError: what `fit` raises.
+        CpfeanError: what `fit` raises, if there is only one configuration.
     """
     folder = RunFolder(settings.output / plan.name)
     if resume:
@@ -41,29 +48,156 @@ def run_here(
     else:
         folder.create(plan.identity(), commit=git_commit())
     with folder.lock():
-        records = folder.records()
-        record = records[0] if records else _first_record(plan)
-        tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        tracker.start()
+        tracker = _tracker(plan, settings, folder, say)
+        return _Here(plan, settings, folder, tracker, say).run()
+
+
+def _tracker(
+    plan: StudyPlan, settings: Settings, folder: RunFolder, say: Callable[[str], None]
+) -> Tracker | _NoTracker:
+    """MLflow; without it the records alone tell, which is enough for a report."""
+    if importlib.util.find_spec("mlflow") is None:
+        say("MLflow is not installed: nothing is tracked, records and results are kept.")
+        return _NoTracker()
+    tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
+    tracker.start()
+    return tracker
+
+
+class _NoTracker:
+    """Takes note of nothing."""
+
+    def update(self, record: TrialRecord) -> None: ...
+
+    def update_parent(self, state: str, metrics: Mapping[str, float]) -> None: ...
+
+    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
+
+    def close(self) -> bool:
+        return True
+
+
+class _Here:
+    """The study while it runs."""
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        settings: Settings,
+        folder: RunFolder,
+        tracker: Tracker | _NoTracker,
+        say: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._folder = folder
+        self._tracker = tracker
+        self._say = say
+        self._results = plan.known_results(folder)
+        known = {record.number: record for record in folder.records()}
+        self._records = [
+            known.get(number) or planned_record(number, trial)
+            for number, trial in enumerate(plan.fixed)
+        ]
+
+    def run(self) -> StudyResult:
+        outcome: State = "failed"
+        self._tracker.update_parent("running", {})
         try:
-            _train(plan, settings, folder, record, tracker, say)
-            result = _conclude(plan, settings, folder, record, say)
+            for record in self._records:
+                self._bring_to_end(record)
+            result = self._conclude()
+            outcome = "finished"
+            return result
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+            self._say(f"stopped; go on with {resume_line(self._plan)}")
+            raise
+        finally:
+            self._tracker.update_parent(outcome, {})
+            if not self._tracker.close():
+                self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
+
+    def _bring_to_end(self, record: TrialRecord) -> None:
+        tests = self._plan.tested == "all"
+        if not record.settled and self._results is not None:
+            self._results.fill(record, tested=tests)
+        # A training that failed is asked for again; in a study a failure is for good.
+        if record.state == "finished" or (record.settled and self._plan.kind != "train"):
+            self._write(record)
+            return
+        if len(self._records) > 1:
+            self._say(f"{record.name}: run {record.number + 1} of {len(self._records)}")
+        try:
+            self._train(record)
+            if tests:
+                self._test(record, self._folder.path / "models" / f"{record.number:03d}")
             record.state = "finished"
         except KeyboardInterrupt:
             record.state = "interrupted"
-            say(f"stopped; go on with `train.py --resume --name {plan.name}` and the same flags.")
             raise
         # The record has to tell of any failure, whoever raises what.
         except Exception as error:
             record.state, record.failure = "failed", type(error).__name__
             record.message = str(error)
-            raise
+            if len(self._records) == 1 or not isinstance(error, CpfeanError):
+                raise
+            self._say(f"{record.name}: failed: {error}")
         finally:
-            folder.write(record)
-            tracker.update(record)
-            if not tracker.close():
-                say("tracking: not everything is sent; --resume with this --name sends the rest.")
-        return result
+            self._write(record)
+        if record.state == "finished" and self._results is not None:
+            self._results.keep(record)
+
+    def _train(self, record: TrialRecord) -> None:
+        import torch
+
+        from cpfean.training.loop import fit
+
+        record.state, record.failure, record.message = "running", "", ""
+        self._write(record)
+        if record.complete:
+            return
+        name = "checkpoints" if self._plan.kind == "train" else f"train/{record.number:03d}"
+        checkpoints = CheckpointFolder(str(self._folder.path / name))
+        newest = checkpoints.newest_valid()
+        if newest is not None:
+            self._say(f"resuming from {checkpoints.at(newest)}")
+        fit(
+            record.experiment,
+            data_folder=self._plan.data_folder,
+            cache_dir=self._settings.cache_dir,
+            reporter=_LocalReporter(record, self._write, checkpoints, self._say),
+            resume_from=None if newest is None else Path(checkpoints.at(newest)),
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
+    def _test(self, record: TrialRecord, keep: Path) -> None:
+        if record.test:
+            return
+        self._say("testing the best epoch ...")
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        record.test = test_metrics(
+            keep_model(record, keep),
+            record.experiment,
+            data_folder=self._plan.data_folder,
+            cache_dir=self._settings.cache_dir,
+        )
+
+    def _conclude(self) -> StudyResult:
+        best = best_of(self._records)
+        if best is not None:
+            write_text(self._folder.path / "best_config.toml", best.experiment.to_toml())
+            if self._plan.tested == "best":
+                self._test(best, self._folder.path / "best_model")
+                self._write(best)
+        records = tuple(self._records)
+        if self._plan.report is not None:
+            self._tracker.keep_files(self._plan.report(records))
+        return concluded(self._folder, records, best)
+
+    def _write(self, record: TrialRecord) -> None:
+        self._folder.write(record)
+        self._tracker.update(record)
 
 
 class _LocalReporter:
@@ -71,15 +205,13 @@ class _LocalReporter:
 
     def __init__(
         self,
-        folder: RunFolder,
         record: TrialRecord,
-        tracker: Tracker,
+        write: Callable[[TrialRecord], None],
         checkpoints: CheckpointFolder,
         say: Callable[[str], None],
     ) -> None:
-        self._folder = folder
         self._record = record
-        self._tracker = tracker
+        self._write = write
         self._say = say
         self._checkpoints = checkpoints
         self._since = time.monotonic()
@@ -93,72 +225,10 @@ class _LocalReporter:
         now = time.monotonic()
         record.seconds += now - self._since
         self._since = now
-        self._folder.write(record)
-        self._tracker.update(record)
+        self._write(record)
         left = report.seconds * (report.epochs - report.epoch)
         self._say(
             f"epoch {report.epoch}/{report.epochs}  rSum {report.metrics.rsum:.1f}  best "
             f"{report.best_rsum:.1f}  loss {report.loss:.4g}  {report.seconds:.0f} s, "
             f"{left / 60:.0f} min left"
         )
-
-
-def _first_record(plan: StudyPlan) -> TrialRecord:
-    only = plan.fixed[0]
-    return TrialRecord(
-        number=0, name=only.name, overrides=dict(only.overrides), config=only.config.to_dict()
-    )
-
-
-def _train(
-    plan: StudyPlan,
-    settings: Settings,
-    folder: RunFolder,
-    record: TrialRecord,
-    tracker: Tracker,
-    say: Callable[[str], None],
-) -> None:
-    import torch
-
-    from cpfean.training.loop import fit
-
-    record.state, record.failure, record.message = "running", "", ""
-    folder.write(record)
-    tracker.update(record)
-    if record.complete:
-        return
-    checkpoints = CheckpointFolder(str(folder.path / "checkpoints"))
-    newest = checkpoints.newest_valid()
-    if newest is not None:
-        say(f"resuming from {checkpoints.at(newest)}")
-    fit(
-        record.experiment,
-        data_folder=plan.data_folder,
-        cache_dir=settings.cache_dir,
-        reporter=_LocalReporter(folder, record, tracker, checkpoints, say),
-        resume_from=None if newest is None else Path(checkpoints.at(newest)),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-
-
-def _conclude(
-    plan: StudyPlan,
-    settings: Settings,
-    folder: RunFolder,
-    record: TrialRecord,
-    say: Callable[[str], None],
-) -> StudyResult:
-    write_text(folder.path / "best_config.toml", record.experiment.to_toml())
-    if not record.test:
-        say("testing the best epoch ...")
-        model = keep_model(record, folder.path / "best_model")
-        record.test = test_metrics(
-            model,
-            record.experiment,
-            data_folder=plan.data_folder,
-            cache_dir=settings.cache_dir,
-        )
-    record.state = "finished"
-    result = StudyResult(folder=Path(folder.path), records=(record,), best=record, test=record.test)
-    write_json(folder.path / "summary.json", summary(result))
-    return result

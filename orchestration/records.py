@@ -42,7 +42,8 @@ class TrialRecord:
         complete: the training has come to its own end: all epochs, or its patience ran out.
         failure: class of the error: preempted, infra, oom, diverged, data, config or bug.
         message: last lines of the error.
-        test: metrics on the test split; only the best trial has them.
+        test: metrics on the test split, of the trials that were to be tested.
+        reused: the file in the folder of results that it was taken from, if it was not trained.
     """
 
     number: int
@@ -57,6 +58,7 @@ class TrialRecord:
     failure: str = ""
     message: str = ""
     test: dict[str, float] = field(default_factory=dict)
+    reused: str = ""
 
     @property
     def settled(self) -> bool:
@@ -168,8 +170,8 @@ class RunFolder:
             yield
 
     @staticmethod
-    def newest_unfinished(output: Path, kind: str) -> RunFolder:
-        """The run of this kind that was started last and has not been completed.
+    def newest_unfinished(output: Path, *kinds: str) -> RunFolder:
+        """The run of one of these kinds that was started last and has not been completed.
 
         Raises:
             ConfigError: there is none.
@@ -179,12 +181,12 @@ class RunFolder:
             identity = read_json(file)
             if (
                 identity
-                and identity.get("kind") == kind
+                and identity.get("kind") in kinds
                 and not (file.parent / "summary.json").exists()
             ):
                 candidates.append((file.stat().st_mtime, file.parent))
         if not candidates:
-            raise ConfigError(f"nothing to resume: no unfinished {kind} in {output}.")
+            raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.")
         return RunFolder(max(candidates)[1])
 
 

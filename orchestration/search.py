@@ -133,6 +133,45 @@ class SearchSpace:
         }
 
 
+def spread_points(space: SearchSpace, count: int, *, seed: int) -> list[dict[str, Plain]]:
+    """Points spread evenly over a space without conditions: a scrambled Sobol sequence.
+
+    Choices are drawn like the rest, by their place in the list. The same for the same seed.
+    """
+    if count < 1:
+        return []
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Optuna draws the configurations to tune over, and is not installed ({error}): "
+            "pip install optuna, or take the methods as they stand with --tuning 1."
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _silence_experimental(optuna)
+    sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
+    study = optuna.create_study(sampler=sampler)
+    points: list[dict[str, Plain]] = []
+    for number in range(count + 1):
+        trial = study.ask()
+        point = {path: _suggested(trial, path, values) for path, values in space.parameters.items()}
+        study.tell(trial, 0.0)
+        if number:  # before it knows the space, from its first trial, the sampler draws at random
+            points.append(point)
+    return points
+
+
+def _suggested(trial: optuna.Trial, path: str, values: Choice | Range) -> Plain:
+    """One coordinate; choices as whole numbers, which the quasi-random sampler covers evenly."""
+    if isinstance(values, Choice):
+        return values.values[trial.suggest_int(path, 0, len(values.values) - 1)]
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        step = int(values.step or 1)
+        return trial.suggest_int(path, values.low, values.high, step=step, log=values.log)
+    drawn = trial.suggest_float(path, values.low, values.high, step=values.step, log=values.log)
+    return _tidy(drawn)
+
+
 class Proposals:
     """Asks Optuna's TPE for points of a space and tells it how they did.
 
@@ -231,16 +270,8 @@ class Proposals:
                 choice = trial.suggest_categorical(path, values.values)
                 assert choice is not None
                 drawn[path] = choice
-            elif isinstance(values.low, int) and isinstance(values.high, int):
-                step = int(values.step or 1)
-                drawn[path] = trial.suggest_int(
-                    path, values.low, values.high, step=step, log=values.log
-                )
             else:
-                value = trial.suggest_float(
-                    path, values.low, values.high, step=values.step, log=values.log
-                )
-                drawn[path] = _tidy(value)
+                drawn[path] = _suggested(trial, path, values)
         return drawn
 
     def _hand_back(self, trial: optuna.Trial, twin: TrialRecord) -> None:

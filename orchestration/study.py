@@ -22,12 +22,14 @@ from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.records import RunFolder, State, TrialRecord, write_json, write_text
+from orchestration.results import Results
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
 from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
+TUNING = "-tuning"  # ends the name of the study that tunes the methods of a comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +52,13 @@ class StudyPlan:
         space: searched by Optuna; None runs `fixed`.
         fixed: trials to run as they are.
         grace: epochs before a trial may be stopped for being behind; 0 stops none.
+        results: folder of what runs came to; a trial that it knows is not trained again.
+        report: called at the end with what came out; writes files, which the tracker gets too.
         data_folder: the data, checked, on this node.
         data_fingerprint: of the data.
     """
 
-    kind: Literal["sweep", "ablations", "train"]
+    kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
     name: str
     base: ExperimentConfig
     workers: int
@@ -64,6 +68,21 @@ class StudyPlan:
     space: SearchSpace | None = None
     fixed: tuple[TrialPlan, ...] = ()
     grace: int = 0
+    results: Path | None = None
+    report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
+
+    @property
+    def tested(self) -> Literal["best", "all", "none"]:
+        """Which trials the test split is shown to; those that are only chosen among never are."""
+        if self.kind in ("ablations", "comparison"):
+            return "all"
+        return "none" if self.kind == "tuning" else "best"
+
+    def known_results(self, folder: RunFolder) -> Results | None:
+        """The folder of results, if the plan has one."""
+        if self.results is None:
+            return None
+        return Results(self.results, data_fingerprint=self.data_fingerprint, commit=folder.commit)
 
     def identity(self) -> dict[str, Any]:
         """What a resume has to ask for again."""
@@ -175,6 +194,8 @@ class _Study:
         self._records = {record.number: record for record in folder.records()}
         self._waiting = [record for record in self._records.values() if not record.settled]
         self._proposals: Proposals | None = None
+        self._results = plan.known_results(folder)
+        self._tests_all = plan.tested == "all"
         self._clock = _Clock()
         self._running: dict[int, float] = {}
         self._failures: list[tuple[str, str]] = []
@@ -207,21 +228,20 @@ class _Study:
         """The next trial to run: one that was cut off first, then a new one."""
         if self._waiting:
             return self._waiting.pop(0)
-        number = len(self._records)
-        if number >= self._plan.trials:
+        number = next((n for n in range(self._plan.trials) if n not in self._records), None)
+        if number is None:
             return None
         if self._plan.space is None:
             plan = self._plan.fixed[number]
-            name, overrides, config = plan.name, dict(plan.overrides), plan.config
         else:
             assert self._proposals is not None
             drawn = self._proposals.ask(number, list(self._records.values()))
             if drawn is None:
                 self._say(f"the search space has no more than {number} different configurations.")
                 return None
-            name, overrides = f"trial-{number:03d}", drawn
             config = self._plan.base.with_overrides(drawn)
-        record = TrialRecord(number=number, name=name, overrides=overrides, config=config.to_dict())
+            plan = TrialPlan(name=f"trial-{number:03d}", overrides=drawn, config=config)
+        record = planned_record(number, plan)
         self._records[number] = record
         self._folder.write(record)
         return record
@@ -242,6 +262,7 @@ class _Study:
         if metrics.get("checkpoint_path"):
             record.checkpoint = metrics["checkpoint_path"]
         record.complete = bool(metrics["ended"])
+        record.test = dict(metrics.get("test", {}))
         self._count_seconds(record)
         self._folder.write(record)
         self._tracker.update(record)
@@ -313,18 +334,34 @@ class _Study:
             for record in self._records.values():
                 if record.settled:
                     self._proposals.tell(record)
+        reused = self._reuse()
         done = self._done()
         self._failures = [
             (record.failure, (record.message.splitlines() or [""])[-1])
             for record in done
             if record.state == "failed"
         ]
-        if self._records:
+        if reused:
+            self._say(f"{reused} of {self._plan.trials} run(s) are known already.")
+        if len(self._records) > reused:
             cut_off = ", ".join(record.name for record in self._waiting) or "none"
             new = self._plan.trials - len(self._records)
             self._say(
                 f"resuming {self._plan.name}: {len(done)} settled, cut off: {cut_off}, {new} new."
             )
+
+    def _reuse(self) -> int:
+        """Takes over trials whose runs are known; returns how many."""
+        taken = 0
+        for number, plan in enumerate(self._plan.fixed):
+            if number not in self._records:
+                record = planned_record(number, plan)
+                if self._results and self._results.fill(record, tested=self._tests_all):
+                    self._records[number] = record
+                    self._folder.write(record)
+                    self._tracker.update(record)
+                    taken += 1
+        return taken
 
     def _run_open(self) -> None:
         from orchestration import tuner
@@ -361,6 +398,7 @@ class _Study:
                     else str(self._folder.path / "train"),
                     tune_storage=str(self._folder.path / "tune"),
                     early_stopping=early,
+                    test=self._tests_all,
                     past=list(self._records.values()),
                 )
         finally:
@@ -376,20 +414,14 @@ class _Study:
     def _conclude(self) -> StudyResult:
         """The best trial, its test metrics and its files."""
         records = tuple(self._records[number] for number in sorted(self._records))
-        finished = [record for record in records if record.state == "finished"]
-        pruned = [record for record in records if record.state == "pruned"]
-        candidates = finished or pruned
-        result = StudyResult(folder=self._folder.path, records=records)
-        if not candidates:
-            write_json(self._folder.path / "summary.json", summary(result))
-            return result
-        best = max(candidates, key=lambda record: record.best_rsum)
-        write_text(self._folder.path / "best_config.toml", best.experiment.to_toml())
-        if self._plan.kind != "ablations":
-            self._test(best)
-        result = StudyResult(folder=self._folder.path, records=records, best=best, test=best.test)
-        write_json(self._folder.path / "summary.json", summary(result))
-        return result
+        best = best_of(records)
+        if best is not None:
+            write_text(self._folder.path / "best_config.toml", best.experiment.to_toml())
+            if self._plan.tested == "best":
+                self._test(best)
+        if self._plan.report is not None:
+            self._tracker.keep_files(self._plan.report(records))
+        return concluded(self._folder, records, best)
 
     def _test(self, best: TrialRecord) -> None:
         if not best.test:
@@ -397,6 +429,26 @@ class _Study:
             best.test = self._test_metrics(best)
             self._folder.write(best)
         self._tracker.update(best)
+        if self._plan.kind == "sweep":
+            self._tracker.keep_files(self._pictures(best), best)
+
+    def _pictures(self, best: TrialRecord) -> list[Path]:
+        """Pictures of what the best model sees, of which a sweep can do without."""
+        from orchestration.pictures.queries import draw_study_pictures
+
+        try:
+            return draw_study_pictures(
+                self._folder.path / "best_model",
+                best.experiment,
+                data_folder=self._plan.data_folder,
+                cache_dir=self._settings.cache_dir,
+                output=self._folder.path / "pictures" / best.name,
+            )
+        # Whatever is wrong with drawing, the result is there and has been tested.
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._say(f"no pictures of {best.name}: {line[:200]}")
+            return []
 
     def _test_metrics(self, record: TrialRecord) -> dict[str, float]:
         model = keep_model(record, self._folder.path / "best_model")
@@ -428,6 +480,8 @@ class _Study:
         self._count_seconds(record)
         self._running.pop(record.number, None)
         self._set_state(record, state)
+        if state == "finished" and self._results is not None:
+            self._results.keep(record)
         if self._proposals is not None:
             self._proposals.tell(record)
         self._clock.news()
@@ -468,8 +522,7 @@ class _Study:
         )
 
     def _resume_line(self) -> str:
-        script = {"sweep": "sweep.py", "ablations": "run_ablations.py", "train": "train.py"}
-        return f"`{script[self._plan.kind]} --resume --name {self._plan.name}` with the same flags."
+        return resume_line(self._plan)
 
     def _interrupt_tune(self) -> None:
         # Tune stops in good order on SIGUSR1; an exception out of a callback would leave trials.
@@ -550,6 +603,46 @@ class _Clock:
         return (
             f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
         )
+
+
+def resume_line(plan: StudyPlan) -> str:
+    """What to type to go on."""
+    scripts = {
+        "sweep": "sweep.py",
+        "ablations": "run_ablations.py",
+        "train": "train.py",
+        "tuning": "compare.py",
+        "comparison": "compare.py",
+    }
+    name = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
+    return f"`{scripts[plan.kind]} --resume --name {name}` with the same flags."
+
+
+def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
+    """The record of a trial that is yet to run."""
+    return TrialRecord(
+        number=number,
+        name=plan.name,
+        overrides=dict(plan.overrides),
+        config=plan.config.to_dict(),
+    )
+
+
+def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The finished trial with the highest rSum on dev; a stopped one only if none finished."""
+    finished = [record for record in records if record.state == "finished"]
+    pruned = [record for record in records if record.state == "pruned"]
+    return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
+
+
+def concluded(
+    folder: RunFolder, records: tuple[TrialRecord, ...], best: TrialRecord | None
+) -> StudyResult:
+    """The result of a study, written to its summary."""
+    test = {} if best is None else best.test
+    result = StudyResult(folder=folder.path, records=records, best=best, test=test)
+    write_json(folder.path / "summary.json", summary(result))
+    return result
 
 
 def keep_model(record: TrialRecord, folder: Path) -> Path:

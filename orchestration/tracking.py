@@ -3,8 +3,8 @@
 A sweep is a parent run, each trial a child of it; a single training is one run without a parent.
 Runs are found by their tags, so that a restarted driver writes on instead of starting a second run.
 One background thread of the driver is the only writer. It is handed records, and from the record
-and from what MLflow already has it works out what is missing: no step is sent twice, and a server
-that is away neither stalls nor stops the training.
+and from what MLflow already has it works out what is missing: no step and no file is sent twice,
+and a server that is away neither stalls nor stops the training.
 
 MLflow knows RUNNING, FINISHED, FAILED and KILLED. A trial that was stopped because others were
 better is FINISHED: it did what was asked of it. The tag `cpfean.state` tells the whole truth:
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import logging
 import os
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +87,7 @@ class Tracker:
         self._changed = threading.Condition()
         self._pending: dict[int, TrialRecord] = {}
         self._parent: _Update | None = _Update("running", {}) if run.has_parent else None
+        self._files: list[_Files] = []
         self._closing = False
         self._warned = False
         self._idle = True
@@ -96,8 +98,15 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
-        """Starts the writer. MLflow is imported here: importing it beside Ray can deadlock."""
-        import mlflow  # noqa: F401
+        """Starts the writer. MLflow is imported here: importing it beside Ray can deadlock.
+
+        Raises:
+            ServiceError: MLflow is not installed.
+        """
+        try:
+            import mlflow  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ServiceError(f"MLflow is not installed ({error}): pip install mlflow.") from None
 
         for library in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(library).setLevel(logging.ERROR)
@@ -105,10 +114,8 @@ class Tracker:
 
     def update(self, record: TrialRecord) -> None:
         """Takes note of a trial; returns at once."""
-        # A copy: the record goes on changing while the writer reads.
-        fields = {name: getattr(record, name) for name in TrialRecord.__slots__}
         with self._changed:
-            self._pending[record.number] = TrialRecord(**fields | {"history": list(record.history)})
+            self._pending[record.number] = _copy(record)
             self._changed.notify_all()
 
     def update_parent(self, state: str, metrics: Mapping[str, float]) -> None:
@@ -116,6 +123,20 @@ class Tracker:
         if self._run.has_parent:
             with self._changed:
                 self._parent = _Update(state, dict(metrics))
+                self._changed.notify_all()
+
+    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None:
+        """Takes note of files to be kept with a trial, or with the whole; returns at once.
+
+        The run's tag `cpfean.file.NAME` is the file's SHA-256: what is there is not sent again.
+
+        Args:
+            files: they stay where they are; one that is gone when its turn comes is left out.
+            record: of the trial; None for the parent run, if there is one.
+        """
+        if files and (record is not None or self._run.has_parent):
+            with self._changed:
+                self._files.append(_Files(tuple(files), None if record is None else _copy(record)))
                 self._changed.notify_all()
 
     def close(self, *, seconds: float = 60.0) -> bool:
@@ -135,14 +156,17 @@ class Tracker:
             return self._done()
 
     def _done(self) -> bool:
-        return not self._pending and self._parent is None and self._idle
+        return not self._owed() and self._idle
+
+    def _owed(self) -> bool:
+        return bool(self._pending or self._files or self._parent is not None)
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._idle = True
                 self._changed.notify_all()
-                while not self._pending and self._parent is None:
+                while not self._owed():
                     if self._closing:
                         return
                     self._changed.wait()
@@ -150,15 +174,19 @@ class Tracker:
                 parent, self._parent = self._parent, None
                 number = next(iter(self._pending), None)
                 record = None if parent or number is None else self._pending.pop(number)
+                # Last of all: numbers are small, and their runs exist then.
+                files = self._files.pop(0) if not parent and record is None else None
             try:
                 self._connect()
                 if parent is not None:
                     self._send_parent(parent)
                 if record is not None:
                     self._send(record)
+                if files is not None:
+                    self._send_files(files)
             # Whatever a tracker, its database or the network raises must not end the training.
             except Exception as error:
-                self._give_back(parent, record)
+                self._give_back(parent, record, files)
                 self._warn(error)
                 with self._changed:
                     if self._closing:
@@ -167,7 +195,9 @@ class Tracker:
                         return
                     self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
 
-    def _give_back(self, parent: _Update | None, record: TrialRecord | None) -> None:
+    def _give_back(
+        self, parent: _Update | None, record: TrialRecord | None, files: _Files | None
+    ) -> None:
         # It may have arrived although it raised: ask what is there before sending more.
         self._runs.clear()
         with self._changed:
@@ -175,6 +205,8 @@ class Tracker:
                 self._parent = parent
             if record is not None:
                 self._pending.setdefault(record.number, record)
+            if files is not None:
+                self._files.insert(0, files)
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
@@ -225,6 +257,23 @@ class Tracker:
             self._log(known.run_id, tags=tags)
             self._set_status(known.run_id, record.state)
             known.state = record.state
+
+    def _send_files(self, files: _Files) -> None:
+        run_id = self._parent_id
+        if files.record is not None:
+            number = files.record.number
+            self._runs[number] = self._runs.get(number) or self._open(files.record)
+            run_id = self._runs[number].run_id
+        client = self._need_client()
+        tags = client.get_run(run_id).data.tags
+        for file in files.paths:
+            if not file.is_file():
+                continue
+            tag = f"cpfean.file.{file.name}"
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if tags.get(tag) != digest:
+                client.log_artifact(run_id, str(file))
+                client.set_tag(run_id, tag, digest)
 
     def _open(self, record: TrialRecord) -> _Known:
         """The trial's run, found or made, and what it holds."""
@@ -337,6 +386,20 @@ class _Update:
 
     state: str
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Files for the run of a trial, or for the parent run."""
+
+    paths: tuple[Path, ...]
+    record: TrialRecord | None
+
+
+def _copy(record: TrialRecord) -> TrialRecord:
+    # The record goes on changing while the writer reads.
+    fields = {name: getattr(record, name) for name in TrialRecord.__slots__}
+    return TrialRecord(**fields | {"history": list(record.history)})
 
 
 def open_store(uri: str) -> tuple[MlflowClient, str]:

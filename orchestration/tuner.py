@@ -191,6 +191,7 @@ def run_trials(
     train_storage: str,
     tune_storage: str,
     early_stopping: EarlyStopping | None,
+    test: bool,
     past: Iterable[TrialRecord],
 ) -> None:
     """Runs trials until the hooks have no more.
@@ -199,6 +200,7 @@ def run_trials(
         num_trials: at most so many are asked for.
         train_storage: folder or URL of the checkpoints; all nodes reach it.
         tune_storage: folder of Tune's own files.
+        test: whether workers test each trial's best epoch on the test split.
         past: trials of earlier drivers; the scheduler compares with them.
     """
     job = {
@@ -209,6 +211,7 @@ def run_trials(
         "is_local": settings.address is None,
         "storage": train_storage,
         "run_name": run_name,
+        "test": test,
     }
 
     # Tune repeats as an error what the study has said of its trials.
@@ -292,7 +295,11 @@ class _Trial(tune.Trainable):
         else:
             folder = CheckpointFolder(f"{self._job['storage']}/{name}")
             folder.create()
-            trial = {"config": json.loads(self.config["config"]), "folder": folder.uri}
+            trial = {
+                "config": json.loads(self.config["config"]),
+                "folder": folder.uri,
+                "test": self._job["test"],
+            }
             self._crew.train(trial)
             self._given = True
         news = self._crew.news()

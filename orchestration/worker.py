@@ -63,13 +63,15 @@ def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> 
     """One trial: from its newest checkpoint, if it has any.
 
     Args:
-        trial: "config" as plain data, and the "folder" of its checkpoints.
+        trial: "config" as plain data, the "folder" of its checkpoints, and whether to "test" its
+            best epoch on the test split.
     """
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     from cpfean.data.sources import resolve_data
     from cpfean.training.loop import fit
+    from cpfean.training.setup import evaluate_checkpoint
 
     reporter.begun()
     config = ExperimentConfig.from_dict(trial["config"])
@@ -88,7 +90,22 @@ def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> 
             resume_from=resume_from,
             device=get_device(),
         )
-    if newest is not None:
+    if trial["test"]:
+        newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
+        with folder.opened(newest) as checkpoint:
+            metrics = evaluate_checkpoint(
+                checkpoint,
+                data_folder=data_folder,
+                split="test",
+                protocol=config.evaluation.protocol,
+                cache_dir=cache_dir,
+                device=get_device(),
+                num_regions=config.data.num_regions,
+                batch_size=config.evaluation.batch_size,
+                products=config.evaluation.products,
+            )
+        reporter.tested(result.history, newest, metrics.as_dict())
+    elif newest is not None:
         reporter.had_ended(result.history, newest)
 
 
@@ -106,6 +123,7 @@ class RayReporter:
         self.folder = CheckpointFolder(trial["folder"])
         self._post = post
         self._number = number
+        self._to_be_tested = bool(trial["test"])
         self._reported = False
 
     def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
@@ -116,7 +134,9 @@ class RayReporter:
         metrics = metrics_of(report)
         wanted = None
         if checkpoint is not None:
-            self._tell(metrics | {"checkpoint_path": self.folder.save(checkpoint)})
+            news = metrics | {"checkpoint_path": self.folder.save(checkpoint)}
+            # A trial that is to be tested is at its end after that.
+            self._tell(news | {"ended": news["ended"] and not self._to_be_tested})
             if not metrics["ended"]:
                 wanted = ray.get(self._post.verdict.remote(self._number, report.epoch))
         if not metrics["ended"] and not broadcast_from_rank_zero(wanted):
@@ -136,6 +156,13 @@ class RayReporter:
         """Tells of a training that was at its end before, when its driver was lost."""
         if not self._reported:
             self._tell(_told(history, ended=True) | {"checkpoint_path": self.folder.at(newest)})
+
+    def tested(
+        self, history: tuple[dict[str, float], ...], newest: str, metrics: dict[str, float]
+    ) -> None:
+        """Tells what the best epoch came to on the test split."""
+        told = _told(history, ended=True) | {"checkpoint_path": self.folder.at(newest)}
+        self._tell(told | {"test": metrics})
 
     def _tell(self, news: dict[str, Any]) -> None:
         if self.is_first:

@@ -147,7 +147,7 @@ class Cpfean(nn.Module):
                     inverse_temperature=config.alignment.region_temperature
                 )
             else:
-                self.scorer = HardCoding(temperature=0.1)
+                self.scorer = HardCoding(temperature=1 / config.alignment.word_temperature)
 
     def encode_images(
         self,

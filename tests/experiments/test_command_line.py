@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,37 @@ from tests.orchestration.samples import TINY
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(script: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+def call(
+    script: str,
+    *words: str,
+    cwd: Path,
+    timeout: float = 120,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user does."""
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     return subprocess.run(
         [sys.executable, str(ROOT / "experiments" / script), *words],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environment | {"CPFEAN_CACHE": str(cwd / "cache")},
-        timeout=120,
+        env=mine | {"CPFEAN_CACHE": str(cwd / "cache")} | dict(environment or {}),
+        timeout=timeout,
     )
 
 
 @pytest.mark.parametrize(
-    "script", ["sweep.py", "train.py", "evaluate.py", "run_ablations.py", "validate.py"]
+    "script",
+    [
+        "sweep.py",
+        "train.py",
+        "evaluate.py",
+        "run_ablations.py",
+        "validate.py",
+        "prepare.py",
+        "show.py",
+        "probe.py",
+    ],
 )
 def test_help_says_what_it_is_with_examples_and_exit_codes(script: str, tmp_path: Path) -> None:
     answer = call(script, "--help", cwd=tmp_path)
@@ -37,6 +55,8 @@ def test_help_says_what_it_is_with_examples_and_exit_codes(script: str, tmp_path
 
 
 SWEEP, TRAIN, ABLATE = "sweep.py", "train.py", "run_ablations.py"
+COMPARE = "compare.py"
+PREPARE = "prepare.py"
 
 
 @pytest.mark.parametrize(
@@ -73,12 +93,27 @@ SWEEP, TRAIN, ABLATE = "sweep.py", "train.py", "run_ablations.py"
         (SWEEP, "--workers 0", "--workers must be at least 1"),
         (SWEEP, "--set model.alignment.fusion=false", "search space 'default'"),
         (ABLATE, "--seeds 0", "--seeds must be at least 1"),
+        (ABLATE, "--only regions_36", "36 regions"),
+        (COMPARE, "--methods skan", "did you mean 'scan'"),
+        (COMPARE, "--methods scan --methods scan", "twice"),
+        (COMPARE, "--tuning 0", "--tuning must be at least 1"),
+        (COMPARE, "--in-process --workers 2", "--in-process is one process"),
+        (COMPARE, "--resume", "nothing to resume"),
         (SWEEP, "--resume", "nothing to resume"),
         # flags
         (SWEEP, "--trails 3", "did you mean '--trials'"),
         (SWEEP, "--trial 3", "did you mean '--trials'"),
         (SWEEP, "--epo 3", "no flag --epo"),
         (TRAIN, "more words", "unexpected: more words"),
+        # flags that need or exclude each other
+        (PREPARE, "out", "--scan DIR or from --table FILE"),
+        (PREPARE, "out --scan a --table b", "give one of them"),
+        (PREPARE, "out --table b", "--karpathy FILE or --captions"),
+        (PREPARE, "out --table b --karpathy c --boxes d", "--boxes goes with --scan"),
+        (PREPARE, "out --scan a --vocabulary b", "--vocabulary goes with --table"),
+        (PREPARE, "out --table b --karpathy c --vocabulary d --no-labels", "exclude each other"),
+        (PREPARE, "out --table b --captions val=c", "train, dev or test"),
+        (PREPARE, "out --scan a --regions 0", "--regions must be at least 1"),
     ],
 )
 def test_a_mistake_is_refused_with_exit_code_2(
@@ -111,7 +146,7 @@ def test_a_bad_configuration_file_is_refused_by_name(text: str, said: str, tmp_p
 
 def test_bad_data_is_refused_with_exit_code_3_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    for script in (SWEEP, TRAIN, ABLATE):
+    for script in (SWEEP, TRAIN, ABLATE, COMPARE):
         answer = call(script, "--data", "data", cwd=tmp_path)
         assert answer.returncode == 3
         assert "train_ims.npy" in answer.stderr
@@ -120,6 +155,19 @@ def test_bad_data_is_refused_with_exit_code_3_before_anything_starts(tmp_path: P
     assert answer.returncode == 3
     findings = json.loads(answer.stdout)["findings"]
     assert any("train_ims.npy" in finding["where"] for finding in findings)
+
+
+def test_what_cannot_be_converted_is_refused_with_exit_code_3(tmp_path: Path) -> None:
+    for words, said in (
+        ("--scan scan", "scan: expected a folder"),
+        ("--table a.tsv --karpathy splits.json", "splits.json: cannot be read"),
+        ("--table a.tsv --captions train=notes.json", "notes.json: cannot be read"),
+    ):
+        answer = call(PREPARE, "out", *words.split(" "), cwd=tmp_path)
+        assert answer.returncode == 3
+        assert said in answer.stderr
+        assert "Traceback" not in answer.stderr
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_text_encoder_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from cpfean.data.sources import resolve_data
 from cpfean.training.setup import open_experiment
 from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
+from experiments.methods import COMMON, METHODS
 from experiments.search_spaces import SEARCH_SPACES
 from orchestration.ablation import Ablation, plan_trials
+from orchestration.comparison import Method, tuning_trials
 from tests.orchestration.samples import TINY
 
 
@@ -37,8 +39,11 @@ def idle_parameters(config: ExperimentConfig, cache_dir: Path) -> list[str]:
 def test_every_ablation_trains_and_builds_nothing_that_it_switches_off(
     ablation: Ablation, cache_dir: Path
 ) -> None:
-    full, variant = plan_trials(TINY, [ablation], [0])
-    assert variant.config != full.config
+    base = TINY.with_overrides({"data.synthetic.num_regions": 36})
+    (variant,) = plan_trials(base, [ablation], [0])
+    assert variant.config != base
+    if ablation.name == "syntax_words":
+        pytest.importorskip("spacy", reason="dependency edges need the syntax extra")
     # A parameter without a gradient makes data-parallel training fail in its second step.
     assert idle_parameters(variant.config, cache_dir) == []
 
@@ -46,13 +51,26 @@ def test_every_ablation_trains_and_builds_nothing_that_it_switches_off(
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_every_ablation_and_search_space_fits_every_baseline(baseline: str) -> None:
     config = BASELINES[baseline]
-    assert len(plan_trials(config, ABLATIONS, [0, 1])) == 2 * (1 + len(ABLATIONS))
+    assert len(plan_trials(config, ABLATIONS, [0, 1])) == 2 * len(ABLATIONS)
+    assert len(tuning_trials(config, METHODS, COMMON, points=3)) == 3 * len(METHODS)
     for space in SEARCH_SPACES.values():
         space.check(config)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_trains_and_builds_nothing_that_it_does_not_use(
+    method: Method, cache_dir: Path
+) -> None:
+    assert idle_parameters(TINY.with_overrides(method.overrides), cache_dir) == []
+
+
+def test_every_method_has_the_same_number_of_settings_to_tune() -> None:
+    assert {len(method.knobs) for method in METHODS} == {2}
+    assert not any(set(method.knobs) & {*COMMON, *method.overrides} for method in METHODS)
+
+
 def test_names_are_unique_and_questions_are_asked() -> None:
-    names = [ablation.name for ablation in ABLATIONS]
+    names = [ablation.name for ablation in ABLATIONS] + [method.name for method in METHODS]
     assert len(set(names)) == len(names)
     assert all(ablation.question.endswith("?") for ablation in ABLATIONS)
     assert all(space.question.endswith("?") for space in SEARCH_SPACES.values())

@@ -1,3 +1,5 @@
+"""Variants on seeds: what is planned, and the statistics of what came out."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -6,23 +8,27 @@ from scipy import stats
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
-from orchestration.ablation import (
-    FULL,
-    Ablation,
-    compare,
-    comparison_table,
-    mean_interval,
-    plan_trials,
-)
+from orchestration.ablation import FULL, Ablation, compare, holm, mean_interval, plan_trials
 from orchestration.records import TrialRecord
 from tests.orchestration.samples import record
 
 NO_GCN = Ablation(name="no_gcn", question="?", overrides={"model.words.layers": 0})
+FULL_MODEL = Ablation(name=FULL, question="?", overrides={})
 
 
 def trial(number: int, name: str, seed: int, rsum: float, **fields) -> TrialRecord:
-    given = {"state": "finished"} | fields
-    return record(number, rsum, name=f"{name}/seed-{seed}", overrides={"seed": seed}, **given)
+    given = {"state": "finished", "test": {"rsum": rsum}} | fields
+    return record(number, 1.0, name=f"{name}/seed-{seed}", overrides={"seed": seed}, **given)
+
+
+def trials(**rsums: list[float]) -> list[TrialRecord]:
+    """Finished trials of each variant on seeds 0, 1, ..."""
+    number = iter(range(1000))
+    return [
+        trial(next(number), name, seed, value)
+        for name, values in rsums.items()
+        for seed, value in enumerate(values)
+    ]
 
 
 @given(st.lists(st.floats(0, 600), min_size=2, max_size=9))
@@ -42,36 +48,78 @@ def test_a_single_seed_has_a_mean_and_no_interval() -> None:
 
 def test_the_paired_difference_is_free_of_what_the_seeds_have_in_common() -> None:
     full, without = [300.0, 400.0, 350.0], [298.0, 397.0, 349.0]
-    records = [
-        trial(2 * seed + i, name, seed, values[seed])
-        for seed in range(3)
-        for i, (name, values) in enumerate(((FULL, full), ("no_gcn", without)))
-    ]
-    reference, variant = compare(records)
+    reference, variant = compare(trials(full=full, no_gcn=without))
     assert reference.difference is None
+    assert reference.p is None
     assert variant.difference is not None
-    expected = stats.ttest_rel(without, full).confidence_interval(0.95)
-    assert variant.difference.mean - variant.difference.half_width == pytest.approx(expected.low)
-    assert variant.difference.mean + variant.difference.half_width == pytest.approx(expected.high)
+    expected = stats.ttest_rel(without, full)
+    low, high = expected.confidence_interval(0.95)
+    assert variant.difference.mean - variant.difference.half_width == pytest.approx(low)
+    assert variant.difference.mean + variant.difference.half_width == pytest.approx(high)
+    assert variant.p == pytest.approx(expected.pvalue)  # alone, there is nothing to correct
     assert variant.rsum is not None
     assert variant.difference.half_width < variant.rsum.half_width / 10
 
 
-def test_a_failed_seed_leaves_its_pair_out_and_is_said() -> None:
+def test_holm_is_the_known_example_and_never_below_the_raw_value() -> None:
+    # Four tests: 0.005 x 4, 0.01 x 3, then 0.03 x 2, and 0.04, which may not fall below it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_the_sequential_procedure_rejects(p_values: list[float]) -> None:
+    rejected = set()
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if p_values[index] >= 0.05 / (len(p_values) - rank):
+            break
+        rejected.add(index)
+    adjusted = holm(p_values)
+    borderline = {i for i, p in enumerate(adjusted) if abs(p - 0.05) < 1e-9}
+    assert {i for i, p in enumerate(adjusted) if p < 0.05} - borderline == rejected - borderline
+
+
+def test_p_values_are_corrected_over_all_variants_and_the_verdict_follows() -> None:
+    full = [300.0, 310.0, 305.0, 302.0]
+    worse = [value - gap for value, gap in zip(full, (20, 21, 19, 20), strict=True)]
+    same = [value + gap for value, gap in zip(full, (3, -4, 2, -2), strict=True)]
+    _, first, second = compare(trials(full=full, worse=worse, same=same))
+    raw = [stats.ttest_rel(values, full).pvalue for values in (worse, same)]
+    assert (first.p, second.p) == (pytest.approx(2 * raw[0]), pytest.approx(raw[1]))
+    assert first.verdict == "worse than full"
+    assert second.verdict == "not distinguishable from full"
+    (_, better) = compare(trials(full=worse, better=full))
+    assert better.verdict == "better than full"
+
+
+def test_one_seed_has_no_p_and_says_so() -> None:
+    _, variant = compare(trials(full=[300.0], no_gcn=[200.0]))
+    assert variant.p is None
+    assert variant.verdict == "one seed says nothing"
+
+
+def test_differences_without_spread_have_a_p_all_the_same() -> None:
+    _, equal, shifted = compare(trials(full=[1.0, 2.0], equal=[1.0, 2.0], shifted=[2.0, 3.0]))
+    assert equal.p == 1.0
+    assert shifted.p == 0.0
+
+
+def test_a_failed_seed_leaves_its_pair_out_and_is_counted() -> None:
     records = [
         trial(0, FULL, 0, 300.0),
         trial(1, "no_gcn", 0, 290.0),
         trial(2, FULL, 1, 310.0),
-        trial(3, "no_gcn", 1, 0.0, state="failed"),
+        trial(3, "no_gcn", 1, 0.0, state="failed", test={}),
     ]
     _, variant = compare(records)
     assert variant.difference is not None
     assert (variant.difference.mean, variant.difference.n) == (-10.0, 1)
-    assert "1 failed" in comparison_table(compare(records))
+    assert variant.failed == 1
 
 
-def test_full_and_every_variant_are_planned_on_the_same_seeds() -> None:
-    plans = plan_trials(ExperimentConfig(), [NO_GCN], range(5, 7))
+def test_every_variant_is_planned_on_the_same_seeds() -> None:
+    plans = plan_trials(ExperimentConfig(), [FULL_MODEL, NO_GCN], range(5, 7))
     assert [plan.name for plan in plans] == [
         "full/seed-5",
         "no_gcn/seed-5",
@@ -85,5 +133,5 @@ def test_full_and_every_variant_are_planned_on_the_same_seeds() -> None:
 def test_a_variant_that_the_base_does_not_allow_is_refused_by_name() -> None:
     base = ExperimentConfig().with_overrides({"model.alignment.gate": "hard"})
     off = Ablation(name="off", question="?", overrides={"model.alignment.fusion": False})
-    with pytest.raises(ConfigError, match="ablation 'off'"):
+    with pytest.raises(ConfigError, match="variant 'off'"):
         plan_trials(base, [off], [0])

@@ -56,8 +56,12 @@ def test_the_newest_two_are_kept_and_the_newest_is_found(saver: Saver) -> None:
 
 def test_a_damaged_one_is_passed_over(saver: Saver) -> None:
     folder = saver.folder
-    with folder._filesystem.open_output_stream(f"{folder._path}/epoch-0003/state.json") as file:
-        file.write(b"{}")
+    state = f"{folder._path}/epoch-0003/state.json"
+    if folder.uri == REMOTE:
+        with folder._filesystem.open_output_stream(state) as file:
+            file.write(b"{}")
+    else:
+        Path(state).write_text("{}")
     assert folder.newest_valid() == "epoch-0002"
 
 

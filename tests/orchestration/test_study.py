@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
 from orchestration.records import RunFolder
 from orchestration.search import Range, SearchSpace
@@ -18,7 +19,7 @@ from orchestration.study import (
     _Study,
     summary,
 )
-from tests.orchestration.samples import TINY, history
+from tests.orchestration.samples import TINY, history, record
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
 
@@ -178,6 +179,40 @@ def test_without_news_a_study_gives_up_sooner_where_it_knows_what_to_expect(
     driven.tick()
     assert driven.interrupted
     assert "nothing has moved" in str(driven.error)
+
+
+class KeepsFiles(NoTracker):
+    """Takes note of files."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[list[Path], Any]] = []
+
+    def keep_files(self, files: list[Path], record: Any = None) -> None:
+        self.kept.append((files, record))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    driven, said = study(tmp_path)
+    tracker: Any = KeepsFiles()
+    driven._tracker = tracker
+    best = record(0, 10.0, state="finished", test={"rsum": 9.0})
+    asked: dict[str, Any] = {}
+
+    def draw(model: Path, config: ExperimentConfig, **where: Any) -> list[Path]:
+        asked.update(where, model=model)
+        if broken:
+            raise RuntimeError("no paint left\nat all")
+        return [Path("a.png")]
+
+    monkeypatch.setattr("orchestration.pictures.queries.draw_study_pictures", draw)
+    driven._test(best)
+    assert asked["model"] == tmp_path / "s" / "best_model"
+    assert asked["output"] == tmp_path / "s" / "pictures" / "trial-000"
+    assert tracker.kept == [([] if broken else [Path("a.png")], best)]
+    assert (said[-1:] == ["no pictures of trial-000: no paint left"]) == broken
 
 
 def test_the_summary_tells_the_commit_at_the_start(

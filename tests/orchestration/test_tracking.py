@@ -149,6 +149,79 @@ def test_a_server_that_is_away_neither_stalls_nor_raises_and_gets_everything_lat
     assert len(steps(uri, child)) == 49
 
 
+def files_of(uri: str, run: Run) -> set[str]:
+    return {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)}
+
+
+def test_files_are_kept_with_their_trial_or_with_the_whole_and_sent_once(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, table = tmp_path / "picture.png", tmp_path / "table.csv"
+    picture.write_bytes(b"a picture")
+    table.write_text("a,b")
+    sent: list[str] = []
+    send = MlflowClient.log_artifact
+
+    def noted(client: MlflowClient, run_id: str, file: str, *more: Any) -> None:
+        sent.append(Path(file).name)
+        send(client, run_id, file, *more)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", noted)
+    trial = record(0, 10.0, state="finished")
+
+    def keep() -> None:
+        tracker = Tracker(uri, SWEEP, say=print)
+        tracker.start()
+        # A file may be gone by the time it is sent: it is left out, and what follows is not.
+        tracker.keep_files([tmp_path / "gone.png", picture], trial)
+        tracker.keep_files([table])
+        tracker.update(trial)
+        assert tracker.close()
+
+    keep()
+    (parent,), (child,) = runs(uri, role="parent"), runs(uri, role="trial")
+    assert files_of(uri, child) == {"config.toml", "picture.png"}
+    assert files_of(uri, parent) == {"table.csv"}
+    keep()
+    assert sent == ["config.toml", "picture.png", "table.csv"]
+    table.write_text("b,a")
+    keep()
+    assert sent[3:] == ["table.csv"]
+
+
+def test_files_neither_stall_nor_are_lost_when_they_cannot_be_stored(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"a picture")
+    monkeypatch.setattr("orchestration.tracking._RETRY_SECONDS", 0.05)
+    failures = [OSError("the store is full")] * 2
+    send = MlflowClient.log_artifact
+
+    def failing(client: MlflowClient, run_id: str, file: str, *more: Any) -> None:
+        if file == str(picture) and failures:
+            raise failures.pop()
+        send(client, run_id, file, *more)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", failing)
+    said: list[str] = []
+    tracker = Tracker(uri, SWEEP, say=said.append)
+    tracker.start()
+    began = time.monotonic()
+    tracker.keep_files([picture], record(0, 10.0, state="running"))
+    assert time.monotonic() - began < 0.5
+    tracker.update(record(0, 10.0, 20.0, state="finished"))
+    end = time.monotonic() + 30
+    while not tracker._done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert tracker.close()
+    assert len(said) == 1
+    (child,) = runs(uri, role="trial")
+    assert "picture.png" in files_of(uri, child)
+    assert steps(uri, child) == [(1, 10.0), (2, 20.0)]
+
+
 def test_the_user_interface_is_opened_on_the_store_that_was_written() -> None:
     assert ui_command("sqlite:////a/mlflow.db") == (
         "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from cpfean.config import ExperimentConfig
+from cpfean.training.setup import open_experiment
 
 
 def tiny_experiment() -> ExperimentConfig:
@@ -20,3 +25,14 @@ def tiny_experiment() -> ExperimentConfig:
             "evaluation.batch_size": 7,
         }
     )
+
+
+def save_untrained(config: ExperimentConfig, data: Path, folder: Path) -> Path:
+    """The folder of a model with the weights that training would start from."""
+    experiment = open_experiment(
+        config, data_folder=data, cache_dir=folder.parent, device=torch.device("cpu")
+    )
+    experiment.model.save_pretrained(folder)
+    experiment.tokenizer.save(folder / "tokenizer")
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    return folder

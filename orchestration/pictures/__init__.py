@@ -1,0 +1,7 @@
+"""Pictures of what models see, and of where two of them differ.
+
+sheet     a page measured in inches, on which nothing overlaps
+pairs     an image and a caption: boxes by their gates, words by their weights
+ranks     the ranks of all queries by two models
+queries   which pairs are drawn, and under which title and file name
+"""

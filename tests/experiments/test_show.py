@@ -1,0 +1,231 @@
+"""`show.py` on a small untrained model: what it says, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imsave
+
+from cpfean.data.synthetic import write_synthetic
+from cpfean.training.evaluation import evaluate
+from cpfean.training.setup import open_checkpoint
+from experiments import command_line, show
+from orchestration.pictures import queries
+from orchestration.pictures.pairs import Panel
+from tests.training.conftest import TINY
+from tests.training.tiny import save_untrained, tiny_experiment
+
+Show = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and three models: two seeds, and one without gates."""
+    home = tmp_path_factory.mktemp("show")
+    write_synthetic(home / "data", TINY)
+    config = tiny_experiment().with_overrides({"data.path": str(home / "data")})
+    save_untrained(config, home / "data", home / "one" / "best_model")
+    save_untrained(config.with_overrides({"seed": 1}), home / "data", home / "two" / "best_model")
+    pooled = config.with_overrides({"model.alignment.global_weight": 1})
+    save_untrained(pooled, home / "data", home / "pooled" / "best_model")
+    return home
+
+
+@pytest.fixture
+def run(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Show:
+    """Runs the command; gives its exit code and what it wrote to standard output and error."""
+    # What it sets for its own process would stay in this one.
+    monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
+    monkeypatch.setenv("CPFEAN_CACHE", str(home / "cache"))
+    monkeypatch.chdir(home)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        given = ["show.py", *words, "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as stopped:
+            show.main()
+        said = capsys.readouterr()
+        return stopped.value.code, said.out, said.err  # type: ignore[return-value]
+
+    return call
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[Panel]]:
+    """The panels of every picture."""
+    pictures: list[list[Panel]] = []
+    draw = queries.draw_panels
+
+    def noted(panels: Any, **more: Any) -> Path:
+        pictures.append(list(panels))
+        return draw(panels, **more)
+
+    monkeypatch.setattr(queries, "draw_panels", noted)
+    return pictures
+
+
+def test_a_caption_is_drawn_with_its_image_and_the_best_wrong_one(
+    run: Show, drawn: list[list[Panel]], home: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("one", "--caption", "12")
+    assert code == 0
+    ((own, wrong),) = drawn
+    assert (own.view.caption, own.view.image, own.view.is_match) == (12, 2, True)
+    assert (wrong.view.caption, wrong.view.is_match) == (12, False)
+    boxes, sizes = (np.load(home / "data" / f"test_{kind}.npy") for kind in ("boxes", "sizes"))
+    for view in (own.view, wrong.view):
+        assert view.boxes is not None
+        pixels = view.boxes * np.tile(sizes[view.image], 2)
+        np.testing.assert_allclose(pixels, boxes[view.image], rtol=1e-3)
+    captions = (home / "data" / "test_caps.txt").read_text().split("\n")
+    assert captions[12] in out
+    file = tmp_path / "caption-00012.png"
+    assert str(file) in out
+    assert file.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_image_is_drawn_with_its_best_caption_and_the_best_wrong_one(
+    run: Show, drawn: list[list[Panel]], tmp_path: Path
+) -> None:
+    code, _, _ = run("one", "--image", "test-000004")
+    assert code == 0
+    ((own, wrong),) = drawn
+    assert own.view.image == wrong.view.image == 4
+    assert own.view.is_match
+    assert not wrong.view.is_match
+    assert (tmp_path / "image-test-000004.png").exists()
+
+
+def test_without_a_query_some_are_picked_and_named(
+    run: Show, drawn: list[list[Panel]], tmp_path: Path
+) -> None:
+    code, out, _ = run("one", "--count", "3")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == len(drawn) == len(list(tmp_path.glob("caption-*.png"))) == 3
+    for line, (own, _) in zip(lines, drawn, strict=True):
+        assert f"caption-{own.view.caption:05d}.png" in line
+        rank = int(line.split("rank ")[1].split(":")[0])
+        assert ("found" in line) == (rank == 1)
+
+
+def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
+    run: Show, drawn: list[list[Panel]], home: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("one", "--against", "two", "--count", "2")
+    assert code == 0
+    with (tmp_path / "ranks.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30 + 6
+    for model, column in (("one", "rank"), ("two", "rank_against")):
+        trained = open_checkpoint(
+            home / model / "best_model",
+            data_folder=home / "data",
+            split="test",
+            cache_dir=home / "cache",
+            device=torch.device("cpu"),
+            num_regions=8,
+        )
+        expected = evaluate(
+            trained.model,
+            trained.dataset,
+            protocol="full",
+            batch_size=7,
+            device=torch.device("cpu"),
+        )
+        for way, recall in (
+            ("text to image", expected.text_to_image),
+            ("image to text", expected.image_to_text),
+        ):
+            ranks = np.array([int(row[column]) for row in rows if row["direction"] == way])
+            assert 100 * np.mean(ranks == 1) == pytest.approx(recall.r1)
+            assert 100 * np.mean(ranks <= 5) == pytest.approx(recall.r5)
+    ratios = [abs(np.log(int(row["rank_against"]) / int(row["rank"]))) for row in rows]
+    assert ratios == sorted(ratios, reverse=True)
+
+    table = [line for line in out.splitlines() if line.startswith("| ")]
+    assert table[0].startswith("| direction | query | rank by one | by two |")
+    for line in table[2:]:
+        direction, query, one, two = (cell.strip() for cell in line.split("|")[1:5])
+        assert {
+            "direction": direction,
+            "query": query,
+            "rank": one,
+            "rank_against": two,
+        }.items() <= (
+            next(
+                row for row in rows if (row["direction"], row["query"]) == (direction, query)
+            ).items()
+        )
+        assert one != two
+    assert (tmp_path / "ranks.png").exists()
+    assert drawn
+    for panels in drawn:
+        assert [panel.title.split(":")[0] for panel in panels] == ["by one", "by two"]
+        assert all(panel.view.is_match for panel in panels)
+    assert len(list(tmp_path.glob("changed-*.png"))) == len(drawn)
+
+
+def test_a_model_without_gates_can_be_compared_and_leaves_its_panel_out(
+    run: Show, drawn: list[list[Panel]], tmp_path: Path
+) -> None:
+    code, _, _ = run("pooled", "--against", "one", "--count", "1")
+    assert code == 0
+    assert [panel.title.split(":")[0] for panels in drawn for panel in panels] == ["by one"] * len(
+        drawn
+    )
+    drawn.clear()
+    code, out, _ = run("pooled", "--against", "pooled")
+    assert code == 0
+    assert "neither model has gates" in out
+    assert not drawn
+
+
+def test_photographs_are_found_by_the_images_names(
+    run: Show, drawn: list[list[Panel]], home: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    imsave(photos / "test-000002.png", np.zeros((4, 6, 3)))
+    code, out, _ = run("one", "--caption", "12", "--photos", str(photos))
+    assert code == 0
+    assert "1 of 6 images" in out
+    ((own, wrong),) = drawn
+    assert own.photo == photos / "test-000002.png"
+    assert wrong.photo is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("one --caption 30", 2, "--caption must be from 0 to 29"),
+        ("one --caption -1", 2, "--caption must be from 0 to 29"),
+        ("one --caption dog", 2, "invalid int value"),
+        ("one --image test-00002", 2, "did you mean 'test-000002'"),
+        ("one --caption 1 --image test-000002", 2, "not allowed with"),
+        ("one --count 0", 2, "--count must be at least 1"),
+        ("one --photos data", 2, "none of the 6 images"),
+        ("pooled", 2, "no gates"),
+        ("pooled --caption 3", 2, "global_weight = 1"),
+        ("data", 5, "no folder of a finished run"),
+        ("one --against data", 5, "no folder of a finished run"),
+        ("one --data nowhere", 3, "nowhere"),
+    ],
+)
+def test_a_mistake_is_refused_in_a_line(run: Show, words: str, code: int, said: str) -> None:
+    stopped, _, error = run(*words.split(" "))
+    assert stopped == code
+    assert said in error
+    assert "Traceback" not in error

@@ -1,0 +1,196 @@
+"""Methods tuned alike and run on the same seeds; here in this process, without Ray."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.sources import resolve_data
+from cpfean.data.split import data_fingerprint
+from cpfean.errors import ConfigError
+from cpfean.training.setup import evaluate_checkpoint
+from orchestration.ablation import FULL, Ablation, compare
+from orchestration.comparison import Method, compare_methods, compare_variants, tuned, tuning_trials
+from orchestration.local import run_here
+from orchestration.search import Choice, Range, SearchSpace, spread_points
+from orchestration.settings import Settings
+from orchestration.study import StudyPlan
+from orchestration.tracking import open_store
+from tests.orchestration.samples import TINY, record
+
+COMMON = {"optim.learning_rate": Range(1e-4, 1e-2, log=True)}
+METHODS = (
+    Method(
+        name=FULL,
+        source="here",
+        overrides={},
+        knobs={"model.alignment.global_weight": Range(0.3, 0.7, step=0.1)},
+    ),
+    Method(
+        name="pooled",
+        source="there",
+        overrides={"model.alignment.global_weight": 1.0},
+        knobs={"data.region_dropout": Choice((0.0, 0.2, 0.4))},
+    ),
+)
+FAST = TINY.with_overrides({"optim.epochs": 1})
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Settings:
+    return Settings(
+        output=tmp_path / "runs",
+        cache_dir=tmp_path / "cache",
+        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
+    )
+
+
+def plan_of(where: Settings, name: str, base: ExperimentConfig = FAST) -> StudyPlan:
+    folder = resolve_data(base.data, cache_dir=where.cache_dir)
+    return StudyPlan(
+        kind="comparison",
+        name=name,
+        base=base,
+        trials=0,
+        workers=1,
+        data_folder=folder,
+        data_fingerprint=data_fingerprint(folder),
+        results=where.output / "results",
+    )
+
+
+def compared(where: Settings, name: str, say: Callable[[str], None] = print, **given):
+    arguments = {"points": 2, "seeds": range(1, 3), "resume": False} | given
+    return compare_methods(
+        plan_of(where, name), METHODS, COMMON, settings=where, runner=run_here, say=say, **arguments
+    )
+
+
+def test_points_are_inside_the_space_spread_and_always_the_same() -> None:
+    space = SearchSpace(
+        name="s",
+        question="?",
+        parameters={
+            "optim.learning_rate": Range(1e-4, 1e-2, log=True),
+            "loss.margin": Range(0.1, 0.3, step=0.05),
+            "data.num_regions": Choice((12, 24, 36)),
+        },
+    )
+    points = spread_points(space, 8, seed=3)
+    assert points == spread_points(space, 8, seed=3)
+    assert points[:4] == spread_points(space, 4, seed=3)
+    assert points != spread_points(space, 8, seed=4)
+    for point in points:
+        assert all(point[path] in values for path, values in space.parameters.items())
+    # A Sobol sequence of eight has one point in each eighth of a coordinate's range.
+    rates = sorted(float(point["optim.learning_rate"]) for point in points)
+    assert all(1e-4 * 10 ** (i / 4) <= r <= 1e-4 * 10 ** ((i + 1) / 4) for i, r in enumerate(rates))
+
+
+def test_every_method_gets_the_same_budget_and_starts_as_it_stands() -> None:
+    plans = tuning_trials(FAST, METHODS, COMMON, points=3)
+    assert [plan.name for plan in plans] == [
+        f"{name}/point-0{point}" for name in (FULL, "pooled") for point in range(3)
+    ]
+    assert plans[0].config == FAST
+    assert all(plan.config.model.alignment.global_weight == 1.0 for plan in plans[3:])
+    alone = tuning_trials(FAST, METHODS[1:], COMMON, points=3)
+    assert alone == plans[3:]  # whoever else is compared
+
+
+def test_the_best_on_dev_is_chosen_and_a_method_without_a_trial_is_refused() -> None:
+    margins = {"loss.margin": 0.1}, {"loss.margin": 0.3}
+    records = [
+        record(0, 50.0, name="full/point-00", overrides=margins[0], state="finished"),
+        record(1, 70.0, 60.0, name="full/point-01", overrides=margins[1], state="finished"),
+        record(2, 90.0, name="full/point-02", state="failed"),
+    ]
+    assert tuned(METHODS[:1], records)[0].overrides == margins[1]
+    with pytest.raises(ConfigError, match="no trial of 'pooled' finished"):
+        tuned(METHODS, records)
+
+
+def test_a_comparison_run_twice_gives_the_same_numbers_and_trains_once(where: Settings) -> None:
+    first, chosen = compared(where, "first")
+    assert [variant.name for variant in chosen] == [FULL, "pooled"]
+    assert all(trial.test and not trial.reused for trial in first.records)
+
+    lines: list[str] = []
+    second, again = compared(where, "second", say=lines.append)
+    assert again == chosen
+    assert all(trial.reused for trial in second.records)
+    assert not any("epoch" in line for line in lines)
+    assert compare(second.records) == compare(first.records)
+    report = where.output / "second" / "report"
+    assert (report / "table.md").read_text() == (first.folder / "report" / "table.md").read_text()
+
+    # Tuning is never shown the test split; what is reported never uses the seed of the tuning.
+    tuning = [row for row in _runs(where) if row.data.tags["cpfean.kind"] == "tuning"]
+    assert len(tuning) == 2 * (1 + 4)
+    assert not any(name.startswith("test/") for run in tuning for name in run.data.metrics)
+    assert {trial.experiment.seed for trial in first.records} == {1, 2}
+    assert {run.info.status for run in _runs(where)} == {"FINISHED"}
+
+    # The table and the pictures are with the parent run.
+    client = MlflowClient(where.tracking_uri)
+    (parent,) = (
+        run
+        for run in _runs(where)
+        if run.data.tags["cpfean.role"] == "parent" and run.info.run_name == "first"
+    )
+    kept = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert {"table.md", "table.tex", "runs.csv", "differences.png", "epochs.png"} <= kept
+
+
+def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
+    variants = [Ablation(name=FULL, question="?", overrides={})]
+    plan = plan_of(where, "one")
+    result = compare_variants(
+        plan, variants, seeds=[4], settings=where, resume=False, runner=run_here, say=print
+    )
+    (trial,) = result.records
+    metrics = evaluate_checkpoint(
+        Path(trial.checkpoint),
+        data_folder=plan.data_folder,
+        split="test",
+        protocol="full",
+        cache_dir=where.cache_dir,
+        device=torch.device("cpu"),
+        num_regions=8,
+    )
+    with (result.folder / "report" / "runs.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["test_rsum"]) == pytest.approx(metrics.rsum, abs=0.005)
+    assert metrics.rsum == trial.test["rsum"]
+
+
+def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> None:
+    def stop_in_the_last_run(line: str) -> None:
+        if line.startswith("pooled/seed-2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compared(where, "stopped", say=stop_in_the_last_run)
+    lines: list[str] = []
+    result, _ = compared(where, "stopped", say=lines.append, resume=True)
+    assert sum("testing" in line for line in lines) == 1
+    whole, _ = compared(
+        Settings(
+            output=where.output / "other",
+            cache_dir=where.cache_dir,
+            tracking_uri=where.tracking_uri,
+        ),
+        "whole",
+    )
+    assert [of.rsums for of in compare(result.records)] == [
+        of.rsums for of in compare(whole.records)
+    ]
+
+
+def _runs(where: Settings):
+    client, experiment = open_store(where.tracking_uri)
+    return client.search_runs([experiment])
