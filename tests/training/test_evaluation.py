@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpfean import progress
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.errors import DataError, DivergedError
 from cpfean.model.cpfean import Cpfean
-from cpfean.training import evaluation, progress
+from cpfean.training import evaluation
 from cpfean.training.evaluation import evaluate
 from cpfean.training.setup import open_experiment
 from tests.metrics.naive import naive_recalls
