@@ -172,6 +172,7 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
             run_name="s",
             train_storage=str(tmp_path / "train"),
             tune_storage=str(tmp_path / "tune"),
+            test=False,
             early_stopping=None,
             past=[],
         )
