@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
@@ -33,6 +33,14 @@ _NEEDS = {
     "model.regions.prior": ("train_labels.npy", "object labels"),
     "model.regions.label_confidence": ("train_scores.npy", "confidences of the labels"),
 }
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_HasName)
 
 
 class Parser(argparse.ArgumentParser):
@@ -215,6 +223,23 @@ def settings(arguments: argparse.Namespace) -> Settings:
     return Settings.resolve(
         output=arguments.output, tracking_uri=arguments.tracking_uri, address=arguments.address
     )
+
+
+def chosen(
+    names: Sequence[str], known: Sequence[_Named], *, flag: str, what: str
+) -> Sequence[_Named]:
+    """Those that a repeated flag names, or all.
+
+    Raises:
+        ConfigError: an unknown name, or one that is given twice.
+    """
+    by_name = {one.name: one for one in known}
+    for name in names:
+        if name not in by_name:
+            raise ConfigError(f"no {what} {name!r}{nearest(name, by_name)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{flag} names the same {what} twice.")
+    return [by_name[name] for name in names] or known
 
 
 def positive(value: int, flag: str, *, least: int = 1) -> int:

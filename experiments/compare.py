@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from cpfean.config import nearest
-from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.methods import COMMON, METHODS
 
@@ -57,13 +55,7 @@ def body(arguments: argparse.Namespace) -> int:
     from orchestration.comparison import compare_methods, report_folder
 
     points = command_line.positive(arguments.tuning, "--tuning")
-    known = {method.name: method for method in METHODS}
-    for name in arguments.methods:
-        if name not in known:
-            raise ConfigError(f"no method {name!r}{nearest(name, known)}")
-    if len(set(arguments.methods)) < len(arguments.methods):
-        raise ConfigError("--methods names a method twice.")
-    chosen = [known[name] for name in arguments.methods] or list(METHODS)
+    chosen = command_line.chosen(arguments.methods, METHODS, flag="--methods", what="method")
     plan, where, seeds = command_line.comparison_plan(arguments, "comparison")
     if any("model.regions.prior" in method.overrides for method in chosen):
         command_line.check_needs(

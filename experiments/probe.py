@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError, CpfeanError
 from experiments import command_line
-from experiments.evaluate import cache_folder, checked_split, model_folder, trained_configuration
+from experiments.trained import (
+    MODEL,
+    cache_folder,
+    checked_split,
+    model_folder,
+    trained_configuration,
+)
 
 if TYPE_CHECKING:
     from cpfean.data.dataset import RetrievalDataset
@@ -64,7 +70,7 @@ def main() -> None:
         metavar="NAME=FOLDER",
         action="append",
         required=True,
-        help="folder of a run, checkpoint or model, and what to call it; may be repeated",
+        help=f"{MODEL}, and what to call it; may be repeated",
     )
     parser.add_argument(
         "--data", metavar="DIR|URL|synthetic", required=True, help="data with a test split"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpfean.config import ExperimentConfig, nearest
+from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.ablations import ABLATIONS
@@ -55,13 +55,7 @@ def body(arguments: argparse.Namespace) -> int:
     from orchestration.ablation import FULL, Ablation
     from orchestration.comparison import compare_variants, report_folder
 
-    known = {ablation.name: ablation for ablation in ABLATIONS}
-    for name in arguments.only:
-        if name not in known:
-            raise ConfigError(f"no ablation {name!r}{nearest(name, known)}")
-    if len(set(arguments.only)) < len(arguments.only):
-        raise ConfigError("--only names an ablation twice.")
-    chosen = [known[name] for name in arguments.only] or list(ABLATIONS)
+    chosen = command_line.chosen(arguments.only, ABLATIONS, flag="--only", what="ablation")
     plan, where, seeds = command_line.comparison_plan(arguments, "ablations")
     possible = []
     for ablation in chosen:

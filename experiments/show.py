@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from cpfean.errors import ConfigError
 from experiments import command_line
-from experiments.evaluate import cache_folder, checked_split, model_folder, trained_configuration
+from experiments.trained import (
+    MODEL,
+    add_data_flags,
+    cache_folder,
+    checked_split,
+    model_folder,
+    trained_configuration,
+)
 
 if TYPE_CHECKING:
     from cpfean.training.views import Gallery, RankChange
@@ -33,17 +40,8 @@ _PICTURED = 2  # of the queries of each direction that either model ranks better
 
 def main() -> None:
     parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
-    parser.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of a run, checkpoint or model"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="DIR|URL|synthetic",
-        help="default: the data that the model was trained on",
-    )
-    parser.add_argument(
-        "--split", choices=("train", "dev", "test"), default="test", help="default: test"
-    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help=MODEL)
+    add_data_flags(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--caption", metavar="K", type=int, help="its line in the captions, from 0")
     what.add_argument("--image", metavar="ID", help="its name in the ids")

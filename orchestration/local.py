@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING
 
 from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
-from orchestration.records import RunFolder, State, TrialRecord, write_text
+from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
     StudyPlan,
     StudyResult,
-    best_of,
-    concluded,
+    conclude,
     keep_model,
+    opened_folder,
     planned_record,
     resume_line,
-    test_metrics,
     tracked_run,
 )
-from orchestration.tracking import Tracker, git_commit
-from orchestration.worker import metrics_of
+from orchestration.tracking import Tracker
+from orchestration.worker import metrics_of, test_metrics, this_device
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
@@ -42,11 +41,7 @@ def run_here(
         ConfigError: the folder exists, or does not, or was made for another plan.
         CpfeanError: what `fit` raises, if there is only one configuration.
     """
-    folder = RunFolder(settings.output / plan.name)
-    if resume:
-        folder.check_same(plan.identity())
-    else:
-        folder.create(plan.identity(), commit=git_commit())
+    folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
         tracker = _tracker(plan, settings, folder, say)
         return _Here(plan, settings, folder, tracker, say).run()
@@ -149,8 +144,6 @@ class _Here:
             self._results.keep(record)
 
     def _train(self, record: TrialRecord) -> None:
-        import torch
-
         from cpfean.training.loop import fit
 
         record.state, record.failure, record.message = "running", "", ""
@@ -168,7 +161,7 @@ class _Here:
             cache_dir=self._settings.cache_dir,
             reporter=_LocalReporter(record, self._write, checkpoints, self._say),
             resume_from=None if newest is None else Path(checkpoints.at(newest)),
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=this_device(),
         )
 
     def _test(self, record: TrialRecord, keep: Path) -> None:
@@ -181,19 +174,16 @@ class _Here:
             record.experiment,
             data_folder=self._plan.data_folder,
             cache_dir=self._settings.cache_dir,
+            device=this_device(),
         )
 
     def _conclude(self) -> StudyResult:
-        best = best_of(self._records)
-        if best is not None:
-            write_text(self._folder.path / "best_config.toml", best.experiment.to_toml())
-            if self._plan.tested == "best":
-                self._test(best, self._folder.path / "best_model")
-                self._write(best)
+        def test(best: TrialRecord) -> None:
+            self._test(best, self._folder.path / "best_model")
+            self._write(best)
+
         records = tuple(self._records)
-        if self._plan.report is not None:
-            self._tracker.keep_files(self._plan.report(records))
-        return concluded(self._folder, records, best)
+        return conclude(self._plan, self._folder, records, self._tracker, test=test)
 
     def _write(self, record: TrialRecord) -> None:
         self._folder.write(record)

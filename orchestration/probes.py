@@ -3,8 +3,7 @@
 A result is one model's recalls under one condition. Models of one name are seeds of one variant:
 tables and pictures show their mean and 95 % interval, the CSV files every model by itself.
 
-Colours are those of Okabe and Ito, which people with any colour vision tell apart; markers say the
-same once more.
+Markers say once more what colours say.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean.metrics.retrieval import RetrievalMetrics
 from orchestration.ablation import Interval, mean_interval
+from orchestration.colours import COLOURS
 from orchestration.records import write_text
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Value = str | int | float
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours: the second round looks different
 _LINES = ("-", "--", ":", "-.")
 _PANEL = (3.5, 2.9)  # inches
@@ -143,7 +142,7 @@ def draw_curves(panels: Sequence[CurvePanel], *, heading: str, file: Path) -> Pa
             if all(interval.n > 1 for interval in found):
                 low = [interval.mean - interval.half_width for interval in found]
                 high = [interval.mean + interval.half_width for interval in found]
-                colour = _COLOURS[which % len(_COLOURS)]
+                colour = COLOURS[which % len(COLOURS)]
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xticks([place for place, _ in panel.points])
         _dress(axes, panel.title, panel.x_label, first=number % _ACROSS == 0)
@@ -206,9 +205,9 @@ def _panels(number: int, heading: str) -> tuple[Figure, list[Axes]]:
 
 def _style(which: int) -> dict[str, Any]:
     return {
-        "color": _COLOURS[which % len(_COLOURS)],
+        "color": COLOURS[which % len(COLOURS)],
         "marker": _MARKERS[which % len(_MARKERS)],
-        "linestyle": _LINES[which // len(_COLOURS) % len(_LINES)],
+        "linestyle": _LINES[which // len(COLOURS) % len(_LINES)],
         "markersize": 4.5,
         "linewidth": 1.6,
     }

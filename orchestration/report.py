@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.ablation import FULL, AblationResult, Interval, compare, mean_interval
+from orchestration.colours import COLOURS
 from orchestration.records import TrialRecord, write_text
 
 _RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
-# Okabe and Ito's colours, which people tell apart whatever their colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 def write_report(records: Sequence[TrialRecord], folder: Path) -> list[Path]:
@@ -123,7 +122,7 @@ def draw_differences(results: Sequence[AblationResult], file: Path) -> None:
     for row, result in enumerate(shown):
         assert result.difference is not None
         certain = result.p is not None and result.verdict != "not distinguishable from full"
-        colour = _COLOURS[0] if certain else "#888888"
+        colour = COLOURS[0] if certain else "#888888"
         pairs = [
             value - full.rsums[seed]
             for seed, value in result.rsums.items()
@@ -168,8 +167,8 @@ def draw_epochs(records: Sequence[TrialRecord], file: Path) -> None:
         epochs = range(1, length + 1)
         columns = [[curve[epoch] for curve in of_name] for epoch in range(length)]
         mean = [mean_interval(column).mean for column in columns]
-        style = "-" if index < len(_COLOURS) else "--"
-        colour = _COLOURS[index % len(_COLOURS)]
+        style = "-" if index < len(COLOURS) else "--"
+        colour = COLOURS[index % len(COLOURS)]
         axes.plot(epochs, mean, style, marker=".", color=colour, label=name.replace("_", " "))
         low, high = [min(column) for column in columns], [max(column) for column in columns]
         axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)

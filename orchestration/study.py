@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
@@ -26,6 +26,7 @@ from orchestration.results import Results
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
 from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
+from orchestration.worker import test_metrics, this_device
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
@@ -120,6 +121,12 @@ class StudyResult:
         return 4 if any(record.state == "failed" for record in self.records) else 0
 
 
+class KeepsFiles(Protocol):
+    """What reports are handed to."""
+
+    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
+
+
 class StudyError(CpfeanError):
     """A study in which nothing but failures is to be expected."""
 
@@ -148,15 +155,25 @@ def run_study(
         ServiceError: no cluster, or nothing moves any more.
         Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
+    folder = opened_folder(plan, settings, resume=resume)
+    with folder.lock():
+        tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
+        study = _Study(plan, settings, folder, tracker, say)
+        return study.run()
+
+
+def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFolder:
+    """A new folder for a plan, or the one that was made for it.
+
+    Raises:
+        ConfigError: the folder exists, or does not, or was made for another plan.
+    """
     folder = RunFolder(settings.output / plan.name)
     if resume:
         folder.check_same(plan.identity())
     else:
         folder.create(plan.identity(), commit=git_commit())
-    with folder.lock():
-        tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        study = _Study(plan, settings, folder, tracker, say)
-        return study.run()
+    return folder
 
 
 def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
@@ -414,14 +431,7 @@ class _Study:
     def _conclude(self) -> StudyResult:
         """The best trial, its test metrics and its files."""
         records = tuple(self._records[number] for number in sorted(self._records))
-        best = best_of(records)
-        if best is not None:
-            write_text(self._folder.path / "best_config.toml", best.experiment.to_toml())
-            if self._plan.tested == "best":
-                self._test(best)
-        if self._plan.report is not None:
-            self._tracker.keep_files(self._plan.report(records))
-        return concluded(self._folder, records, best)
+        return conclude(self._plan, self._folder, records, self._tracker, test=self._test)
 
     def _test(self, best: TrialRecord) -> None:
         if not best.test:
@@ -457,6 +467,7 @@ class _Study:
             record.experiment,
             data_folder=self._plan.data_folder,
             cache_dir=self._settings.cache_dir,
+            device=this_device(),
         )
 
     def _close(self, outcome: State) -> None:
@@ -635,12 +646,30 @@ def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
     return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
 
 
-def concluded(
-    folder: RunFolder, records: tuple[TrialRecord, ...], best: TrialRecord | None
+def conclude(
+    plan: StudyPlan,
+    folder: RunFolder,
+    records: tuple[TrialRecord, ...],
+    tracker: KeepsFiles,
+    *,
+    test: Callable[[TrialRecord], None],
 ) -> StudyResult:
-    """The result of a study, written to its summary."""
-    test = {} if best is None else best.test
-    result = StudyResult(folder=folder.path, records=records, best=best, test=test)
+    """The result of a study whose trials are settled: best trial, reports and summary.
+
+    Args:
+        tracker: gets the files of the plan's report.
+        test: shows a trial the test split; called for the best one, where that is all that is
+            tested.
+    """
+    best = best_of(records)
+    if best is not None:
+        write_text(folder.path / "best_config.toml", best.experiment.to_toml())
+        if plan.tested == "best":
+            test(best)
+    if plan.report is not None:
+        tracker.keep_files(plan.report(records))
+    metrics = {} if best is None else best.test
+    result = StudyResult(folder=folder.path, records=records, best=best, test=metrics)
     write_json(folder.path / "summary.json", summary(result))
     return result
 
@@ -666,27 +695,6 @@ def keep_model(record: TrialRecord, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return folder
-
-
-def test_metrics(
-    model: Path, config: ExperimentConfig, *, data_folder: Path, cache_dir: Path
-) -> dict[str, float]:
-    """Six recalls and rSum on the test split."""
-    import torch
-
-    from cpfean.training.setup import evaluate_checkpoint
-
-    return evaluate_checkpoint(
-        model,
-        data_folder=data_folder,
-        split="test",
-        protocol=config.evaluation.protocol,
-        cache_dir=cache_dir,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        num_regions=config.data.num_regions,
-        batch_size=config.evaluation.batch_size,
-        products=config.evaluation.products,
-    ).as_dict()
 
 
 def summary(result: StudyResult) -> dict[str, Any]:

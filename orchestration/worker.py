@@ -71,7 +71,6 @@ def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> 
 
     from cpfean.data.sources import resolve_data
     from cpfean.training.loop import fit
-    from cpfean.training.setup import evaluate_checkpoint
 
     reporter.begun()
     config = ExperimentConfig.from_dict(trial["config"])
@@ -93,20 +92,50 @@ def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> 
     if trial["test"]:
         newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
         with folder.opened(newest) as checkpoint:
-            metrics = evaluate_checkpoint(
+            metrics = test_metrics(
                 checkpoint,
+                config,
                 data_folder=data_folder,
-                split="test",
-                protocol=config.evaluation.protocol,
                 cache_dir=cache_dir,
                 device=get_device(),
-                num_regions=config.data.num_regions,
-                batch_size=config.evaluation.batch_size,
-                products=config.evaluation.products,
             )
-        reporter.tested(result.history, newest, metrics.as_dict())
+        reporter.tested(result.history, newest, metrics)
     elif newest is not None:
         reporter.had_ended(result.history, newest)
+
+
+def test_metrics(
+    model: Path, config: ExperimentConfig, *, data_folder: Path, cache_dir: Path, device: Any
+) -> dict[str, float]:
+    """Six recalls and rSum on the test split.
+
+    Args:
+        model: folder of a model or checkpoint.
+        config: that it was trained with.
+        data_folder: checked.
+        cache_dir: for what can be made again.
+        device: of this process.
+    """
+    from cpfean.training.setup import evaluate_checkpoint
+
+    return evaluate_checkpoint(
+        model,
+        data_folder=data_folder,
+        split="test",
+        protocol=config.evaluation.protocol,
+        cache_dir=cache_dir,
+        device=device,
+        num_regions=config.data.num_regions,
+        batch_size=config.evaluation.batch_size,
+        products=config.evaluation.products,
+    ).as_dict()
+
+
+def this_device() -> Any:
+    """The GPU that a process without Ray may use, else the processor."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)

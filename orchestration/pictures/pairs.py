@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cpfean.training.views import PairView
+from orchestration.colours import COLOURS
 from orchestration.pictures.sheet import (
-    COLOURS,
     GAP,
     GREY,
     MARGIN,

@@ -10,15 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from orchestration.colours import BLUE, RED
 from orchestration.pictures.sheet import (
-    BLUE,
     GAP,
     GREY,
     INK,
     MARGIN,
     PALE,
     PANEL,
-    RED,
     ROW,
     Box,
     Sheet,

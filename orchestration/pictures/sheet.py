@@ -2,8 +2,6 @@
 
 A sheet is measured in inches from its upper left corner, downwards. matplotlib is loaded when the
 first one is made: it takes a second, and most runs draw nothing.
-
-Colours are those of Okabe and Ito, which people with any colour vision tell apart.
 """
 
 from __future__ import annotations
@@ -21,8 +19,6 @@ from cpfean.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, RED = "#0072B2", "#D55E00"
-COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY, PALE = "#222222", "#767676", "#BDBDBD"
 
 MARGIN = 0.18  # around a page

@@ -40,15 +40,6 @@ METHODS = (
 FAST = TINY.with_overrides({"optim.epochs": 1})
 
 
-@pytest.fixture
-def where(tmp_path: Path) -> Settings:
-    return Settings(
-        output=tmp_path / "runs",
-        cache_dir=tmp_path / "cache",
-        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
-    )
-
-
 def plan_of(where: Settings, name: str, base: ExperimentConfig = FAST) -> StudyPlan:
     folder = resolve_data(base.data, cache_dir=where.cache_dir)
     return StudyPlan(

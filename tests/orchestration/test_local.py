@@ -1,7 +1,6 @@
 """One training in this process: records, tracking, resume."""
 
 import json
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -28,15 +27,6 @@ def plan_of(config: ExperimentConfig, where: Settings, name: str) -> StudyPlan:
         fixed=(TrialPlan(name=name, overrides={}, config=config),),
         data_folder=folder,
         data_fingerprint=data_fingerprint(folder),
-    )
-
-
-@pytest.fixture
-def where(tmp_path: Path) -> Settings:
-    return Settings(
-        output=tmp_path / "runs",
-        cache_dir=tmp_path / "cache",
-        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
     )
 
 

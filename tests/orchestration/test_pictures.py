@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError, DataError
 from cpfean.training.views import PairView
+from orchestration.colours import COLOURS
 from orchestration.pictures.pairs import (
     Panel,
     draw_panels,
@@ -28,7 +29,7 @@ from orchestration.pictures.pairs import (
 )
 from orchestration.pictures.queries import draw_study_pictures, photo_of
 from orchestration.pictures.ranks import NamedQuery, RankPanel, draw_ranks
-from orchestration.pictures.sheet import COLOURS, Box, Sheet, place
+from orchestration.pictures.sheet import Box, Sheet, place
 from tests.training.conftest import TINY as DATA
 from tests.training.tiny import save_untrained, tiny_experiment
 
