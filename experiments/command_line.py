@@ -13,11 +13,10 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from experiments.baselines import BASELINES
-from orchestration.records import RunFolder
+from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, prepare_environment
 from orchestration.study import (
-    TUNING,
     Interrupted,
     StudyPlan,
     StudyResult,

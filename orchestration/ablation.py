@@ -36,6 +36,11 @@ class Interval:
     half_width: float
     n: int
 
+    @property
+    def brief(self) -> str:
+        """Without n; the mean alone of a single value."""
+        return f"{self.mean:.1f}" if self.n < 2 else f"{self.mean:.1f} ± {self.half_width:.1f}"
+
     def __str__(self) -> str:
         if self.n < 2:
             return f"{self.mean:.1f} (n = {self.n}, no interval)"

@@ -17,11 +17,11 @@ from pathlib import Path
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
 from orchestration.ablation import Ablation, plan_trials
-from orchestration.records import RunFolder, TrialRecord
+from orchestration.records import TUNING, RunFolder, TrialRecord
 from orchestration.report import write_report
 from orchestration.search import Choice, Range, SearchSpace, spread_points
 from orchestration.settings import Settings
-from orchestration.study import TUNING, StudyPlan, StudyResult, TrialPlan
+from orchestration.study import StudyPlan, StudyResult, TrialPlan
 
 Runner = Callable[
     ..., StudyResult

@@ -112,16 +112,9 @@ def rsum_table(
                 group = [
                     each for each in there if each.variant == variant and columns(each) == head
                 ]
-                cells.append(plus_minus(rsum_of(group, variant)) if group else "")
+                cells.append(rsum_of(group, variant).brief if group else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def plus_minus(interval: Interval) -> str:
-    """A mean with its interval; the mean alone of a single value."""
-    if interval.n < 2:
-        return f"{interval.mean:.1f}"
-    return f"{interval.mean:.1f} ± {interval.half_width:.1f}"
 
 
 def draw_curves(panels: Sequence[CurvePanel], *, heading: str, file: Path) -> Path:

@@ -24,6 +24,7 @@ from orchestration.settings import ServiceError
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
 SETTLED: tuple[State, ...] = ("finished", "pruned", "failed")
+TUNING = "-tuning"  # ends the name of the study that tunes the methods of a comparison
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,11 +180,9 @@ class RunFolder:
         candidates = []
         for file in output.glob("*/sweep.json"):
             identity = read_json(file)
-            if (
-                identity
-                and identity.get("kind") in kinds
-                and not (file.parent / "summary.json").exists()
-            ):
+            # Tuning is half of a comparison: it is done with when that is.
+            whole = file.parent.with_name(file.parent.name.removesuffix(TUNING))
+            if identity and identity.get("kind") in kinds and not (whole / "summary.json").exists():
                 candidates.append((file.stat().st_mtime, file.parent))
         if not candidates:
             raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.")

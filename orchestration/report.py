@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from orchestration.ablation import FULL, AblationResult, Interval, compare, mean_interval
@@ -50,7 +51,7 @@ def markdown_table(results: Sequence[AblationResult]) -> str:
         name = result.name.replace("_", " ")
         said = ", ".join(filter(None, [result.verdict, _failures(result)]))
         cells = [f"**{name}**" if result.name == FULL else name, str(len(result.rsums))]
-        cells += [_pm(result.rsum), _signed(result.difference), _p(result.p), said]
+        cells += [_brief(result.rsum), _signed(result.difference), _p(result.p), said]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -66,7 +67,7 @@ def latex_table(results: Sequence[AblationResult]) -> str:
     for result in results:
         name = result.name.replace("_", " ")
         cells = [rf"\textbf{{{name}}}" if result.name == FULL else name, str(len(result.rsums))]
-        for cell in (_pm(result.rsum), _signed(result.difference), _p(result.p)):
+        for cell in (_brief(result.rsum), _signed(result.difference), _p(result.p)):
             cell = cell.replace("±", r"\pm").replace("<", "< ")
             cells.append(f"${cell}$" if cell else "")
         lines.append(" & ".join(cells) + r" \\")
@@ -142,7 +143,7 @@ def draw_differences(results: Sequence[AblationResult], file: Path) -> None:
         )
     axes.set_yticks(range(len(shown)), [result.name.replace("_", " ") for result in shown])
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    mean = "" if full is None or full.rsum is None else f" ({_pm(full.rsum)}, n = {full.rsum.n})"
+    mean = "" if full is None or full.rsum is None else f" ({full.rsum.brief}, n = {full.rsum.n})"
     axes.set_xlabel(f"test rSum minus that of the full model{mean}; 95 % interval, paired by seed")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -183,21 +184,15 @@ def draw_epochs(records: Sequence[TrialRecord], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _pm(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    if interval.n < 2:
-        return f"{interval.mean:.1f}"
-    return f"{interval.mean:.1f} ± {interval.half_width:.1f}"
+def _brief(interval: Interval | None) -> str:
+    return "" if interval is None else interval.brief
 
 
 def _signed(interval: Interval | None) -> str:
     if interval is None:
         return ""
     sign = "+" if interval.mean > 0 else "-"
-    return sign + _pm(
-        Interval(mean=abs(interval.mean), half_width=interval.half_width, n=interval.n)
-    )
+    return sign + replace(interval, mean=abs(interval.mean)).brief
 
 
 def _p(p: float | None) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
-from orchestration.records import RunFolder, State, TrialRecord, write_json, write_text
+from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
@@ -30,7 +30,6 @@ from orchestration.worker import test_metrics, this_device
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
-TUNING = "-tuning"  # ends the name of the study that tunes the methods of a comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

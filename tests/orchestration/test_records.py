@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cpfean.errors import ConfigError
-from orchestration.records import RunFolder
+from orchestration.records import TUNING, RunFolder
 from orchestration.study import table
 from tests.orchestration.samples import record
 
@@ -66,6 +66,17 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run_of_its_kind(tmp_p
         RunFolder(tmp_path / name).create({"kind": kind})
     (tmp_path / "b" / "summary.json").write_text("{}")
     assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "a"
+
+
+def test_a_comparison_is_resumed_after_its_tuning_too(tmp_path: Path) -> None:
+    kinds = ("comparison", "tuning")
+    RunFolder(tmp_path / f"a{TUNING}").create({"kind": "tuning"})
+    (tmp_path / f"a{TUNING}" / "summary.json").write_text("{}")
+    assert RunFolder.newest_unfinished(tmp_path, *kinds).name == f"a{TUNING}"
+    RunFolder(tmp_path / "a").create({"kind": "comparison"})
+    (tmp_path / "a" / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        RunFolder.newest_unfinished(tmp_path, *kinds)
 
 
 def test_the_table_shows_the_best_trial_first_and_what_each_one_varied() -> None:
