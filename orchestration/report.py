@@ -144,7 +144,7 @@ def draw_differences(results: Sequence[AblationResult], file: Path) -> None:
     axes.set_yticks(range(len(shown)), [result.name.replace("_", " ") for result in shown])
     axes.set_ylim(-0.6, len(shown) - 0.4)
     mean = "" if full is None or full.rsum is None else f" ({full.rsum.brief}, n = {full.rsum.n})"
-    axes.set_xlabel(f"test rSum minus that of the full model{mean}; 95 % interval, paired by seed")
+    axes.set_xlabel(f"test rSum minus that of the full model{mean}\n95 % interval, paired by seed")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(file, dpi=150)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -665,6 +665,10 @@ def conclude(
         write_text(folder.path / "best_config.toml", best.experiment.to_toml())
         if plan.tested == "best":
             test(best)
+        elif plan.tested == "all":
+            # The checkpoint of a run that was known already may be on another machine.
+            with suppress(ServiceError):
+                keep_model(best, folder.path / "best_model")
     if plan.report is not None:
         tracker.keep_files(plan.report(records))
     metrics = {} if best is None else best.test
@@ -744,7 +748,8 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         ]
     if result.test:
         lines.append(f"test rSum       {result.test['rsum']:.1f}")
-        lines.append(f"model           {result.folder / 'best_model'}")
+        model = result.folder / "best_model"
+        lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
     return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
 
 

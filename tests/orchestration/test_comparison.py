@@ -1,6 +1,7 @@
 """Methods tuned alike and run on the same seeds; here in this process, without Ray."""
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from orchestration.comparison import Method, compare_methods, compare_variants, 
 from orchestration.local import run_here
 from orchestration.search import Choice, Range, SearchSpace, spread_points
 from orchestration.settings import Settings
-from orchestration.study import StudyPlan
+from orchestration.study import StudyPlan, closing_lines
 from orchestration.tracking import open_store
 from tests.orchestration.samples import TINY, record
 
@@ -144,19 +145,36 @@ def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
         plan, variants, seeds=[4], settings=where, resume=False, runner=run_here, say=print
     )
     (trial,) = result.records
-    metrics = evaluate_checkpoint(
-        Path(trial.checkpoint),
-        data_folder=plan.data_folder,
-        split="test",
-        protocol="full",
-        cache_dir=where.cache_dir,
-        device=torch.device("cpu"),
-        num_regions=8,
+    best_model = result.folder / "best_model"
+    for model in (best_model, Path(trial.checkpoint)):
+        metrics = evaluate_checkpoint(
+            model,
+            data_folder=plan.data_folder,
+            split="test",
+            protocol="full",
+            cache_dir=where.cache_dir,
+            device=torch.device("cpu"),
+            num_regions=8,
+        )
+        with (result.folder / "report" / "runs.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert float(row["test_rsum"]) == pytest.approx(metrics.rsum, abs=0.005)
+        assert metrics.rsum == trial.test["rsum"]
+    assert f"model           {best_model}" in closing_lines(result, where)
+
+    # What is known from elsewhere has its numbers here, and its weights elsewhere.
+    shutil.rmtree(trial.checkpoint)
+    known = compare_variants(
+        plan_of(where, "known"),
+        variants,
+        seeds=[4],
+        settings=where,
+        resume=False,
+        runner=run_here,
+        say=print,
     )
-    with (result.folder / "report" / "runs.csv").open() as file:
-        (row,) = csv.DictReader(file)
-    assert float(row["test_rsum"]) == pytest.approx(metrics.rsum, abs=0.005)
-    assert metrics.rsum == trial.test["rsum"]
+    assert known.test == result.test
+    assert "model           not on this machine" in closing_lines(known, where)
 
 
 def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> None:
