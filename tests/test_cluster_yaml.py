@@ -310,3 +310,32 @@ def test_a_head_started_by_the_file_answers_nobody_without_the_token(tmp_path: P
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     assert answers == {"right": [200], "none": [401], "wrong": [403]}
+
+
+# The file for hosts that are there already.
+
+
+def test_the_lab_is_started_as_the_cluster_is() -> None:
+    lab = yaml.safe_load((ROOT / "cluster.lab.yaml").read_text(encoding="utf-8"))
+    aws = cluster()
+    for same in ("file_mounts", "rsync_exclude", "head_setup_commands"):
+        assert lab[same] == aws[same]
+    # Ray is started alike, but for how much of the one machine each host may take.
+    share = r" --num-cpus=\d --object-store-memory=\d+$"
+    for role in ("head", "worker"):
+        lines = [re.sub(share, "", line) for line in lab[f"{role}_start_ray_commands"]]
+        assert lines == aws[f"{role}_start_ray_commands"]
+    assert aws["setup_commands"][0] in lab["setup_commands"]
+
+
+def test_ray_accepts_the_file_for_the_lab() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    from tests.lab.hosts import address
+
+    lab = yaml.safe_load((ROOT / "cluster.lab.yaml").read_text(encoding="utf-8"))
+    assert lab["provider"]["head_ip"] == address("head")
+    workers = [address(host) for host in ("worker-1", "worker-2")]
+    assert lab["provider"]["worker_ips"] == workers
+    assert lab["min_workers"] == lab["max_workers"] == len(workers)
+    validate_config(prepare_config(lab))
