@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 clus
 
 
 def main() -> None:
+    command_line.run(make_parser(), body)
+
+
+def make_parser() -> command_line.Parser:
     parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "--only",
@@ -48,7 +53,7 @@ def main() -> None:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a run (default: 1)"
     )
-    command_line.run(parser, body)
+    return parser
 
 
 def body(arguments: argparse.Namespace) -> int:
@@ -57,6 +62,7 @@ def body(arguments: argparse.Namespace) -> int:
 
     chosen = command_line.chosen(arguments.only, ABLATIONS, flag="--only", what="ablation")
     plan, where, seeds = command_line.comparison_plan(arguments, "ablations")
+    plan = replace(plan, tags=getattr(arguments, "tags", {}))  # set by schedule.py
     possible = []
     for ablation in chosen:
         try:

@@ -167,6 +167,50 @@ def compare(records: Iterable[TrialRecord]) -> list[AblationResult]:
     return results
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """How a variant's rSum on the test split differs from that of an earlier round.
+
+    Attributes:
+        before: mean and interval over the seeds of the earlier round.
+        now: over those of the later one.
+        difference: later minus earlier, paired by seed; None if no seed finished in both.
+    """
+
+    name: str
+    before: Interval | None
+    now: Interval | None
+    difference: Interval | None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the interval of the difference excludes 0; never for a single seed."""
+        of = self.difference
+        return of is not None and of.n > 1 and abs(of.mean) > of.half_width
+
+
+def changes(before: Iterable[TrialRecord], now: Iterable[TrialRecord]) -> list[Change]:
+    """What changed between two rounds, for every variant of the later one."""
+    known = {result.name: result for result in compare(before)}
+    found = []
+    for result in compare(now):
+        earlier = known.get(result.name, AblationResult(name=result.name))
+        pairs = [
+            rsum - earlier.rsums[seed]
+            for seed, rsum in result.rsums.items()
+            if seed in earlier.rsums
+        ]
+        found.append(
+            Change(
+                name=result.name,
+                before=earlier.rsum,
+                now=result.rsum,
+                difference=mean_interval(pairs) if pairs else None,
+            )
+        )
+    return found
+
+
 def _paired_p(differences: Sequence[float]) -> float | None:
     """Two-sided p of a mean difference of zero."""
     from scipy import stats

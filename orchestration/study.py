@@ -54,6 +54,7 @@ class StudyPlan:
         grace: epochs before a trial may be stopped for being behind; 0 stops none.
         results: folder of what runs came to; a trial that it knows is not trained again.
         report: called at the end with what came out; writes files, which the tracker gets too.
+        tags: of the tracker's runs, beside its own.
         data_folder: the data, checked, on this node.
         data_fingerprint: of the data.
     """
@@ -70,6 +71,7 @@ class StudyPlan:
     grace: int = 0
     results: Path | None = None
     report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tested(self) -> Literal["best", "all", "none"]:
@@ -186,7 +188,11 @@ def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
         id=folder.id,
         name=plan.name,
         kind=plan.kind,
-        tags={"cpfean.data": plan.data_fingerprint, "cpfean.data_path": plan.base.data.path},
+        tags={
+            "cpfean.data": plan.data_fingerprint,
+            "cpfean.data_path": plan.base.data.path,
+            **plan.tags,
+        },
         parameters=parameters | plan.base.flat(),
     )
 

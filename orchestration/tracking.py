@@ -429,6 +429,27 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
             raise ServiceError(f"{file}: cannot be used as a tracking store: {error}") from None
 
 
+def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
+    """Adds tags to the parent run of a study that has ended.
+
+    Args:
+        id: of the study.
+
+    Raises:
+        ServiceError: the tracker does not take them.
+    """
+    try:
+        client, experiment = open_store(uri)
+        query = f"tags.`cpfean.id` = '{id}' and tags.`cpfean.role` = 'parent'"
+        for run in client.search_runs([experiment], query):
+            for name, value in tags.items():
+                client.set_tag(run.info.run_id, name, value)
+    # Whatever a tracker, its database or the network raises.
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ServiceError(f"{uri} does not take our tags: {line[:200]}") from None
+
+
 def _experiment(client: MlflowClient, *, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 

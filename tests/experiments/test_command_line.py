@@ -45,6 +45,8 @@ def call(
         "prepare.py",
         "show.py",
         "probe.py",
+        "schedule.py",
+        "compare.py",
     ],
 )
 def test_help_says_what_it_is_with_examples_and_exit_codes(script: str, tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ from scipy import stats
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
-from orchestration.ablation import FULL, Ablation, compare, holm, mean_interval, plan_trials
+from orchestration.ablation import (
+    FULL,
+    Ablation,
+    changes,
+    compare,
+    holm,
+    mean_interval,
+    plan_trials,
+)
 from orchestration.records import TrialRecord
 from tests.orchestration.samples import record
 
@@ -135,3 +143,21 @@ def test_a_variant_that_the_base_does_not_allow_is_refused_by_name() -> None:
     off = Ablation(name="off", question="?", overrides={"model.alignment.fusion": False})
     with pytest.raises(ConfigError, match="variant 'off'"):
         plan_trials(base, [off], [0])
+
+
+def test_a_change_is_certain_if_the_interval_of_the_paired_difference_excludes_0() -> None:
+    before = trials(full=[300.0, 310.0, 320.0], no_gcn=[290.0, 300.0, 310.0], gone=[1.0])
+    now = trials(full=[305.0, 315.5, 324.5], no_gcn=[299.0, 295.0, 311.0], new=[5.0, 6.0])
+    full, no_gcn, new = changes(before, now)
+    assert (full.name, full.is_certain) == (FULL, True)
+    assert full.before == mean_interval([300.0, 310.0, 320.0])
+    assert full.difference == mean_interval([5.0, 5.5, 4.5])
+    assert not no_gcn.is_certain
+    assert (new.before, new.difference, new.is_certain) == (None, None, False)
+    same = changes(before, before)
+    assert not any(change.is_certain for change in same)
+    # A single seed has no interval; the same step on every seed has one of width 0.
+    (one,) = changes(trials(full=[300.0]), trials(full=[200.0]))
+    assert not one.is_certain
+    (step,) = changes(trials(full=[300.0, 301.0]), trials(full=[299.0, 300.0]))
+    assert step.is_certain

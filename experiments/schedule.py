@@ -1,0 +1,229 @@
+"""Ablations on a schedule: suites that run at their times, each time once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpfean.errors import ConfigError
+from experiments import command_line, run_ablations
+from experiments.ablations import ABLATIONS
+
+if TYPE_CHECKING:
+    from orchestration.ablation import Change
+    from orchestration.records import RunFolder
+    from orchestration.schedule import Schedule
+
+CHANGED = 6  # exit code
+
+_EPILOG = """\
+commands:
+  add NAME --cron "MIN HOUR DAY MONTH WEEKDAY" [-- FLAGS]
+               a suite: flags of run_ablations.py, and when it runs (UTC)
+  list         the suites, when they are due, and what became of the last time
+  remove NAME
+  run          submit rounds when they are due, until stopped; --once: those due now, and end
+  round NAME SLOT -- FLAGS
+               one round, compared with the one before; what the submitted jobs call
+
+A round is a Ray job whose id is made of suite and time. Ray refuses a second one, so any number of
+schedulers may look after the same suites, be killed and started, and each time is run once. While a
+round runs, the next one of its suite is skipped. After a pause the last time that has passed is
+caught up with. A round trains everything anew; add --results DIR to the flags to take over what is
+known.
+
+  python experiments/schedule.py add nightly --cron "0 2 * * *" -- --only no_fusion --seeds 3
+  python experiments/schedule.py run
+
+Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
+6 (of a round) rSum changed beyond the interval, 130 or 143 stopped.
+"""
+_OURS = ("--name", "--output", "--resume")
+
+
+def main() -> None:
+    # argparse would take the flags after "--" for its own.
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
+    parser.add_argument("command", choices=("add", "list", "remove", "run", "round"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of the suite; SLOT of a round")
+    parser.add_argument("--cron", metavar="TIMES", help="when a suite runs, e.g. '0 2 * * *'")
+    parser.add_argument("--once", action="store_true", help="run what is due now, and end")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs"),
+        help="folder of the schedule and of the rounds (default: runs)",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="URL",
+        default="http://127.0.0.1:8265",
+        help="dashboard of the Ray cluster (default: that of the head, on the head)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    sys.argv[1:] = words[:at]
+    given = words[at + 1 :]
+    command_line.run(parser, lambda arguments: body(arguments, given))
+
+
+def body(arguments: argparse.Namespace, given: list[str]) -> int:
+    from orchestration.schedule import Schedule
+
+    wanted = {"add": 1, "remove": 1, "round": 2}.get(arguments.command, 0)
+    if len(arguments.names) != wanted:
+        what = ("no name", "the NAME of a suite", "NAME and SLOT")[wanted]
+        raise ConfigError(f"{arguments.command} takes {what}.")
+    schedule = Schedule(
+        arguments.output.expanduser().absolute(),
+        script=Path(__file__).resolve(),
+        python=sys.executable,
+    )
+    commands = {"add": _add, "list": _list, "remove": _remove, "run": _run, "round": _round}
+    return commands[arguments.command](schedule, arguments, given)
+
+
+def _add(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
+    if not arguments.cron:
+        raise ConfigError("add needs --cron, e.g. --cron '0 2 * * *' for every night at two, UTC.")
+    _checked(given)
+    suite = schedule.add(arguments.names[0], cron=arguments.cron, arguments=given)
+    (row,) = [row for row in _rows(schedule) if row[0] == suite.name]
+    print(f"{suite.name}: first due {row[2]}. `schedule.py run` has to be running then.")
+    return 0
+
+
+def _list(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
+    rows = [("suite", "cron (UTC)", "next", "last time", "flags"), *_rows(schedule)]
+    if len(rows) == 1:
+        print(f"no suites in {schedule.folder}; see schedule.py --help.")
+        return 0
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    return 0
+
+
+def _remove(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
+    schedule.remove(arguments.names[0])
+    return 0
+
+
+def _run(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
+    from orchestration.schedule import RayJobs
+
+    jobs = RayJobs(arguments.jobs)
+    if arguments.once:
+        schedule.fire_all(jobs, command_line.say)
+    else:
+        command_line.say(f"looking after {len(schedule.suites())} suite(s) in {schedule.folder}")
+        schedule.run(jobs, command_line.say)
+    return 0
+
+
+def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
+    from orchestration.records import RunFolder
+    from orchestration.settings import check_name
+
+    suite, slot = arguments.names
+    name = check_name(f"{suite}-{slot}")
+    folder = RunFolder(schedule.folder / name)
+    if (folder.path / "summary.json").exists():
+        command_line.say(f"{name} has been run already.")
+        return 0
+    flags = [*given, "--name", name, "--output", str(schedule.folder)]
+    if "--results" not in given:
+        flags += ["--results", str(folder.path / "results")]
+    if folder.identity_file.exists():
+        flags.append("--resume")
+    asked = run_ablations.make_parser().parse_args(flags)
+    asked.tags = {"cpfean.suite": suite, "cpfean.slot": slot}
+    code = run_ablations.body(asked)
+    changed = _compare_with_the_last(folder, suite, asked)
+    return CHANGED if changed and code == 0 else code
+
+
+def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namespace) -> bool:
+    """Says and records what changed since the round before; whether anything did for certain."""
+    from orchestration.ablation import changes
+    from orchestration.records import RunFolder, write_text
+    from orchestration.settings import ServiceError
+    from orchestration.tracking import tag_parent
+
+    before = _round_before(folder.path, suite)
+    if before is None:
+        print("\nThe first round of this suite: nothing to compare it with.")
+        return False
+    found = changes(RunFolder(before).records(), folder.records())
+    certain = [change.name for change in found if change.is_certain]
+    table = _table(found, before.name)
+    write_text(folder.path / "changes.md", table + "\n")
+    verdict = f"changed: {', '.join(certain)}" if certain else "no change beyond the interval"
+    print(f"\n{table}\n\n{verdict}")
+    tags = {"cpfean.compared_with": before.name, "cpfean.change": ", ".join(certain) or "none"}
+    try:
+        tag_parent(command_line.settings(asked).tracking_uri, folder.id, tags)
+    except ServiceError as error:
+        command_line.say(f"tracking: {error}")
+    return bool(certain)
+
+
+def _round_before(folder: Path, suite: str) -> Path | None:
+    """The newest finished round of a suite that is older than this one."""
+    pattern = re.compile(rf"{re.escape(suite)}-\d{{8}}T\d{{6}}Z")
+    rounds = [
+        other
+        for other in folder.parent.iterdir()
+        if pattern.fullmatch(other.name)
+        and other.name < folder.name
+        and (other / "summary.json").exists()
+    ]
+    return max(rounds, default=None)
+
+
+def _table(found: list[Change], before: str) -> str:
+    lines = [
+        f"| variant | rSum, {before} | rSum now | difference, 95 % | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for change in found:
+        cells = [
+            "-" if interval is None else interval.brief
+            for interval in (change.before, change.now, change.difference)
+        ]
+        verdict = "changed" if change.is_certain else ""
+        lines.append(f"| {change.name.replace('_', ' ')} | {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _checked(given: list[str]) -> None:
+    """Refuses flags that would fail every night."""
+    for flag in _OURS:
+        if flag in given:
+            raise ConfigError(f"{flag} is set by the schedule; leave it out of the flags.")
+    asked = run_ablations.make_parser().parse_args(given)
+    command_line.chosen(asked.only, ABLATIONS, flag="--only", what="ablation")
+    command_line.configuration(asked)
+
+
+def _rows(schedule: Schedule) -> list[tuple[str, ...]]:
+    from datetime import UTC, datetime
+
+    now = datetime.now(UTC)
+    rows: list[tuple[str, ...]] = []
+    for suite in schedule.suites():
+        last = schedule.last(suite.name)
+        became = f"{last['slot']} {last['what']}" if last else "-"
+        due = suite.next(now).strftime("%Y-%m-%d %H:%M:%S")
+        rows.append((suite.name, suite.cron, due, became, " ".join(suite.arguments)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""schedule.py as a user and as a Ray job run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestration.tracking import open_store
+from tests.experiments.test_command_line import call
+from tests.orchestration.samples import TINY
+
+FLAGS = ["--config", "tiny.toml", "--in-process", "--only", "no_gcn", "--seeds", "2"]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.toml").write_text(TINY.with_overrides({"optim.epochs": 1}).to_toml())
+    return tmp_path
+
+
+def test_a_suite_is_added_listed_and_removed(tiny: Path) -> None:
+    empty = call("schedule.py", "list", cwd=tiny)
+    assert (empty.returncode, empty.stdout.split(" in ")[0]) == (0, "no suites")
+    add = ["schedule.py", "add", "nightly", "--cron", "0 2 * * *"]
+    added = call(*add, "--", *FLAGS, cwd=tiny)
+    assert added.returncode == 0, added.stderr
+    listed = call("schedule.py", "list", cwd=tiny).stdout.splitlines()
+    assert listed[1].split()[0] == "nightly"
+    assert listed[1].endswith(" ".join(FLAGS))
+    assert call("schedule.py", "remove", "nightly", cwd=tiny).returncode == 0
+    assert "no suites" in call("schedule.py", "list", cwd=tiny).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["add", "nightly"], "add needs --cron"),
+        (["add", "--cron", "0 2 * * *"], "add takes the NAME of a suite"),
+        (["add", "n", "--cron", "2"], "--cron needs five fields"),
+        (["add", "n", "--cron", "0 2 * * *", "--", "--only", "no_gnc"], "no ablation 'no_gnc'"),
+        (["add", "n", "--cron", "0 2 * * *", "--", "--name", "x"], "--name is set by"),
+        (["add", "n", "--cron", "0 2 * * *", "--", "--seed", "x"], "seed"),
+        (["remove", "nightly"], "no suite 'nightly'; there are: none"),
+        (["round", "nightly"], "round takes NAME and SLOT"),
+        (["run", "nightly"], "run takes no name"),
+    ],
+)
+def test_mistakes_are_named_before_a_night_is_lost(
+    tiny: Path, words: list[str], message: str
+) -> None:
+    done = call("schedule.py", *words, cwd=tiny)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_round_is_compared_with_the_one_before(tiny: Path) -> None:
+    def round_of(slot: str) -> subprocess.CompletedProcess[str]:
+        words = ["round", "nightly", slot, "--", *FLAGS]
+        return call("schedule.py", *words, cwd=tiny, timeout=300)
+
+    first = round_of("20261101T020000Z")
+    assert first.returncode == 0, first.stderr
+    assert "nothing to compare it with" in first.stdout
+    again = round_of("20261101T020000Z")
+    assert again.stdout.endswith("nightly-20261101T020000Z has been run already.\n")
+
+    same = round_of("20261102T020000Z")
+    assert same.returncode == 0, same.stderr
+    assert "epoch 1/1" in same.stdout  # trained anew, to the same numbers
+    assert same.stdout.endswith("no change beyond the interval\n")
+
+    # As if the second round had come to 10 less.
+    for file in (tiny / "runs/nightly-20261102T020000Z").glob("trials/*/record.json"):
+        record = json.loads(file.read_text())
+        record["test"]["rsum"] -= 10
+        file.write_text(json.dumps(record))
+    changed = round_of("20261103T020000Z")
+    assert changed.returncode == 6, changed.stdout + changed.stderr
+    assert changed.stdout.endswith("changed: full, no_gcn\n")
+    table = (tiny / "runs/nightly-20261103T020000Z/changes.md").read_text()
+    assert "nightly-20261102T020000Z" in table
+    assert table.count("10.0 ± 0.0 | changed |") == 2
+    client, experiment = open_store(f"sqlite:///{tiny / 'runs/mlflow.db'}")
+    parents = client.search_runs([experiment], "tags.`cpfean.role` = 'parent'")
+    tags = {run.data.tags["cpfean.slot"]: run.data.tags for run in parents}
+    assert len(tags) == len(parents) == 3
+    assert {of["cpfean.suite"] for of in tags.values()} == {"nightly"}
+    assert "cpfean.change" not in tags["20261101T020000Z"]
+    assert tags["20261102T020000Z"]["cpfean.change"] == "none"
+    assert tags["20261103T020000Z"]["cpfean.compared_with"] == "nightly-20261102T020000Z"
+    assert tags["20261103T020000Z"]["cpfean.change"] == "full, no_gcn"
+
+
+def test_a_round_that_was_cut_off_goes_on(tiny: Path) -> None:
+    words = ["round", "nightly", "20261101T020000Z", "--", *FLAGS]
+    assert call("schedule.py", *words, cwd=tiny).returncode == 0
+    folder = tiny / "runs/nightly-20261101T020000Z"
+    (folder / "summary.json").unlink()  # as if it had been killed before its last line
+    resumed = call("schedule.py", *words, cwd=tiny)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 1/1" not in resumed.stdout
+    assert json.loads((folder / "summary.json").read_text())["trials"]
+
+
+def test_without_a_cluster_it_says_so(tiny: Path) -> None:
+    add = ["schedule.py", "add", "quick", "--cron", "* * * * * *"]
+    assert call(*add, "--", *FLAGS, cwd=tiny).returncode == 0
+    done = call("schedule.py", "run", "--once", "--jobs", "http://127.0.0.1:9", cwd=tiny)
+    assert done.returncode == 5
+    assert "no Ray cluster takes jobs at http://127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
