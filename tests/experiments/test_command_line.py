@@ -47,6 +47,7 @@ def call(
         "probe.py",
         "schedule.py",
         "compare.py",
+        "tracking_server.py",
     ],
 )
 def test_help_says_what_it_is_with_examples_and_exit_codes(script: str, tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""The tracking server: who may write to it, and what it is started with."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from pathlib import Path
+
+import pytest
+
+from cpfean.errors import ConfigError
+from orchestration.server import PASSWORD, ServerPlan, check_password
+
+GOOD = "tulip-orbit-58-Zebra"
+
+
+def plan_of(folder: Path, **fields) -> ServerPlan:
+    given = {
+        "store": f"sqlite:///{folder / 'mlflow.db'}",
+        "artifacts": str(folder / "artifacts"),
+        "folder": folder / "server",
+    }
+    return ServerPlan(**given | fields)
+
+
+@pytest.mark.parametrize(
+    ("password", "message"),
+    [
+        ("", "needs the password of the user 'admin'"),
+        ("Zebra-58-orb", None),
+        ("Zebra-58-or", "11 characters"),
+        ("password1234", "tried first"),
+        ("Password-1234", "tried first"),
+        ("mlflow-admin-1", "tried first"),
+        ("aaaaaaaaaaaaaaaa", "same few characters"),
+        ("qwerty123456", "tried first"),
+        (GOOD, None),
+    ],
+)
+def test_weak_passwords_are_refused(password: str, message: str | None) -> None:
+    if message is None:
+        check_password(password)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_password(password)
+
+
+def test_the_network_gets_in_with_a_password_only(tmp_path: Path) -> None:
+    plan_of(tmp_path).check({})
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 lets everybody"):
+        plan_of(tmp_path, host="0.0.0.0").check({PASSWORD: GOOD})
+    plan_of(tmp_path, host="0.0.0.0", auth=True).check({PASSWORD: GOOD})
+    with pytest.raises(ConfigError, match="lets any web page in"):
+        plan_of(tmp_path, allowed_hosts=("*",)).check({})
+
+
+def test_the_password_is_in_no_file_and_no_command_line(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        plan = plan_of(tmp_path, auth=True, store="postgresql://us:canary@db/mlflow")
+        environment = plan.environment({PASSWORD: GOOD, "MLFLOW_TRACKING_URI": "http://elsewhere"})
+    finally:
+        os.umask(before)
+    assert GOOD not in " ".join(plan.command())
+    assert "canary" not in " ".join(plan.command())
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == plan.store
+    assert "MLFLOW_TRACKING_URI" not in environment
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    files = list(plan.folder.iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert GOOD not in file.read_text()
+    assert plan.folder.stat().st_mode & 0o777 == 0o700
+    # Who was logged in before a restart stays so.
+    again = plan.environment({PASSWORD: GOOD})
+    key = "MLFLOW_FLASK_SERVER_SECRET_KEY"
+    assert again[key] == environment[key]
+    assert PASSWORD not in plan_of(tmp_path).environment({PASSWORD: GOOD})
+
+
+def status(url: str, *, user: str = "", host: str = "", write: bool = False) -> int:
+    headers = {"Content-Type": "application/json"}
+    if user:
+        headers["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
+    if host:
+        headers["Host"] = host
+    path = "/api/2.0/mlflow/experiments/" + ("create" if write else "search?max_results=1")
+    body = f'{{"name": "{time.time()}"}}'.encode() if write else None
+    try:
+        request = urllib.request.Request(url + path, data=body, headers=headers)
+        return urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.mark.slow
+def test_a_server_with_passwords_answers_nobody_without_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).resolve().parents[2] / "experiments" / "tracking_server.py"
+    words = ["--output", str(tmp_path), "--port", str(port), "--auth"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, script, *words],
+            env=os.environ | {PASSWORD: GOOD},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while status(url, user=f"admin:{GOOD}") != 200:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert status(url) == status(url, write=True) == 401
+        assert status(url, user="admin:password1234") == 401
+        assert status(url, user=f"admin:{GOOD}", write=True) == 200
+        assert status(url, user=f"admin:{GOOD}", host="elsewhere.example") == 403
+        assert GOOD not in (tmp_path / "log").read_text()
+        assert (tmp_path / "mlflow.db").stat().st_size > 0
+        # It listens on loopback alone.
+        listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        addresses = {row.split()[1] for row in listening if row.split()[3] == "0A"}
+        assert f"0100007F:{port:04X}" in addresses
+        assert f"00000000:{port:04X}" not in addresses
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(timeout=60)
