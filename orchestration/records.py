@@ -170,6 +170,14 @@ class RunFolder:
                 raise ConfigError(f"{self.path}: another process is at work on this run.") from None
             yield
 
+    def is_locked(self) -> bool:
+        """Whether a driver is at work on this folder."""
+        try:
+            with self.lock():
+                return False
+        except ConfigError:
+            return True
+
     @staticmethod
     def newest_unfinished(output: Path, *kinds: str) -> RunFolder:
         """The run of one of these kinds that was started last and has not been completed.

@@ -48,6 +48,7 @@ def call(
         "schedule.py",
         "compare.py",
         "tracking_server.py",
+        "doctor.py",
     ],
 )
 def test_help_says_what_it_is_with_examples_and_exit_codes(script: str, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Looks at all that a study needs, and says how to mend what is not so: one line each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments import command_line
+
+_EPILOG = """\
+Looks at the token, the cluster and each of its nodes (versions, storage), storage, disks, data, the
+tracking server, and runs that nobody runs any more. Nothing is changed; --repair closes such runs.
+
+  python experiments/doctor.py
+  python experiments/doctor.py --address HOST:6379 --data s3://BUCKET/flickr30k
+
+Exit codes: 0 all is well, 2 flags, 5 something is not.
+"""
+
+
+def main() -> None:
+    parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
+    parser.add_argument(
+        "--data",
+        metavar="DIR|URL|synthetic",
+        default="synthetic",
+        help="check this data as well (default: the generated set)",
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="as for sweep.py")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("runs"), help="default: runs"
+    )
+    parser.add_argument("--tracking-uri", metavar="URI", help="as for sweep.py")
+    parser.add_argument(
+        "--repair", action="store_true", help="close runs in MLflow that nobody runs"
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    command_line.run(parser, body)
+
+
+def body(arguments: argparse.Namespace) -> int:
+    from cpfean.config import DataConfig
+    from orchestration import doctor
+
+    where = command_line.settings(arguments)
+
+    def check_data() -> str:
+        from cpfean.data.sources import resolve_data
+        from cpfean.data.split import check_folder
+
+        folder = resolve_data(DataConfig(path=arguments.data), cache_dir=where.cache_dir)
+        check_folder(folder, cache_dir=where.cache_dir)
+        return str(folder)
+
+    on_cluster: dict[str, Callable[[], str]] = {}
+    if where.address is not None:
+        on_cluster = {"token": doctor.check_token}
+    checks: dict[str, Callable[[], str]] = {
+        **on_cluster,
+        "cluster": lambda: doctor.check_cluster(where),
+        "nodes": lambda: doctor.check_nodes(where),
+        "storage": lambda: doctor.check_storage(where),
+        "disk": lambda: doctor.check_disk(
+            [where.output, where.cache_dir, Path(os.environ.get("RAY_TMPDIR") or "/tmp")]
+        ),
+        "data": check_data,
+        "tracking": lambda: doctor.check_tracking(where),
+        "runs": lambda: doctor.check_runs(where, repair=arguments.repair),
+    }
+    healthy = True
+    for finding in doctor.examine(checks):
+        healthy &= finding.ok
+        fix = "" if finding.ok else f"\n                fix: {finding.fix}"
+        print(
+            f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:10}{finding.text}{fix}", flush=True
+        )
+    return 0 if healthy else 5
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Looks at all that a study needs, one thing after the other, and says how to mend what is not so.
+
+Each check is a function that returns what it found in a few words, or raises `Ill` with what is
+wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cpfean.errors import CpfeanError
+from orchestration.records import RunFolder, read_json
+from orchestration.settings import Settings
+
+_LIBRARIES = ("ray", "torch", "transformers", "numpy", "mlflow", "optuna")
+_DISK_GB = 5.0  # below this a few checkpoints of a full-size model do not fit
+_NODE_SECONDS = 60.0
+
+
+class Ill(Exception):  # noqa: N818  (a finding, not an error)
+    """What is wrong, and what mends it."""
+
+    def __init__(self, wrong: str, fix: str) -> None:
+        super().__init__(wrong)
+        self.fix = fix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        ok: whether a study can rely on it.
+        text: what was found.
+        fix: what to do; empty if ok.
+    """
+
+    name: str
+    ok: bool
+    text: str
+    fix: str = ""
+
+
+Check = Callable[[], str]
+
+
+def examine(checks: Mapping[str, Check]) -> Iterator[Finding]:
+    """Runs checks one after the other; whatever one raises, the others are run."""
+    for name, check in checks.items():
+        try:
+            yield Finding(name=name, ok=True, text=check())
+        except Ill as ill:
+            yield Finding(name=name, ok=False, text=str(ill), fix=ill.fix)
+        except CpfeanError as error:
+            text, _, more = str(error).partition("\n")
+            yield Finding(name=name, ok=False, text=text, fix=more.strip() or "see above")
+        # A check that falls over has found something as well.
+        except Exception as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            yield Finding(name=name, ok=False, text=text[:300], fix="see the message")
+
+
+def check_token() -> str:
+    """The token of Ray's clusters: there, and nobody else's to read."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return "switched off by RAY_AUTH_MODE=disabled"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "from RAY_AUTH_TOKEN"
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not file.is_file():
+        raise Ill(
+            f"{file} does not exist",
+            "`ray get-auth-token --generate` makes one; a cluster that runs has its own there",
+        )
+    mode = file.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise Ill(f"{file} can be read by others (mode {mode:o})", f"chmod 600 {file}")
+    return str(file)
+
+
+def check_cluster(settings: Settings) -> str:
+    """Whether Ray answers at the address; joins it for the checks that follow."""
+    from orchestration import tuner
+
+    if settings.address is None:
+        return "none: studies run on this machine"
+    cluster = tuner.connect(settings)
+    return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"
+
+
+def check_nodes(settings: Settings) -> str:
+    """Whether all nodes run what this one runs, and see the storage."""
+    if settings.address is None:
+        return "this machine alone"
+    mine = versions()
+    nodes = ask_nodes(settings.storage)
+    if not nodes:
+        raise Ill("no node answers", "see `ray status`")
+    wrong = []
+    for host, answer in nodes.items():
+        if isinstance(answer, str):
+            wrong.append(f"{host}: {answer}")
+            continue
+        drift = [
+            f"{name} {answer.get(name)} there, {version} here"
+            for name, version in mine.items()
+            if answer.get(name) != version
+        ]
+        if drift:
+            wrong.append(f"{host}: {', '.join(drift)}")
+    if wrong:
+        raise Ill(
+            "; ".join(wrong),
+            "`ray up` again installs the same on all nodes; a silent node: see `ray status`",
+        )
+    return f"{len(nodes)} node(s), all with the versions of this one"
+
+
+def versions() -> dict[str, str]:
+    """Python, libraries and our own code, here."""
+    from orchestration.results import code_fingerprint
+
+    found = {"python": platform.python_version(), "code": code_fingerprint()}
+    for library in _LIBRARIES:
+        try:
+            # CPU and CUDA builds of one version go together.
+            found[library] = metadata.version(library).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found[library] = "none"
+    return found
+
+
+def ask_nodes(storage: str | None) -> dict[str, dict[str, str] | str]:
+    """Versions of every node that lives, by host name; or what is wrong with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look(token: str) -> dict[str, str]:
+        found = versions()
+        if storage and token:
+            found["storage"] = _read_token(storage, token)
+        return found
+
+    token = _write_token(storage) if storage else ""
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=here)
+            asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(
+                token
+            )
+    answers: dict[str, dict[str, str] | str] = {}
+    try:
+        for host, reference in asked.items():
+            try:
+                answer = ray.get(reference, timeout=_NODE_SECONDS)
+            except Exception as error:  # Ray raises many kinds
+                answers[host] = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+                continue
+            seen = answer.pop("storage", token)
+            answers[host] = answer if seen == token else f"does not see {storage}"
+    finally:
+        if storage:
+            _remove_token(storage, token)
+    return answers
+
+
+def check_storage(settings: Settings) -> str:
+    """Whether checkpoints can be written, read and removed."""
+    storage = settings.storage or str(settings.output)
+    token = _write_token(storage)
+    try:
+        if _read_token(storage, token) != token:
+            raise Ill(f"{storage} does not give back what was written", "see its own logs")
+    finally:
+        _remove_token(storage, token)
+    if settings.storage is None and settings.address is not None:
+        raise Ill(
+            "CPFEAN_STORAGE is not set, and the workers of a cluster do not see this folder",
+            "set it to an s3:// URL or to a folder that all nodes share",
+        )
+    return storage
+
+
+def check_disk(folders: Sequence[Path], *, least_gb: float = _DISK_GB) -> str:
+    """Free space where records, data and Ray's files go."""
+    free = {folder: shutil.disk_usage(_existing(folder)).free / 1e9 for folder in folders}
+    short = [f"{folder}: {gb:.1f} GB free" for folder, gb in free.items() if gb < least_gb]
+    if short:
+        raise Ill(
+            f"{'; '.join(short)}, {least_gb:.0f} GB are the least",
+            "free some, or move: --output, CPFEAN_CACHE, RAY_TMPDIR",
+        )
+    return ", ".join(f"{gb:.0f} GB at {folder}" for folder, gb in free.items())
+
+
+def check_tracking(settings: Settings) -> str:
+    """Whether MLflow answers."""
+    from orchestration.tracking import open_store
+
+    try:
+        client, experiment = open_store(settings.tracking_uri)
+        client.search_runs([experiment], max_results=1)
+    # Whatever a tracker, its database or the network raises.
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Ill(
+            f"{settings.tracking_uri}: {text[:200]}",
+            "start it (experiments/tracking_server.py), or look at MLFLOW_TRACKING_URI; studies "
+            "run without it, and --resume sends what is missing",
+        ) from None
+    return settings.tracking_uri
+
+
+def check_runs(settings: Settings, *, repair: bool) -> str:
+    """Whether every run that MLflow has as RUNNING has somebody who runs it."""
+    from orchestration.tracking import open_store
+
+    client, experiment = open_store(settings.tracking_uri)
+    lost: list[Any] = []
+    elsewhere = 0
+    folders = {
+        (read_json(file) or {}).get("id"): RunFolder(file.parent)
+        for file in settings.output.glob("*/sweep.json")
+    }
+    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+        folder = folders.get(run.data.tags.get("cpfean.id"))
+        if folder is None:
+            elsewhere += 1  # a driver on another machine, for all that is known here
+        elif not folder.is_locked():
+            lost.append(run)
+    names = ", ".join(sorted({run.data.tags.get("cpfean.sweep", "?") for run in lost}))
+    if lost and not repair:
+        raise Ill(
+            f"{len(lost)} run(s) of {names} are RUNNING and nobody runs them",
+            "--resume the study, or close them with doctor.py --repair",
+        )
+    for run in lost:
+        client.set_tag(run.info.run_id, "cpfean.state", "interrupted")
+        client.set_terminated(run.info.run_id, "KILLED")
+    told = [f"{len(lost)} of {names} closed as KILLED"] if lost else []
+    if elsewhere:
+        told.append(f"{elsewhere} belong to folders that are not here")
+    return "; ".join(told) or "none is left without its driver"
+
+
+def _write_token(storage: str) -> str:
+    token = uuid.uuid4().hex
+    filesystem, path = _filesystem(storage)
+    try:
+        filesystem.makedirs(path, exist_ok=True)
+        filesystem.pipe_file(f"{path}/.doctor-{token}", token.encode())
+    except Exception as error:  # fsspec's stores raise their own
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Ill(
+            f"{storage} cannot be written: {text[:200]}", "rights, credentials, space"
+        ) from None
+    return token
+
+
+def _read_token(storage: str, token: str) -> str:
+    filesystem, path = _filesystem(storage)
+    try:
+        return filesystem.cat_file(f"{path}/.doctor-{token}").decode()
+    except Exception:  # not there, or not to be read: the same to whoever asks
+        return ""
+
+
+def _remove_token(storage: str, token: str) -> None:
+    filesystem, path = _filesystem(storage)
+    filesystem.rm_file(f"{path}/.doctor-{token}")
+
+
+def _filesystem(storage: str) -> tuple[Any, str]:
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(storage, use_listings_cache=False)
+    return filesystem, path.rstrip("/")
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
