@@ -22,21 +22,22 @@ def main() -> None:
     mount("--bind", folder / "shared", "/mnt")
     mount("--bind", own / "hosts", "/etc/hosts")
     mount("-t", "tmpfs", "-o", "mode=755", "none", "/run")
-    # Python may have been installed below /root, which is hidden next.
-    installed = Path(sys.base_prefix)
-    kept = Path("/run/python")
-    kept.mkdir()
-    mount("--bind", installed, kept)
-    mount("--bind", own / "root", "/root")
-    if not installed.exists():
-        installed.mkdir(parents=True)
-        mount("--bind", kept, installed)
     mount("-t", "tmpfs", "-o", "mode=1777,size=2g", "none", "/dev/shm")
+    # Python, its packages and this project may lie below what is hidden next.
+    needed = [Path(sys.base_prefix), Path(sys.prefix), Path(__file__).resolve().parents[2]]
+    for number, place in enumerate(needed):
+        Path(f"/run/kept/{number}").mkdir(parents=True)
+        mount("--bind", place, f"/run/kept/{number}")
     config = Path("/run/sshd_config")
     for file in ("sshd_config", "host_key"):
         shutil.copy(own / file, config.with_name(file))
     config.with_name("host_key").chmod(0o600)
+    mount("--bind", own / "root", "/root")
     mount("--bind", own / "tmp", "/tmp")
+    for number, place in enumerate(needed):
+        if not place.exists():
+            place.mkdir(parents=True)
+            mount("--bind", f"/run/kept/{number}", place)
     Path("/run/sshd").mkdir()
     os.chdir("/root")
     subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", config])

@@ -31,10 +31,14 @@ def pings(lab: Lab, host: str, other: str) -> bool:
 def test_hosts_have_processes_files_and_names_of_their_own(lab: Lab) -> None:
     for host in HOSTS:
         assert lab.run(host, "hostname").stdout.strip() == host
-        lab.run(host, f"echo {host} > /tmp/mine; echo {host} > /root/mine")
+        lab.run(host, f"for d in /tmp /root /run /dev/shm; do echo {host} > $d/mine; done")
         assert lab.processes(host) == []
+        # The machine's Python, with this project, wherever they lie.
+        here = "~/venv/bin/python -c 'import cpfean; print(cpfean.__file__)'"
+        assert Path(lab.run(host, here).stdout.strip()).is_file()
     for host in HOSTS:
-        assert lab.run(host, "cat /tmp/mine /root/mine").stdout.split() == [host, host]
+        seen = lab.run(host, "cat /tmp/mine /root/mine /run/mine /dev/shm/mine").stdout
+        assert seen.split() == [host] * 4
     lab.run("head", "echo here > /mnt/ours")
     assert lab.run("worker-2", "cat /mnt/ours").stdout.strip() == "here"
 
@@ -57,7 +61,7 @@ def test_a_network_that_is_cut_comes_back(lab: Lab) -> None:
 
 
 def test_power_that_is_cut_takes_everything_and_leaves_the_disk(lab: Lab, tmp_path: Path) -> None:
-    lab.run("worker-1", "echo kept > /root/disk; echo lost > /tmp/volatile")
+    lab.run("worker-1", "echo kept > /root/disk; echo lost > /tmp/volatile; echo lost > /dev/shm/x")
     running = lab.start("worker-1", "sleep 600", log=tmp_path / "log")
     wait_until(lambda: bool(lab.processes("worker-1")), seconds=10, what="sleep to run")
     lab.cut_power("worker-1")
@@ -67,6 +71,8 @@ def test_power_that_is_cut_takes_everything_and_leaves_the_disk(lab: Lab, tmp_pa
     with pytest.raises(RuntimeError, match="worker-1 is down"):
         lab.run("worker-1", "true")
     lab.boot("worker-1")
-    assert lab.run("worker-1", "cat /root/disk; ls /tmp").stdout.split() == ["kept"]
+    assert lab.run("worker-1", "cat /root/disk; ls -A /tmp; ls -A /dev/shm").stdout.split() == [
+        "kept"
+    ]
     assert lab.processes("worker-1") == []
     assert pings(lab, "head", address("worker-1"))
