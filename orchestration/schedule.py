@@ -237,15 +237,18 @@ class Schedule:
         """What became of the suite's newest slot; empty if it has had none."""
         return next((row for row in reversed(self._rows()) if row["suite"] == name), {})
 
-    def fire(self, suite: Suite, jobs: Jobs, say: Callable[[str], None]) -> None:
+    def fire(self, suite: Suite, jobs: Jobs, say: Callable[[str], None]) -> bool:
         """Brings a suite up to date: submits its newest slot unless that has been dealt with.
+
+        Returns:
+            whether a slot was due.
 
         Raises:
             ServiceError: no cluster answers.
         """
         slot = suite.slot(self._now())
         if slot is None or self._is_dealt_with(suite.name, slot):
-            return
+            return False
         job = suite.round(slot)
         others = [other for other in jobs.running(f"{suite.name}-") if other != job]
         if others:
@@ -257,6 +260,7 @@ class Schedule:
         else:
             self._note(suite.name, slot, "known", "another scheduler had submitted it")
             say(f"{job}: the cluster has it already")
+        return True
 
     def fire_all(self, jobs: Jobs, say: Callable[[str], None]) -> None:
         """Brings every suite up to date, once.
@@ -264,8 +268,9 @@ class Schedule:
         Raises:
             ServiceError: no cluster answers.
         """
-        for suite in self.suites():
-            self.fire(suite, jobs, say)
+        due = [self.fire(suite, jobs, say) for suite in self.suites()]
+        if not any(due):
+            say("nothing is due.")
 
     def run(self, jobs: Jobs, say: Callable[[str], None]) -> None:
         """Submits rounds when they are due, until interrupted."""

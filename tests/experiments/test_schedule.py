@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from orchestration.schedule import Schedule
 from orchestration.tracking import open_store
 from tests.experiments.test_command_line import call
 from tests.orchestration.samples import TINY
@@ -107,9 +109,19 @@ def test_a_round_that_was_cut_off_goes_on(tiny: Path) -> None:
 
 
 def test_without_a_cluster_it_says_so(tiny: Path) -> None:
-    add = ["schedule.py", "add", "quick", "--cron", "* * * * * *"]
-    assert call(*add, "--", *FLAGS, cwd=tiny).returncode == 0
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    schedule = Schedule(tiny / "runs", script=tiny, python="python", now=lambda: yesterday)
+    schedule.add("quick", cron="0 * * * *", arguments=FLAGS)
     done = call("schedule.py", "run", "--once", "--jobs", "http://127.0.0.1:9", cwd=tiny)
     assert done.returncode == 5
     assert "no Ray cluster takes jobs at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nothing_due_is_said(tiny: Path) -> None:
+    Schedule(tiny / "runs", script=tiny, python="python").add(
+        "quick", cron="0 0 29 2 *", arguments=FLAGS
+    )
+    done = call("schedule.py", "run", "--once", "--jobs", "http://127.0.0.1:9", cwd=tiny)
+    assert done.returncode == 0
+    assert done.stdout.endswith("nothing is due.\n")

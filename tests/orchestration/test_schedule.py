@@ -94,6 +94,7 @@ def test_a_slot_is_skipped_for_good_while_the_one_before_it_runs(tmp_path: Path)
     assert lines == [
         "nightly-20261124T110000Z: submitted",
         "nightly-20261124T120000Z: skipped, nightly-20261124T110000Z still runs",
+        "nothing is due.",
     ]
     assert schedule.last("nightly")["what"] == "skipped"
     clock.now += timedelta(hours=1)
