@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -25,3 +26,20 @@ hypothesis.settings.load_profile("cpfean")
 
 # The tensors of the tests are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--drill",
+        action="store_true",
+        help="run the drills too: long fault tests on a cluster of hosts or on many sweeps",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--drill"):
+        return
+    skipped = pytest.mark.skip(reason="a drill takes minutes; run it with --drill")
+    for item in items:
+        if item.get_closest_marker("drill"):
+            item.add_marker(skipped)
