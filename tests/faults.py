@@ -1,6 +1,7 @@
 """What goes wrong around a study, done to the real thing: connections, servers, disks."""
 
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -189,6 +190,43 @@ class TrackingServer:
         assert self._process.poll() is None, self.log.read_text()
         try:
             return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+
+class ObjectStore:
+    """An S3 of this host, by moto's server; skips where that is not installed.
+
+    `make moto` installs it, in an environment of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        beside = Path(__file__).resolve().parents[1] / ".venv-moto" / "bin" / "moto_server"
+        found = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
+        if not found and not beside.exists():
+            pytest.skip("no moto_server: `make moto` installs it")
+        self.port = free_port()
+        with (folder / "moto.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [found or str(beside), "-p", str(self.port)], stdout=log, stderr=log
+            )
+        wait_for(self._answers, seconds=60, what="moto")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def make_bucket(self, name: str) -> None:
+        request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
+        urllib.request.urlopen(request, timeout=10)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.url}/moto-api/data.json", timeout=5).status == 200
         except OSError:
             return False
 
