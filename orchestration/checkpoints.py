@@ -171,9 +171,9 @@ class CheckpointFolder:
             store.get(f"{name}/{_MANIFEST}", folder / _MANIFEST)
         except FileNotFoundError:
             return  # what reads it says that it is not complete
-        for file in _described(folder / _MANIFEST):
+        for file, size in _described(folder / _MANIFEST).items():
             try:
-                store.get(f"{name}/{file}", folder / file)
+                store.get(f"{name}/{file}", folder / file, size=size)
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{self.at(name)}/{file}: missing from the checkpoint."
@@ -191,12 +191,17 @@ class CheckpointFolder:
             self._store.remove(name)
 
 
-def _described(manifest: Path) -> list[str]:
-    """The files that a manifest names, none of them outside its folder."""
-    with suppress(ValueError, AttributeError, TypeError):
-        names = [PurePosixPath(name) for name in json.loads(manifest.read_bytes())["files"]]
-        return [str(name) for name in names if not name.is_absolute() and ".." not in name.parts]
-    return []
+def _described(manifest: Path) -> dict[str, int]:
+    """The files that a manifest names, none of them outside its folder, and their sizes."""
+    with suppress(ValueError, AttributeError, KeyError, TypeError):
+        files = json.loads(manifest.read_bytes())["files"]
+        paths = {PurePosixPath(name): int(about["size"]) for name, about in files.items()}
+        return {
+            str(path): size
+            for path, size in paths.items()
+            if not path.is_absolute() and ".." not in path.parts
+        }
+    return {}
 
 
 def _size(checkpoint: Checkpoint) -> int:

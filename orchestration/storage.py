@@ -6,10 +6,9 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestration.settings import ServiceError
 
@@ -17,6 +16,8 @@ logger = logging.getLogger("cpfean.storage")
 
 _PATIENCE = 180.0  # seconds that one file is tried for
 _LONGEST_PAUSE = 20.0
+_ANSWER = 60.0  # seconds that one call may take, and for what it carries
+_SLOWEST = 1e6  # bytes a second at least
 # botocore retries what is worth it, with jitter; s3fs would do the whole of that five times.
 _S3 = {
     "config_kwargs": {
@@ -27,7 +28,6 @@ _S3 = {
 }
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # it is this machine's disk that fails
 _FOR_GOOD = (errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG, errno.ENOSYS)  # as s3fs translates
-_Result = TypeVar("_Result")
 
 
 class Storage:
@@ -44,38 +44,35 @@ class Storage:
 
     def folders(self) -> list[str]:
         """The names of folders in it; none if it is not there."""
-
-        def ls(filesystem: Any, path: str) -> list[str]:
-            try:
-                entries = filesystem.ls(path, detail=True)
-            except FileNotFoundError:
-                return []
-            return [entry["name"] for entry in entries if entry["type"] == "directory"]
-
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in self._tried("", ls))
+        try:
+            entries = self._tried("", "ls", detail=True)
+        except FileNotFoundError:
+            return []
+        names = [entry["name"] for entry in entries if entry["type"] == "directory"]
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in names)
 
     def has(self, name: str) -> bool:
-        return self._tried(name, lambda filesystem, path: filesystem.exists(path))
+        return bool(self._tried(name, "exists"))
 
     def put(self, file: Path, name: str) -> None:
         try:
-            self._tried(name, lambda filesystem, path: filesystem.put_file(str(file), path))
+            self._tried(name, "put_file", source=file, size=file.stat().st_size)
         except FileNotFoundError:
             raise ServiceError(f"{self.url}: there is no such bucket.") from None
 
-    def get(self, name: str, file: Path) -> None:
-        """Raises FileNotFoundError if it is not there."""
+    def get(self, name: str, file: Path, *, size: int = 0) -> None:
+        """Fetches a file of about that size.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._tried(name, lambda filesystem, path: filesystem.get_file(path, str(file)))
+        self._tried(name, "get_file", target=file, size=size)
 
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all that is in it, if it is there."""
-
-        def rm(filesystem: Any, path: str) -> None:
-            with suppress(FileNotFoundError):
-                filesystem.rm(path, recursive=True)
-
-        self._tried(name, rm)
+        with suppress(FileNotFoundError):
+            self._tried(name, "rm", recursive=True)
 
     def _connect(self) -> None:
         import fsspec
@@ -90,13 +87,25 @@ class Storage:
         if self.url.startswith("s3://"):
             self._filesystem.retries = 1
 
-    def _tried(self, name: str, do: Callable[[Any, str], _Result]) -> _Result:
+    def _tried(
+        self,
+        name: str,
+        method: str,
+        *,
+        source: Path | None = None,
+        target: Path | None = None,
+        size: int = 0,
+        **options: Any,
+    ) -> Any:
+        """Calls a method of the file system until it comes to an end."""
         end = time.monotonic() + _PATIENCE
         url = f"{self.url}/{name}".rstrip("/")
+        path = f"{self._path}/{name}".rstrip("/")
+        words = [*([str(source)] if source else []), path, *([str(target)] if target else [])]
         pause, told, renewed = 0.5, False, False
         while True:
             try:
-                return do(self._filesystem, f"{self._path}/{name}".rstrip("/"))
+                return self._call(method, *words, seconds=_ANSWER + size / _SLOWEST, **options)
             except FileNotFoundError:
                 raise
             except Exception as error:
@@ -113,17 +122,28 @@ class Storage:
                     renewed = True
                     self._connect()
                     continue
+                if not told:
+                    told = True
+                    logger.warning("%s: delayed, the store says %s", url, _code(error))
                 if time.monotonic() + pause > end:
                     raise ServiceError(
                         f"{url}: the store has not taken or given it for {_PATIENCE:.0f} s "
                         f"({_code(error)})."
                     ) from None
-                if not told:
-                    told = True
-                    logger.warning("%s: delayed, the store says %s", url, _code(error))
             # Many workers come back at once otherwise.
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _call(self, method: str, *words: str, seconds: float, **options: Any) -> Any:
+        """Ends a call that takes too long: a store that hangs before it takes an upload is seen by
+        none of its client's own limits.
+        """
+        from fsspec import asyn
+
+        if not self._filesystem.async_impl:
+            return getattr(self._filesystem, method)(*words, **options)
+        bound = getattr(self._filesystem, f"_{method}")
+        return asyn.sync(self._filesystem.loop, bound, *words, timeout=seconds, **options)
 
 
 def _is_of_store(error: Exception) -> bool:

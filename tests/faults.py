@@ -113,9 +113,10 @@ class Proxy:
         with suppress(OSError):
             while data := server.recv(65536):
                 if lost.is_set():
+                    _reset(client)
                     break
                 client.sendall(data)
-        _reset(client)
+            client.shutdown(socket.SHUT_WR)
 
 
 def _reset(end: socket.socket) -> None:
