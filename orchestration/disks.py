@@ -10,6 +10,12 @@ from pathlib import Path
 
 from orchestration.settings import ServiceError
 
+_SQLITE = {
+    "database or disk is full": errno.ENOSPC,
+    "attempt to write a readonly database": errno.EROFS,
+    "database is locked": errno.EBUSY,
+}
+
 
 def cannot_write(path: Path, error: BaseException, *, needed: int | None = None) -> ServiceError:
     """What is wrong with the disk, with its numbers, as an error to raise.
@@ -31,8 +37,8 @@ def cannot_write(path: Path, error: BaseException, *, needed: int | None = None)
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether a disk is full, read-only or broken, and not the program."""
-    known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+    """Whether a disk is full, read-only or broken, or a database locked, and not the program."""
+    known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EBUSY)
     return _system_error(error)[0] in known
 
 
@@ -44,9 +50,10 @@ def _system_error(error: BaseException) -> tuple[int | None, str]:
         # safetensors and tokenizers say it in their own words.
         if found := re.search(r"\(os error (\d+)\)", str(current)):
             return int(found[1]), os.strerror(int(found[1]))
-        if "database or disk is full" in str(current):
-            return errno.ENOSPC, os.strerror(errno.ENOSPC)
-        current = current.__cause__
+        for text, number in _SQLITE.items():
+            if text in str(current):
+                return number, text
+        current = current.__cause__ or current.__context__
     return None, str(error).rstrip(".")
 
 

@@ -1,6 +1,7 @@
-"""Real sweeps on Ray: their tracking server killed for a third of the time; storage on S3."""
+"""Real sweeps on Ray: the tracking server killed for a third of the time, S3, full disks."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from mlflow import MlflowClient
 
 from orchestration.records import RunFolder
 from orchestration.tracking import open_store
-from tests.faults import ObjectStore, TrackingServer
+from tests.faults import ObjectStore, TrackingServer, small_disk, wait_for
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(1800)]
@@ -162,3 +163,37 @@ def test_a_sweep_has_its_data_and_checkpoints_in_an_object_store(tmp_path: Path)
         assert (sweep.folder.path / "best_model" / "config.toml").exists()
     finally:
         store.stop()
+
+
+@pytest.mark.parametrize("full", ["storage", "records"])
+def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with small_disk(tmp_path / "disk", kilobytes=8192) as disk:
+        storage = tmp_path / "storage" if full == "records" else disk
+        storage.mkdir(exist_ok=True)
+        sweep = Sweep(tmp_path, "s", tracking=uri, CPFEAN_STORAGE=str(storage))
+        if full == "records":
+            (tmp_path / "runs").symlink_to(disk)
+        driver = sweep.start()
+        wait_for(lambda: sweep.epochs >= 2, seconds=300, what="two epochs")
+        with (disk / "filler").open("wb", buffering=0) as filler:
+            filler.write(bytes(shutil.disk_usage(disk).free))
+        code = driver.wait(timeout=600)
+        told = sweep.log.read_text()
+        assert "disk full" in told
+        assert "Traceback" not in told
+        if full == "records":
+            assert code == 5, told
+        else:
+            assert code == 4, told
+            failed = [r for r in sweep.folder.records() if r.state == "failed"]
+            assert {record.failure for record in failed} == {"infra"}
+            assert "needed" in failed[0].message
+        (disk / "filler").unlink()
+        assert sweep.start("--resume").wait(timeout=600) in (0, 4), sweep.log.read_text()
+    check_closed(uri)
+
+
+def check_closed(uri: str) -> None:
+    client, experiment = open_store(uri)
+    assert "RUNNING" not in {run.info.status for run in client.search_runs([experiment])}
