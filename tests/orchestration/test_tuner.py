@@ -7,6 +7,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import WorkerGroupError
 from ray.tune.schedulers import TrialScheduler
+from torch.distributed import DistBackendError
 
 from cpfean.errors import CheckpointError, ConfigError, DataError, DivergedError
 from orchestration.records import TrialRecord
@@ -85,6 +86,8 @@ def chained(error: Exception, cause: Exception) -> Exception:
         (RuntimeError("CUDA error: out of memory"), "oom"),
         (RayActorError(), "infra"),
         (ConnectionResetError("peer"), "infra"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: reset by peer"), "infra"),
+        (DistBackendError("NCCL communicator was aborted"), "infra"),
         (ZeroDivisionError("division by zero"), "bug"),
         (chained(RuntimeError("in worker"), DataError("row 3")), "data"),
     ],
@@ -92,8 +95,9 @@ def chained(error: Exception, cause: Exception) -> Exception:
 def test_a_failure_is_classified_by_its_cause(error: Exception, expected: str) -> None:
     assert classify(failure(error))[0] == expected
     # Of several workers one has the cause; the others lose their partner.
-    if expected in ("diverged", "data", "oom"):
+    if expected in ("diverged", "data", "oom", "bug"):
         assert classify(failure(RayActorError(), error))[0] == expected
+        assert str(error.__cause__ or error) in classify(failure(RayActorError(), error))[1]
 
 
 @pytest.mark.parametrize(
