@@ -324,7 +324,7 @@ def test_the_lab_is_started_as_the_cluster_is() -> None:
     share = r" --num-cpus=\d --object-store-memory=\d+$"
     for role in ("head", "worker"):
         lines = [re.sub(share, "", line) for line in lab[f"{role}_start_ray_commands"]]
-        assert lines == aws[f"{role}_start_ray_commands"]
+        assert lines[:2] == aws[f"{role}_start_ray_commands"]
     assert aws["setup_commands"][0] in lab["setup_commands"]
 
 
