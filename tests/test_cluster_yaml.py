@@ -338,7 +338,7 @@ export HOME="$1" RAY_USAGE_STATS_ENABLED=0
 ray get-auth-token --generate > /dev/null 2>&1
 bash -c "$2 --num-cpus=1 --object-store-memory=100000000" >&2
 python - "$HOME/.ray/auth_token" <<'END'
-import json, sys, time, urllib.error, urllib.request
+import json, re, subprocess, sys, time, urllib.error, urllib.request
 
 def status(path, token):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -356,6 +356,15 @@ for _ in range(60):
     time.sleep(0.5)
 answers = {name: sorted({status(path, given) for path in paths})
            for name, given in (("right", token), ("none", ""), ("wrong", "0" * 64))}
+# Who listens where: of each program, whether on every address or on this host alone.
+listeners = {"everywhere": [], "here": []}
+for line in subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout.splitlines():
+    address, _, port = line.split()[3].rpartition(":")
+    here = address in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]")
+    name = re.findall(r'users:\(\("([^"]+)",pid=(\d+)', line)
+    cmd = open(f"/proc/{name[0][1]}/cmdline").read().replace("\0", " ")[:200] if name else ""
+    listeners["here" if here else "everywhere"].append((address, int(port), name, cmd))
+print(json.dumps(listeners))
 print(json.dumps(answers))
 END
 """
@@ -381,6 +390,7 @@ def test_a_head_started_by_the_file_answers_nobody_without_the_token(tmp_path: P
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    print(done.stdout)
     answers = json.loads(done.stdout.splitlines()[-1])
     assert answers == {"right": [200], "none": [401], "wrong": [403]}
 
