@@ -28,6 +28,7 @@ def examined(
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., tuple[int, dict[str, str]]]:
     """Runs the command against a cluster that is well; the state and text of each line."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.setenv("CPFEAN_CACHE", str(shared / "cache"))
     monkeypatch.setenv("CPFEAN_STORAGE", str(tmp_path / "storage"))
