@@ -45,16 +45,20 @@ class CheckpointFolder:
         self._store = Storage(self.uri) if "://" in path else None
 
     def create(self) -> None:
-        """Makes the folder if it is not there; object stores need none.
+        """Makes the folder if it is not there; of an object store only looks whether it answers.
 
         Raises:
-            ServiceError: it cannot be made.
+            ServiceError: it cannot be made or reached.
         """
-        if self._store is None:
-            try:
-                self._path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise cannot_write(self._path, error) from error
+        if self._store is not None:
+            # There are no folders to be made, and a role that is limited to a prefix may not look
+            # at the bucket as a whole.
+            self.names()
+            return
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
 
     def check_shared(self) -> None:
         """Raises ConfigError on a node that does not see the folder the driver has made."""
