@@ -1,24 +1,30 @@
 """What goes wrong around a study, done to the real thing: connections, servers, disks."""
 
 import os
+import pwd
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from orchestration.server import ServerPlan
 
 Fault = Literal["none", "refuse", "hang", "reset", "lose"] | int
+_POSTGRES = os.pathsep.join(
+    [os.environ.get("PATH", ""), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))]
+)
 _VERBS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"PATCH ", b"DELETE ")
 
 
@@ -193,6 +199,53 @@ class TrackingServer:
             return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
         except OSError:
             return False
+
+
+class Postgres:
+    """A PostgreSQL of its own on loopback; skips where its programs are not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        found = [shutil.which(name, path=_POSTGRES) for name in ("initdb", "postgres")]
+        if None in found:
+            pytest.skip("no PostgreSQL: install Debian's postgresql")
+        pytest.importorskip("psycopg", reason="pip install 'cpfean[postgres]'")
+        initdb, postgres = map(str, found)
+        self.port = free_port()
+        # It refuses to be run by root, and nobody cannot pass through pytest's folders.
+        self._folder = Path(tempfile.mkdtemp(prefix="cpfean-pg-", dir="/tmp"))
+        user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            shutil.chown(self._folder, nobody.pw_uid, nobody.pw_gid)
+            user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        data = str(self._folder / "db")
+        init = [initdb, "-D", data, "-U", "mlflow", "--auth=trust", "--no-sync"]
+        subprocess.run(init, cwd="/tmp", check=True, capture_output=True, **user)
+        own = ["-k", str(self._folder), "-c", "fsync=off", "-h", "127.0.0.1", "-p", str(self.port)]
+        with (folder / "postgres.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [postgres, "-D", data, *own], cwd="/tmp", stdout=log, stderr=log, **user
+            )
+        wait_for(self._answers, seconds=60, what="PostgreSQL")
+
+    @property
+    def uri(self) -> str:
+        return f"postgresql://mlflow@127.0.0.1:{self.port}/postgres"
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait()
+        shutil.rmtree(self._folder)
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        assert self._process.poll() is None
+        try:
+            psycopg.connect(self.uri).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
 
 class ObjectStore:

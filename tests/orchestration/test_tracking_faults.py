@@ -18,7 +18,7 @@ from orchestration.local import run_here
 from orchestration.records import TrialRecord
 from orchestration.settings import ServiceError, Settings
 from orchestration.tracking import TrackedRun, Tracker, open_store
-from tests.faults import Fault, Proxy, TrackingServer, small_disk, wait_for
+from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk, wait_for
 from tests.orchestration.samples import TINY, record
 from tests.orchestration.test_local import plan_of
 
@@ -285,6 +285,28 @@ def test_what_was_not_sent_is_sent_by_a_resume_that_trains_nothing(
     assert not any(line.startswith("epoch") for line in said)
     (run,) = [r for r in runs(server.url, kind="train") if r.info.run_name == "later"]
     assert (run.info.status, steps(server.url, run)) == ("FINISHED", [1, 2])
+
+
+@pytest.mark.drill
+def test_a_server_may_keep_its_runs_in_postgresql(tmp_path: Path) -> None:
+    database = Postgres(tmp_path)
+    own = TrackingServer(tmp_path, store=database.uri)
+    try:
+        own.start()
+        for id in ("first", "second"):
+            study = Tracked(own.url, id)
+            study.update(record(0, 1.0, 2.0, state="running"))
+            study.update(record(0, 1.0, 2.0, 3.0, state="finished", test={"rsum": 2.5}))
+            study.update(record(1, 1.0, state="pruned"))
+            assert study.end(), study.said
+            children = {r.data.tags["cpfean.trial"]: r for r in study.runs(own.url, role="trial")}
+            assert steps(own.url, children["0"]) == [1, 2, 3]
+            assert steps(own.url, children["1"]) == [1]
+            assert {r.info.status for r in study.runs(own.url)} == {"FINISHED"}
+            assert len(study.runs(own.url)) == 3
+    finally:
+        own.kill()
+        database.stop()
 
 
 @pytest.mark.drill
