@@ -280,13 +280,13 @@ class Tracker:
         self._runs.clear()
         with self._changed:
             self._put_back(task)
-        self._tell_away(True)
         if not self._warned:
             self._warned = True
             self._say(
                 f"tracking: {_shown(self.uri)} does not take our numbers ({self._line(error)}); "
                 "training goes on, and they are sent when it answers, or by a later --resume."
             )
+        self._tell_away(True)
         if self._last_try:
             return False
         with self._changed:

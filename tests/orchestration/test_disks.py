@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,6 +98,27 @@ def test_a_search_on_a_full_disk_is_told_as_one(disk: Path) -> None:
     assert hooks.next_trial() is None
     assert "disk full" in str(stopped[0])
     assert str(disk) in str(stopped[0])
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_a_search_whose_database_is_locked_waits_half_a_minute(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    proposals = Proposals(SPACE, file=file, seed=1, baseline=None, trials=4)
+    held = sqlite3.connect(file, isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    stopped: list[CpfeanError] = []
+
+    class Hooks:
+        def next_trial(self) -> None:
+            proposals.ask(0, [])
+
+    hooks = Guarded(Hooks(), folder=tmp_path, give_up=stopped.append)  # type: ignore[arg-type]
+    began = time.monotonic()
+    assert hooks.next_trial() is None
+    assert 25 < time.monotonic() - began < 45
+    assert str(stopped[0]) == f"{tmp_path}: cannot be written: database is locked."
+    held.close()
 
 
 def test_a_defect_is_no_disk_error() -> None:

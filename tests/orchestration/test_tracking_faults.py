@@ -7,20 +7,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestration.local import run_here
-from orchestration.records import TrialRecord
+from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import ServiceError, Settings
+from orchestration.study import StudyPlan, run_study
 from orchestration.tracking import TrackedRun, Tracker, open_store
 from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk, wait_for
 from tests.orchestration.samples import TINY, record
 from tests.orchestration.test_local import plan_of
+from tests.orchestration.test_study import SPACE
 
 pytestmark = pytest.mark.slow
 
@@ -285,6 +288,49 @@ def test_what_was_not_sent_is_sent_by_a_resume_that_trains_nothing(
     assert not any(line.startswith("epoch") for line in said)
     (run,) = [r for r in runs(server.url, kind="train") if r.info.run_name == "later"]
     assert (run.info.status, steps(server.url, run)) == ("FINISHED", [1, 2])
+
+
+def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
+    where: Settings, proxy: Proxy, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_ray(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("Ray is not needed")
+
+    monkeypatch.setattr("orchestration.tuner.connect", no_ray)
+    plan = StudyPlan(
+        kind="sweep",
+        name="settled",
+        base=TINY,
+        trials=2,
+        workers=1,
+        space=SPACE,
+        data_folder=where.cache_dir,
+        data_fingerprint="0",
+    )
+    folder = RunFolder(where.output / "settled")
+    folder.create(plan.identity())
+    best = record(0, 1.0, 2.0, state="finished", overrides={"loss.margin": 0.2}, test={"rsum": 2.0})
+    folder.write(best)
+    folder.write(record(1, 1.0, state="pruned", overrides={"loss.margin": 0.3}))
+    where = replace(where, tracking_uri=proxy.url)
+    proxy.fault = "refuse"
+    said: list[str] = []
+    assert run_study(plan, where, resume=True, say=said.append).exit_code == 0
+    assert said[-1].startswith(
+        "tracking: not everything is sent; `sweep.py --resume --name settled"
+    )
+    proxy.fault = "none"
+    said.clear()
+    run_study(plan, where, resume=True, say=said.append)
+    assert not any("tracking" in line for line in said)
+    sent = runs(server.url, id=folder.id)
+    assert {run.info.status for run in sent} == {"FINISHED"}
+    children = {
+        r.data.tags["cpfean.trial"]: steps(server.url, r)
+        for r in sent
+        if r.data.params and "cpfean.trial" in r.data.tags
+    }
+    assert children == {"0": [1, 2], "1": [1]}
 
 
 @pytest.mark.drill
