@@ -49,7 +49,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setattr("orchestration.tracking._RETRY_SECONDS", 0.2)
-    monkeypatch.setattr("orchestration.tracking._AWAY_SECONDS", 2.0)
 
 
 class Tracked:
@@ -111,6 +110,7 @@ def test_whatever_a_server_does_nothing_waits_for_it_and_every_point_is_there_on
     else:
         wait_for(lambda: proxy.met >= 2, seconds=20, what="two tries")
     proxy.fault = "none"
+    wait_for(study.tracker._done, seconds=30, what="what was waiting is sent")
     study.update(record(0, *range(6), state="finished"))
     assert study.end(), study.said
     assert study.slowest < 0.05
@@ -148,7 +148,7 @@ def test_a_request_whose_answer_is_lost_counts_once(
 
 
 def test_a_slow_server_slows_nobody_down(proxy: Proxy, server: TrackingServer) -> None:
-    proxy.delay = 0.3
+    proxy.delay = 0.1
     study = Tracked(proxy.url, "slow")
     for epochs in range(1, 40):
         study.update(record(0, *range(epochs), state="running"))
@@ -160,8 +160,9 @@ def test_a_slow_server_slows_nobody_down(proxy: Proxy, server: TrackingServer) -
 
 @pytest.mark.parametrize("fault", ["refuse", "hang"])
 def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
-    proxy: Proxy, server: TrackingServer, fault: Fault
+    proxy: Proxy, server: TrackingServer, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("orchestration.tracking._AWAY_SECONDS", 2.0)
     proxy.fault = fault
     study = Tracked(proxy.url, f"end-{fault}")
     study.update(record(0, 1.0, 2.0, state="finished"))
@@ -323,13 +324,9 @@ def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
     said.clear()
     run_study(plan, where, resume=True, say=said.append)
     assert not any("tracking" in line for line in said)
-    sent = runs(server.url, id=folder.id)
-    assert {run.info.status for run in sent} == {"FINISHED"}
-    children = {
-        r.data.tags["cpfean.trial"]: steps(server.url, r)
-        for r in sent
-        if r.data.params and "cpfean.trial" in r.data.tags
-    }
+    assert {run.info.status for run in runs(server.url, id=folder.id)} == {"FINISHED"}
+    trials = runs(server.url, id=folder.id, role="trial")
+    children = {run.data.tags["cpfean.trial"]: steps(server.url, run) for run in trials}
     assert children == {"0": [1, 2], "1": [1]}
 
 
