@@ -221,7 +221,7 @@ class Disk:
     def __str__(self) -> str:
         return (
             f"{size(self.needed)} for checkpoints: {self.trials} trial(s) x {self.kept} kept and "
-            f"{min(self.at_a_time, self.trials)} being written, {size(self.each)} each"
+            f"{min(self.at_a_time, self.trials)} being written, at most {size(self.each)} each"
         )
 
 

@@ -33,7 +33,8 @@ from cpfean.training.optimizer import build_optimizer
 from cpfean.training.setup import open_experiment
 
 _WARM_UP = 2  # steps that compile, allocate and open files
-_LEAST, _MOST, _ENOUGH_SECONDS = 3, 100, 5.0
+_LEAST, _MOST = 10, 100
+_ENOUGH_SECONDS, _LONG_SECONDS = 5.0, 30.0  # with the least of steps, and without
 _PART = 128  # dev images that validation is timed on; the rest is extrapolated
 _LABEL_PIECES = 8  # of the longest label; the table of them is small whatever it is
 
@@ -190,7 +191,8 @@ def _time_steps(
                 torch.cuda.synchronize(device)
             if number >= _WARM_UP:
                 times.append(time.monotonic() - started)
-                if len(times) >= _LEAST and sum(times) >= _ENOUGH_SECONDS:
+                enough = _ENOUGH_SECONDS if len(times) >= _LEAST else _LONG_SECONDS
+                if sum(times) >= enough:
                     break
     return statistics.median(times), len(times)
 

@@ -173,7 +173,13 @@ def test_checkpoints_that_do_not_fit_are_refused_with_the_numbers_and_the_flag()
     with pytest.raises(ServiceError) as refused:
         check_disk(disk, Path("/s"), lower="--trials", free=lambda _: 13_999_999)
     assert refused.value.exit_code == 5
-    for said in ("/s has 14 MB free", "14 MB", "6 trial(s) x 2 kept", "1 MB each", "--trials"):
+    for said in (
+        "/s has 14 MB free",
+        "14 MB",
+        "6 trial(s) x 2 kept",
+        "at most 1 MB each",
+        "--trials",
+    ):
         assert said in str(refused.value)
 
 
