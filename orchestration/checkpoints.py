@@ -17,7 +17,7 @@ from cpfean.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
 
-_KEPT = 2  # should the newest be damaged, there is the one before it
+KEPT = 2  # should the newest be damaged, there is the one before it
 
 
 class CheckpointFolder:
@@ -65,7 +65,7 @@ class CheckpointFolder:
             checkpoint.save(Path(self._path) / name)
         else:
             self._upload(checkpoint, name)
-        for old in self.names()[:-_KEPT]:
+        for old in self.names()[:-KEPT]:
             if self._is_local:
                 shutil.rmtree(f"{self._path}/{old}")
             else:
