@@ -251,7 +251,7 @@ def _train_epoch(
         for number, batch in enumerate(gathered, start=1):
             batch = batch.to(device, non_blocking=on_gpu)
             optimizer.zero_grad(set_to_none=True)
-            with _autocast(config.optim.precision, device):
+            with autocast(config.optim.precision, device):
                 loss = step(batch, mining, in_batch)
             # Data-parallel gradients are averaged over processes; the shares are to be summed.
             (loss * world_size).backward()
@@ -267,9 +267,10 @@ def _train_epoch(
     return mean, num_pairs / (time.monotonic() - started)
 
 
-def _autocast(
+def autocast(
     precision: Literal["auto", "fp32", "bf16"], device: torch.device
 ) -> torch.autocast | nullcontext[None]:
+    """The types that a step computes in."""
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
