@@ -133,6 +133,12 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
         help="go on where it stopped, whatever stopped it: the same flags again, and --name or the "
         "newest unfinished one",
     )
+    where.add_argument(
+        "--allow-drift",
+        action="store_true",
+        help="resume with other versions than those at the start, or run on nodes that have other "
+        "versions; the trials tell (cpfean.drift)",
+    )
     where.add_argument("--debug", action="store_true", help="show where an error came from")
 
 
@@ -365,6 +371,7 @@ def comparison_plan(
         data_folder=folder,
         data_fingerprint=fingerprint,
         results=results,
+        allow_drift=arguments.allow_drift,
     )
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
 

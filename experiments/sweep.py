@@ -74,6 +74,7 @@ def body(arguments: argparse.Namespace) -> int:
         grace=max(3, epochs // 4) if epochs >= 4 else 0,
         data_folder=folder,
         data_fingerprint=fingerprint,
+        allow_drift=arguments.allow_drift,
     )
     result = command_line.finish(plan, where, resume=arguments.resume)
     print(table(result.records))

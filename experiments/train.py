@@ -49,6 +49,7 @@ def body(arguments: argparse.Namespace) -> int:
         fixed=(TrialPlan(name=name, overrides={}, config=config),),
         data_folder=folder,
         data_fingerprint=fingerprint,
+        allow_drift=arguments.allow_drift,
     )
     if workers == 0:
         result = run_here(plan, where, resume=arguments.resume, say=command_line.say)

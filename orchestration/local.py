@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
+from orchestration.drift import since_start
 from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
+    LAST_SECONDS,
+    Interrupted,
     StudyPlan,
     StudyResult,
     conclude,
@@ -20,6 +23,8 @@ from orchestration.study import (
     opened_folder,
     planned_record,
     resume_line,
+    stop_here,
+    stopped_by_signals,
     tracked_run,
 )
 from orchestration.tracking import Tracker
@@ -38,13 +43,16 @@ def run_here(
     Of several, one that fails is recorded and the next one follows.
 
     Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan.
+        ConfigError: the folder exists, or does not, or was made for another plan, or by other
+            versions.
         CpfeanError: what `fit` raises, if there is only one configuration.
+        Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
     folder = opened_folder(plan, settings, resume=resume)
-    with folder.lock():
+    with folder.lock(), stopped_by_signals(stop_here, say):
+        drift = since_start(folder, allowed=plan.allow_drift)
         tracker = _tracker(plan, settings, folder, say)
-        return _Here(plan, settings, folder, tracker, say).run()
+        return _Here(plan, settings, folder, tracker, say, drift=drift).run()
 
 
 def _tracker(
@@ -64,11 +72,13 @@ class _NoTracker:
 
     def update(self, record: TrialRecord) -> None: ...
 
-    def update_parent(self, state: str, metrics: Mapping[str, float]) -> None: ...
+    def update_parent(
+        self, state: str, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
+    ) -> None: ...
 
     def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
 
-    def close(self) -> bool:
+    def close(self, *, seconds: float = 0.0) -> bool:
         return True
 
 
@@ -82,12 +92,15 @@ class _Here:
         folder: RunFolder,
         tracker: Tracker | _NoTracker,
         say: Callable[[str], None],
+        *,
+        drift: str,
     ) -> None:
         self._plan = plan
         self._settings = settings
         self._folder = folder
         self._tracker = tracker
         self._say = say
+        self._drift = drift
         self._results = plan.known_results(folder)
         known = {record.number: record for record in folder.records()}
         self._records = [
@@ -104,13 +117,15 @@ class _Here:
             result = self._conclude()
             outcome = "finished"
             return result
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
             self._say(f"stopped; go on with {resume_line(self._plan)}")
             raise
         finally:
-            self._tracker.update_parent(outcome, {})
-            if not self._tracker.close():
+            drift = {"cpfean.drift": self._drift} if self._drift else {}
+            self._tracker.update_parent(outcome, {}, drift)
+            seconds = LAST_SECONDS if outcome == "interrupted" else 60.0
+            if not self._tracker.close(seconds=seconds):
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
 
     def _bring_to_end(self, record: TrialRecord) -> None:
@@ -128,7 +143,7 @@ class _Here:
             if tests:
                 self._test(record, self._folder.path / "models" / f"{record.number:03d}")
             record.state = "finished"
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             record.state = "interrupted"
             raise
         # The record has to tell of any failure, whoever raises what.
@@ -140,13 +155,15 @@ class _Here:
             self._say(f"{record.name}: failed: {error}")
         finally:
             self._write(record)
-        if record.state == "finished" and self._results is not None:
+        # What two versions have trained is the result of neither.
+        if record.state == "finished" and self._results is not None and not record.drift:
             self._results.keep(record)
 
     def _train(self, record: TrialRecord) -> None:
         from cpfean.training.loop import fit
 
         record.state, record.failure, record.message = "running", "", ""
+        record.drift = self._drift or record.drift
         self._write(record)
         if record.complete:
             return

@@ -7,20 +7,25 @@ difference whether the last driver ended, was stopped or was killed, nor when.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
+from orchestration.doctor import ask_nodes, versions
+from orchestration.drift import among_nodes, since_start
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
 from orchestration.search import Proposals, SearchSpace
@@ -30,6 +35,7 @@ from orchestration.worker import test_metrics, this_device
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
+LAST_SECONDS = 3.0  # for what the tracker has not been sent when a study is told to stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +63,7 @@ class StudyPlan:
         tags: of the tracker's runs, beside its own.
         data_folder: the data, checked, on this node.
         data_fingerprint: of the data.
+        allow_drift: go on where versions are not those of the start, or differ between nodes.
     """
 
     kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
@@ -72,6 +79,7 @@ class StudyPlan:
     results: Path | None = None
     report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    allow_drift: bool = False
 
     @property
     def tested(self) -> Literal["best", "all", "none"]:
@@ -142,6 +150,39 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+@contextmanager
+def stopped_by_signals(stop: Callable[[int], None], say: Callable[[str], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` with their number; the second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def handle(number: int, _frame: object) -> None:
+        nonlocal told
+        if told:
+            os._exit(128 + number)
+        told = True
+        # It may have come in the middle of another line.
+        with suppress(RuntimeError):
+            say("stopping ... (once more to stop at once)")
+        stop(number)
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_here(number: int) -> NoReturn:
+    """Ends the work of this process where it is."""
+    raise Interrupted(number)
+
+
 def run_study(
     plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
 ) -> StudyResult:
@@ -152,14 +193,16 @@ def run_study(
         say: shows the user a line.
 
     Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan.
-        ServiceError: no cluster, or nothing moves any more.
+        ConfigError: the folder exists, or does not, or was made for another plan, or by other
+            versions.
+        ServiceError: no cluster, one of other versions, or nothing moves any more.
         Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
+        drift = since_start(folder, allowed=plan.allow_drift)
         tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        study = _Study(plan, settings, folder, tracker, say)
+        study = _Study(plan, settings, folder, tracker, say, drift=drift)
         return study.run()
 
 
@@ -173,7 +216,7 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
     if resume:
         folder.check_same(plan.identity())
     else:
-        folder.create(plan.identity(), commit=git_commit())
+        folder.create(plan.identity(), commit=git_commit(), versions=versions())
     return folder
 
 
@@ -207,6 +250,8 @@ class _Study:
         folder: RunFolder,
         tracker: Tracker,
         say: Callable[[str], None],
+        *,
+        drift: str = "",
     ) -> None:
         self._plan = plan
         self._settings = settings
@@ -221,18 +266,24 @@ class _Study:
         self._clock = _Clock()
         self._running: dict[int, float] = {}
         self._failures: list[tuple[str, str]] = []
+        self._drift = drift
+        self._known_nodes: set[str] = set()
         self._signal = 0
         self._error: CpfeanError | None = None
 
     def run(self) -> StudyResult:
+        with stopped_by_signals(self._stop, self._say):
+            return self._run()
+
+    def _run(self) -> StudyResult:
         self._tracker.start()
         self._tracker.update_parent("running", {})
         for record in self._records.values():
             if record.settled:
                 self._tracker.update(record)
-        self._prepare()
         outcome: State = "failed"
         try:
+            self._prepare()
             if self._num_open() > 0:
                 self._run_open()
             result = self._conclude()
@@ -240,6 +291,7 @@ class _Study:
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
+            self._say(f"stopped; continue with {self._resume_line()}")
             raise
         finally:
             self._close(outcome)
@@ -270,12 +322,19 @@ class _Study:
 
     def started(self, number: int) -> None:
         record = self._records[number]
+        record.drift = self._drift or record.drift
         self._running[number] = time.monotonic()
         self._set_state(record, "running")
         self._clock.news()
 
     def begun(self, number: int) -> None:
         self._clock.begun()
+        if self._known_nodes:  # of a cluster, which may have got others for these workers
+            try:
+                self._look_at_nodes()
+            except ServiceError as error:
+                self._error = error
+                self._interrupt_tune()
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         record = self._records[number]
@@ -294,7 +353,7 @@ class _Study:
 
     def ended(self, number: int, *, pruned: bool) -> None:
         record = self._records[number]
-        if self._signal and not pruned and not record.complete:
+        if (self._signal or self._error) and not pruned and not record.complete:
             return  # Tune stopped it because we are to stop
         if pruned:
             self._settle(record, "pruned")
@@ -312,7 +371,7 @@ class _Study:
         self._settle(record, "failed")
         last = message.strip().splitlines()[-1] if message.strip() else ""
         self._say(f"{record.name}: failed ({failure}): {last}")
-        self._failures.append((failure, last))
+        self._failures.append(_kind_of_failure(record))
         if (
             len(self._failures) == len(self._done()) == _SAME_FAILURES
             and len(set(self._failures)) == 1
@@ -352,17 +411,18 @@ class _Study:
                 seed=self._plan.base.seed,
                 baseline=self._plan.space.baseline(self._plan.base),
                 trials=self._plan.trials,
+                records=list(self._records.values()),
             )
+            damaged, rebuilt = self._proposals.damaged, self._proposals.num_rebuilt
+            if damaged is not None or rebuilt:
+                why = f"damaged, and is kept as {damaged.name}" if damaged else "without them"
+                self._say(f"study rebuilt from {rebuilt} run(s): study.db was {why}.")
             for record in self._records.values():
                 if record.settled:
                     self._proposals.tell(record)
         reused = self._reuse()
         done = self._done()
-        self._failures = [
-            (record.failure, (record.message.splitlines() or [""])[-1])
-            for record in done
-            if record.state == "failed"
-        ]
+        self._failures = [_kind_of_failure(record) for record in done if record.state == "failed"]
         if reused:
             self._say(f"{reused} of {self._plan.trials} run(s) are known already.")
         if len(self._records) > reused:
@@ -391,6 +451,8 @@ class _Study:
         storage = self._settings.storage
         cluster = tuner.connect(self._settings)
         try:
+            if not cluster.is_local:
+                self._look_at_nodes()
             resources = tuner.share_out(
                 cluster, workers=self._plan.workers, trials=self._num_open()
             )
@@ -408,30 +470,46 @@ class _Study:
             if self._plan.grace:
                 epochs = self._plan.base.optim.epochs
                 early = tuner.EarlyStopping(grace=self._plan.grace, epochs=epochs)
-            with self._signals():
-                tuner.run_trials(
-                    self,
-                    num_trials=self._num_open(),
-                    resources=resources,
-                    settings=self._settings,
-                    run_name=self._plan.name,
-                    train_storage=f"{storage.rstrip('/')}/{self._folder.id}"
-                    if storage
-                    else str(self._folder.path / "train"),
-                    tune_storage=str(self._folder.path / "tune"),
-                    early_stopping=early,
-                    test=self._tests_all,
-                    past=list(self._records.values()),
-                )
+            tuner.run_trials(
+                self,
+                num_trials=self._num_open(),
+                resources=resources,
+                settings=self._settings,
+                run_name=self._plan.name,
+                train_storage=f"{storage.rstrip('/')}/{self._folder.id}"
+                if storage
+                else str(self._folder.path / "train"),
+                tune_storage=str(self._folder.path / "tune"),
+                early_stopping=early,
+                test=self._tests_all,
+                past=list(self._records.values()),
+            )
         finally:
             tuner.disconnect()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # Tune leaves its own
         if self._error is not None:
             raise self._error
         if self._signal:
-            self._say(f"stopped; continue with {self._resume_line()}")
             raise Interrupted(self._signal)
         if self._waiting or any(not record.settled for record in self._records.values()):
             raise ServiceError(f"the cluster was lost; continue with {self._resume_line()}")
+
+    def _look_at_nodes(self) -> None:
+        """Compares the versions of nodes that have not been asked with those here.
+
+        Raises:
+            ServiceError: they differ and may not.
+        """
+        answers = ask_nodes(None, known=self._known_nodes)
+        self._known_nodes |= set(answers)
+        for host, answer in answers.items():
+            if isinstance(answer, str):
+                self._say(f"{host} does not tell its versions: {answer}")
+        drift = among_nodes(answers, allowed=self._plan.allow_drift)
+        if drift:
+            self._say(f"versions differ, which is allowed: {drift}")
+            self._drift = "; ".join(text for text in (self._drift, drift) if text)
 
     def _conclude(self) -> StudyResult:
         """The best trial, its test metrics and its files."""
@@ -481,22 +559,24 @@ class _Study:
                 self._count_seconds(record)
                 self._set_state(record, "interrupted")
         metrics = {}
-        done = [record for record in self._done() if record.history]
-        if done:
-            best = max(done, key=lambda record: record.best_rsum)
-            tested = next((record for record in done if record.test), None)
-            metrics["best/val_rsum"] = (tested or best).best_rsum
-            if tested is not None:
-                metrics |= {f"test/{name}": value for name, value in tested.test.items()}
-        self._tracker.update_parent(outcome, metrics)
-        if not self._tracker.close():
+        done = self._done()
+        tested = next((record for record in done if record.test), None)
+        best = tested or best_of(done)
+        if best is not None:
+            metrics["best/val_rsum"] = best.best_rsum
+            metrics |= {f"test/{name}": value for name, value in best.test.items()}
+        drift = {"cpfean.drift": self._drift} if self._drift else {}
+        self._tracker.update_parent(outcome, metrics, drift)
+        seconds = LAST_SECONDS if outcome == "interrupted" else 60.0
+        if not self._tracker.close(seconds=seconds):
             self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
 
     def _settle(self, record: TrialRecord, state: State) -> None:
         self._count_seconds(record)
         self._running.pop(record.number, None)
         self._set_state(record, state)
-        if state == "finished" and self._results is not None:
+        # What two versions have trained is the result of neither.
+        if state == "finished" and self._results is not None and not record.drift:
             self._results.keep(record)
         if self._proposals is not None:
             self._proposals.tell(record)
@@ -540,33 +620,16 @@ class _Study:
     def _resume_line(self) -> str:
         return resume_line(self._plan)
 
+    def _stop(self, number: int) -> None:
+        self._signal = number
+        if _tune_listens():
+            self._interrupt_tune()
+        else:
+            raise Interrupted(number)
+
     def _interrupt_tune(self) -> None:
         # Tune stops in good order on SIGUSR1; an exception out of a callback would leave trials.
         os.kill(os.getpid(), signal.SIGUSR1)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the trials in good order; the second one ends us at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, _frame: object) -> None:
-            if self._signal:
-                os._exit(128 + number)
-            self._signal = number
-            self._say("stopping ... (once more to stop at once)")
-            self._interrupt_tune()
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Clock:
@@ -634,6 +697,10 @@ def resume_line(plan: StudyPlan) -> str:
     return f"`{scripts[plan.kind]} --resume --name {name}` with the same flags."
 
 
+def _tune_listens() -> bool:
+    return signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, None)
+
+
 def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
     """The record of a trial that is yet to run."""
     return TrialRecord(
@@ -646,8 +713,9 @@ def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
 
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
     """The finished trial with the highest rSum on dev; a stopped one only if none finished."""
-    finished = [record for record in records if record.state == "finished"]
-    pruned = [record for record in records if record.state == "pruned"]
+    ranked = [record for record in records if math.isfinite(record.best_rsum)]
+    finished = [record for record in ranked if record.state == "finished"]
+    pruned = [record for record in ranked if record.state == "pruned"]
     return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
 
 
@@ -735,7 +803,7 @@ def table(records: Sequence[TrialRecord]) -> str:
             *(_value(record.overrides.get(path, "-")) for path in paths),
             f"{record.seconds:.0f}",
         ]
-        for record in sorted(records, key=lambda record: (-record.best_rsum, record.number))
+        for record in sorted(records, key=lambda r: (r.state == "failed", -r.best_rsum, r.number))
     ]
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     return "\n".join(
@@ -747,7 +815,11 @@ def table(records: Sequence[TrialRecord]) -> str:
 def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
     """Where everything is."""
     lines = [f"records         {result.folder}"]
-    if result.best is not None:
+    if result.best is None:
+        counted = Counter(record.failure for record in result.records)
+        classes = ", ".join(f"{count} {failure}" for failure, count in counted.items())
+        lines.append(f"best            none: no trial finished ({classes})")
+    else:
         lines += [
             f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
             f"configuration   {result.folder / 'best_config.toml'}",
@@ -757,6 +829,12 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         model = result.folder / "best_model"
         lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
     return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
+
+
+def _kind_of_failure(record: TrialRecord) -> tuple[str, str]:
+    """What failures have in common; steps, rates and norms in the message need not be the same."""
+    last = (record.message.strip().splitlines() or [""])[-1]
+    return record.failure, re.sub(r"[-+]?\b(\d[\d.]*(e[-+]?\d+)?|nan|inf)\b", "#", last)
 
 
 def _short(path: str) -> str:

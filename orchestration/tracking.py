@@ -86,7 +86,7 @@ class Tracker:
         self._say = say
         self._changed = threading.Condition()
         self._pending: dict[int, TrialRecord] = {}
-        self._parent: _Update | None = _Update("running", {}) if run.has_parent else None
+        self._parent: _Update | None = _Update("running", {}, {}) if run.has_parent else None
         self._files: list[_Files] = []
         self._closing = False
         self._warned = False
@@ -118,11 +118,13 @@ class Tracker:
             self._pending[record.number] = _copy(record)
             self._changed.notify_all()
 
-    def update_parent(self, state: str, metrics: Mapping[str, float]) -> None:
-        """Takes note of the state of the whole, and of numbers to show on it; returns at once."""
+    def update_parent(
+        self, state: str, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Takes note of the state of the whole, and of what to show on it; returns at once."""
         if self._run.has_parent:
             with self._changed:
-                self._parent = _Update(state, dict(metrics))
+                self._parent = _Update(state, dict(metrics), dict(tags or {}))
                 self._changed.notify_all()
 
     def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None:
@@ -229,7 +231,8 @@ class Tracker:
 
     def _send_parent(self, update: _Update) -> None:
         metrics = {(name, 0): value for name, value in update.metrics.items()}
-        self._log(self._parent_id, metrics=metrics, tags={"cpfean.state": update.state})
+        tags = {"cpfean.state": update.state} | update.tags
+        self._log(self._parent_id, metrics=metrics, tags=tags)
         self._set_status(self._parent_id, update.state)
         if update.state != "running":
             self._reap()
@@ -252,6 +255,8 @@ class Tracker:
             known.tested = True
         if known.state != record.state:
             tags: dict[str, str] = {"cpfean.state": record.state}
+            if record.drift:
+                tags["cpfean.drift"] = record.drift
             if record.failure:
                 tags |= {"cpfean.failure": record.failure, "cpfean.message": record.message[-4000:]}
             self._log(known.run_id, tags=tags)
@@ -386,6 +391,7 @@ class _Update:
 
     state: str
     metrics: dict[str, float]
+    tags: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,23 +2,30 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
+from ray.tune.schedulers import TrialScheduler
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
+from orchestration.doctor import versions
 from orchestration.records import RunFolder
 from orchestration.search import Range, SearchSpace
-from orchestration.settings import Settings
+from orchestration.settings import ServiceError, Settings
 from orchestration.study import (
     StudyError,
     StudyPlan,
     StudyResult,
     TrialPlan,
     _Study,
+    best_of,
+    closing_lines,
     summary,
 )
+from orchestration.tuner import EarlyStopping, _Halving
 from tests.orchestration.samples import TINY, history, record
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
@@ -28,6 +35,19 @@ class NoTracker:
     """Takes everything, like a tracker that is away."""
 
     def update(self, record: Any) -> None: ...
+
+
+class TakesNotes(NoTracker):
+    """Keeps what it is told of the whole."""
+
+    def __init__(self) -> None:
+        self.parent: list[tuple[str, dict[str, float], dict[str, str]]] = []
+
+    def update_parent(self, *news: Any) -> None:
+        self.parent.append(news)
+
+    def close(self, *, seconds: float) -> bool:
+        return True
 
 
 class Driven(_Study):
@@ -43,7 +63,9 @@ class Driven(_Study):
         return self._error
 
 
-def study(tmp_path: Path, *, trials: int = 4, fixed: bool = False) -> tuple[Driven, list[str]]:
+def study(
+    tmp_path: Path, *, trials: int = 4, fixed: bool = False, allow_drift: bool = False
+) -> tuple[Driven, list[str]]:
     plans = tuple(
         TrialPlan(name=f"t{n}", overrides={"seed": n}, config=TINY.with_overrides({"seed": n}))
         for n in range(trials)
@@ -58,6 +80,7 @@ def study(tmp_path: Path, *, trials: int = 4, fixed: bool = False) -> tuple[Driv
         trials=trials,
         space=None if fixed else SPACE,
         fixed=plans if fixed else (),
+        allow_drift=allow_drift,
     )
     folder = RunFolder(tmp_path / "s")
     if not folder.identity_file.exists():
@@ -79,6 +102,14 @@ def begin(driven: Driven) -> int:
     assert record is not None
     driven.started(record.number)
     return record.number
+
+
+def proposed(tmp_path: Path) -> dict[int, str]:
+    """What Optuna was told of each trial."""
+    optuna_study = optuna.load_study(
+        study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}"
+    )
+    return {trial.user_attrs["number"]: trial.state.name for trial in optuna_study.trials}
 
 
 def test_a_restart_runs_what_was_cut_off_first_and_then_only_what_is_missing(
@@ -134,6 +165,126 @@ def test_three_first_failures_alike_stop_the_sweep_and_say_why(tmp_path: Path) -
     assert driven.interrupted
     assert isinstance(driven.error, StudyError)
     assert "the loss is nan" in str(driven.error)
+
+
+def diverged(step: int, rate: float) -> str:
+    return f"the loss is nan at step {step} of epoch 1: learning rates [{rate}], gradient norm nan."
+
+
+def test_failures_are_alike_whatever_the_numbers_in_their_messages(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=6)
+    for step, rate in ((20, 0.1), (4, 1e-05), (111, 3.0)):
+        driven.failed(begin(driven), "diverged", diverged(step, rate))
+    assert driven.interrupted
+    assert driven.error is not None
+    assert driven.error.exit_code == 4
+
+
+def test_a_trial_that_diverged_is_told_as_failed_and_is_neither_best_nor_run_again(
+    tmp_path: Path,
+) -> None:
+    driven, _ = study(tmp_path, trials=3)
+    bad = begin(driven)
+    report(driven, bad, 500.0)  # before the loss was not a number any more
+    driven.failed(bad, "diverged", diverged(20, 0.1))
+    good = begin(driven)
+    report(driven, good, 10.0, 20.0, ended=True)
+    driven.ended(good, pruned=False)
+    assert proposed(tmp_path) == {bad: "FAIL", good: "COMPLETE"}
+
+    again, _ = study(tmp_path, trials=3)
+    new = begin(again)
+    assert new not in (bad, good)
+    assert again.next_trial() is None
+    best = best_of(RunFolder(tmp_path / "s").records())
+    assert best is not None
+    assert best.number == good
+
+
+def test_a_study_without_anything_but_failures_says_so_and_exits_with_4(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=2)
+    for step in (20, 40):
+        driven.failed(begin(driven), "diverged", diverged(step, 0.1))
+    assert not driven.interrupted  # fewer than three tell nothing
+    assert driven.next_trial() is None
+    tracker: Any = KeepsFiles()
+    driven._tracker = tracker
+    result = driven._conclude()
+    assert (result.best, result.exit_code) == (None, 4)
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
+    assert any("none: no trial finished (2 diverged)" in s for s in closing_lines(result, where))
+
+
+def test_a_trial_that_was_stopped_early_is_told_as_pruned_and_its_early_luck_does_not_make_it_best(
+    tmp_path: Path,
+) -> None:
+    driven, said = study(tmp_path, trials=3)
+    halving = _Halving(EarlyStopping(grace=2, epochs=4), [])
+    curves = ((10.0, 20.0, 30.0, 40.0), (300.0, 5.0, 6.0, 7.0), (10.0, 25.0, 30.0, 50.0))
+    for curve in curves:
+        number = begin(driven)
+        trial: Any = SimpleNamespace(trial_id=str(number), config={"number": number})
+        halving.on_trial_add(None, trial)
+        for epoch, rsum in enumerate(curve, start=1):
+            report(driven, number, *curve[:epoch], ended=epoch == 4)
+            news = {"epoch": epoch, "val/rsum": rsum, "ended": epoch == 4}
+            if halving.on_trial_result(None, trial, news) == TrialScheduler.STOP:
+                break
+        driven.ended(number, pruned=trial.trial_id in halving.stopped)
+    assert proposed(tmp_path) == {0: "COMPLETE", 1: "PRUNED", 2: "COMPLETE"}
+    assert "trial-001: stopped after epoch 2, behind the others." in said
+    records = RunFolder(tmp_path / "s").records()
+    best = best_of(records)
+    assert best is not None
+    assert (best.number, best.best_rsum) == (2, 50.0)
+    tracker = TakesNotes()
+    driven._tracker = tracker
+    driven._close("interrupted")
+    assert tracker.parent == [("interrupted", {"best/val_rsum": 50.0}, {})]
+
+
+def test_what_is_not_a_number_is_never_best() -> None:
+    nan = record(0, float("nan"), state="finished")
+    assert best_of([nan]) is None
+    good, inf = record(1, 5.0, state="finished"), record(2, float("inf"), 4.0, state="finished")
+    assert best_of([nan, good, inf]) == good
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_nodes_that_come_later_with_other_versions_are_refused_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    nodes: dict[str, Any] = {"one": versions(), "two": "is silent"}
+
+    def ask(storage: object, *, known: set[str]) -> dict[str, Any]:
+        return {host: answer for host, answer in nodes.items() if host not in known}
+
+    monkeypatch.setattr("orchestration.study.ask_nodes", ask)
+    driven, said = study(tmp_path, trials=3, allow_drift=allowed)
+    driven._look_at_nodes()
+    assert said == ["two does not tell its versions: is silent"]
+    first = begin(driven)
+    driven.begun(first)
+    assert driven.error is None
+    nodes["three"] = versions() | {"torch": "1.0"}
+    driven.begun(first)
+    driven.begun(first)
+    drift = f"three: torch 1.0 there, {versions()['torch']} here"
+    if not allowed:
+        assert driven.interrupted
+        assert isinstance(driven.error, ServiceError)
+        assert drift in str(driven.error)
+        driven.ended(first, pruned=False)  # as Tune does when it is to stop
+        assert not RunFolder(tmp_path / "s").records()[0].settled
+    else:
+        assert driven.error is None
+        second = begin(driven)
+        assert [r.drift for r in RunFolder(tmp_path / "s").records()] == ["", drift]
+        tracker = TakesNotes()
+        driven._tracker = tracker
+        driven._close("failed")
+        assert tracker.parent == [("failed", {}, {"cpfean.drift": drift})]
+        assert second != first
 
 
 @pytest.mark.parametrize("messages", [("a", "b", "a"), ("a", "a", None)])
