@@ -412,7 +412,8 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment; makes database and experiment when they are new.
 
     Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
-    lets them in one by one.
+    lets them in one by one. Nor can MLflow go on where a process was killed that made the tables: a
+    file whose making was not completed, of which a mark tells, is made anew.
 
     Raises:
         ServiceError: an address that MLflow cannot use.
@@ -427,10 +428,18 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(f".{file.name}.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        if unfinished.exists():
+            for part in (file, file.with_name(f"{file.name}-journal")):
+                part.unlink(missing_ok=True)
+        if not file.exists():
+            unfinished.touch()
         try:
             client = MlflowClient(uri)
             artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
-            return client, _experiment(client, artifacts=artifacts)
+            experiment = _experiment(client, artifacts=artifacts)
+            unfinished.unlink(missing_ok=True)
+            return client, experiment
         except MlflowException as error:
             raise ServiceError(f"{file}: cannot be used as a tracking store: {error}") from None
 
