@@ -35,6 +35,8 @@ from orchestration.worker import test_metrics, this_device
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
+_LOOK_SECONDS = 5.0  # between two looks at whether the cluster's head still answers
+_LOOKS = 3  # in vain: the head is gone
 LAST_SECONDS = 3.0  # for what the tracker has not been sent when a study is told to stop
 
 
@@ -268,6 +270,8 @@ class _Study:
         self._failures: list[tuple[str, str]] = []
         self._drift = drift
         self._known_nodes: set[str] = set()
+        self._next_look = 0.0
+        self._looks_in_vain = 0
         self._signal = 0
         self._error: CpfeanError | None = None
 
@@ -367,6 +371,9 @@ class _Study:
 
     def failed(self, number: int, failure: str, message: str) -> None:
         record = self._records[number]
+        if failure in ("infra", "preempted") and not self._head_answers():
+            self._give_up_cluster()
+            return  # it was not the trial that failed
         record.failure, record.message = failure, message
         self._settle(record, "failed")
         last = message.strip().splitlines()[-1] if message.strip() else ""
@@ -384,6 +391,11 @@ class _Study:
 
     def tick(self) -> None:
         """Called about every second: says what is waited for, and ends what hangs."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            self._looks_in_vain = 0 if self._head_answers() else self._looks_in_vain + 1
+            if self._looks_in_vain >= _LOOKS:
+                self._give_up_cluster()
         silent = self._clock.silent
         if silent > self._clock.next_notice:
             self._clock.next_notice *= 2
@@ -400,6 +412,22 @@ class _Study:
                 f"nothing has moved for {silent:.0f} s: the cluster does not give "
                 f"{self._plan.workers} worker(s) to a trial, or the workers hang. Everything so "
                 f"far is recorded; see `ray status`, then {self._resume_line()}"
+            )
+            self._interrupt_tune()
+
+    def _head_answers(self) -> bool:
+        try:
+            self._settings.check_address()
+        except ServiceError:
+            return False
+        return True
+
+    def _give_up_cluster(self) -> None:
+        if self._error is None:
+            self._error = ServiceError(
+                f"the cluster is gone: its head at {self._settings.address} does not answer any "
+                "more. Everything so far is recorded; start it, or another, and continue with "
+                f"{self._resume_line()}"
             )
             self._interrupt_tune()
 
@@ -484,6 +512,11 @@ class _Study:
                 test=self._tests_all,
                 past=list(self._records.values()),
             )
+        # Of a cluster that is lost Ray tells in many ways.
+        except Exception as error:
+            if isinstance(error, CpfeanError) or self._head_answers():
+                raise
+            self._give_up_cluster()
         finally:
             tuner.disconnect()
             if threading.current_thread() is threading.main_thread():
@@ -628,6 +661,8 @@ class _Study:
             raise Interrupted(number)
 
     def _interrupt_tune(self) -> None:
+        if not _tune_listens():
+            return
         # Tune stops in good order on SIGUSR1; an exception out of a callback would leave trials.
         os.kill(os.getpid(), signal.SIGUSR1)
 

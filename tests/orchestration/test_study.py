@@ -1,5 +1,6 @@
 """What a study does as trials come and go; the hooks are called by hand, without Ray."""
 
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +65,12 @@ class Driven(_Study):
 
 
 def study(
-    tmp_path: Path, *, trials: int = 4, fixed: bool = False, allow_drift: bool = False
+    tmp_path: Path,
+    *,
+    trials: int = 4,
+    fixed: bool = False,
+    allow_drift: bool = False,
+    address: str | None = None,
 ) -> tuple[Driven, list[str]]:
     plans = tuple(
         TrialPlan(name=f"t{n}", overrides={"seed": n}, config=TINY.with_overrides({"seed": n}))
@@ -86,7 +92,7 @@ def study(
     if not folder.identity_file.exists():
         folder.create(plan.identity(), commit="at the start")
     said: list[str] = []
-    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="", address=address)
     tracker: Any = NoTracker()
     driven = Driven(plan, where, folder, tracker, said.append)
     driven._prepare()
@@ -285,6 +291,39 @@ def test_nodes_that_come_later_with_other_versions_are_refused_unless_allowed(
         driven._close("failed")
         assert tracker.parent == [("failed", {}, {"cpfean.drift": drift})]
         assert second != first
+
+
+def test_a_head_that_is_lost_ends_the_study_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        driven, _ = study(tmp_path, address=address)
+        first, second = begin(driven), begin(driven)
+        driven.failed(first, "infra", "the worker was lost")  # which happens
+        assert RunFolder(tmp_path / "s").records()[first].state == "failed"
+        for _ in range(10):
+            now += 10
+            driven.tick()
+        assert not driven.interrupted
+    now += 10
+    driven.tick()
+    assert not driven.interrupted  # it may come back
+    driven.failed(second, "infra", "the worker was lost")
+    assert driven.interrupted
+    assert RunFolder(tmp_path / "s").records()[second].state == "running"
+    assert isinstance(driven.error, ServiceError)
+    for said in (address, "sweep.py --resume --name s"):
+        assert said in str(driven.error)
+
+    again, _ = study(tmp_path, address=address)
+    for _ in range(3):
+        assert not again.interrupted
+        now += 10
+        again.tick()
+    assert again.interrupted
 
 
 @pytest.mark.parametrize("messages", [("a", "b", "a"), ("a", "a", None)])
