@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +175,9 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     try:
         sys.exit(body(arguments))
     except Interrupted as stopped:
-        sys.exit(stopped.exit_code)
+        # All is written; what libraries do at the end of a process can take seconds.
+        sys.stdout.flush()
+        os._exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except CpfeanError as error:

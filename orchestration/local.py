@@ -14,7 +14,7 @@ from orchestration.drift import since_start
 from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
-    LAST_SECONDS,
+    STOPPED_SECONDS,
     Interrupted,
     StudyPlan,
     StudyResult,
@@ -119,12 +119,12 @@ class _Here:
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self._say(f"stopped; go on with {resume_line(self._plan)}")
+            self._say(f"Stopped; continue with {resume_line(self._plan)}")
             raise
         finally:
             drift = {"cpfean.drift": self._drift} if self._drift else {}
             self._tracker.update_parent(outcome, {}, drift)
-            seconds = LAST_SECONDS if outcome == "interrupted" else 60.0
+            seconds = STOPPED_SECONDS if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
 

@@ -37,7 +37,8 @@ _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
 _LOOK_SECONDS = 5.0  # between two looks at whether the cluster's head still answers
 _LOOKS = 3  # in vain: the head is gone
-LAST_SECONDS = 3.0  # for what the tracker has not been sent when a study is told to stop
+_STOP_SECONDS = 6.0  # that Tune and Ray have to end when a study is told to stop
+STOPPED_SECONDS = 9.0  # after which it has stopped; what the tracker lacks by then waits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,11 +274,18 @@ class _Study:
         self._next_look = 0.0
         self._looks_in_vain = 0
         self._signal = 0
+        self._told_to_stop = 0.0
+        self._closing = threading.Lock()
+        self._leaving: threading.Timer | None = None
         self._error: CpfeanError | None = None
 
     def run(self) -> StudyResult:
-        with stopped_by_signals(self._stop, self._say):
-            return self._run()
+        try:
+            with stopped_by_signals(self._stop, self._say):
+                return self._run()
+        finally:
+            if self._leaving is not None:
+                self._leaving.cancel()
 
     def _run(self) -> StudyResult:
         self._tracker.start()
@@ -295,7 +303,7 @@ class _Study:
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self._say(f"stopped; continue with {self._resume_line()}")
+            self._say(f"Stopped; continue with {self._resume_line()}")
             raise
         finally:
             self._close(outcome)
@@ -587,6 +595,7 @@ class _Study:
         )
 
     def _close(self, outcome: State) -> None:
+        self._closing.acquire()  # for good: nothing may be written after it
         for record in self._records.values():
             if record.state == "running":
                 self._count_seconds(record)
@@ -600,7 +609,10 @@ class _Study:
             metrics |= {f"test/{name}": value for name, value in best.test.items()}
         drift = {"cpfean.drift": self._drift} if self._drift else {}
         self._tracker.update_parent(outcome, metrics, drift)
-        seconds = LAST_SECONDS if outcome == "interrupted" else 60.0
+        seconds = 60.0
+        if outcome == "interrupted":
+            waited = time.monotonic() - self._told_to_stop if self._signal else 0.0
+            seconds = max(0.0, STOPPED_SECONDS - waited)
         if not self._tracker.close(seconds=seconds):
             self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
 
@@ -655,10 +667,20 @@ class _Study:
 
     def _stop(self, number: int) -> None:
         self._signal = number
-        if _tune_listens():
-            self._interrupt_tune()
-        else:
+        self._told_to_stop = time.monotonic()
+        if not _tune_listens():
             raise Interrupted(number)
+        self._leaving = threading.Timer(_STOP_SECONDS, self._leave)
+        self._leaving.daemon = True
+        self._leaving.start()
+        self._interrupt_tune()
+
+    def _leave(self) -> None:
+        """Ends the process although Tune or Ray has not ended; without it they go as well."""
+        if not self._closing.locked():
+            self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
+            self._close("interrupted")
+            os._exit(128 + self._signal)
 
     def _interrupt_tune(self) -> None:
         if not _tune_listens():

@@ -43,6 +43,7 @@ def curve(result: StudyResult) -> list[float]:
 
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_happened(where: Settings) -> None:
     plan = plan_of(TINY, where, "stopped")
+    open_store(where.tracking_uri)
 
     def stop_after_the_first_epoch(line: str) -> None:
         if line.startswith("epoch 1/"):
@@ -85,6 +86,7 @@ def test_a_signal_stops_a_training_and_leaves_it_to_be_resumed(
     where: Settings, number: signal.Signals
 ) -> None:
     plan = plan_of(TINY, where, "stopped")
+    open_store(where.tracking_uri)  # to make it may take longer than a stop
     said: list[str] = []
 
     def stop_after_the_first_epoch(line: str) -> None:
@@ -97,7 +99,9 @@ def test_a_signal_stops_a_training_and_leaves_it_to_be_resumed(
         run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
     assert stopped.value.exit_code == 128 + number
     assert said[-2].startswith("stopping")
-    assert said[-1] == "stopped; go on with `train.py --resume --name stopped` with the same flags."
+    assert (
+        said[-1] == "Stopped; continue with `train.py --resume --name stopped` with the same flags."
+    )
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     client, experiment = open_store(where.tracking_uri)
     (run,) = client.search_runs([experiment])
@@ -130,6 +134,7 @@ def test_a_training_goes_on_under_other_versions_only_if_allowed_and_tells(
 ) -> None:
     results = where.output / "results"
     plan = replace(plan_of(TINY, where, "drifted"), results=results)
+    open_store(where.tracking_uri)
 
     def stop_after_the_first_epoch(line: str) -> None:
         if line.startswith("epoch 1/"):

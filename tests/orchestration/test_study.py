@@ -1,6 +1,9 @@
 """What a study does as trials come and go; the hooks are called by hand, without Ray."""
 
+import os
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +250,35 @@ def test_a_trial_that_was_stopped_early_is_told_as_pruned_and_its_early_luck_doe
     driven._tracker = tracker
     driven._close("interrupted")
     assert tracker.parent == [("interrupted", {"best/val_rsum": 50.0}, {})]
+
+
+def test_a_study_that_is_told_to_stop_does_not_wait_for_a_ray_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven, said = study(tmp_path)
+    report(driven, begin(driven), 10.0)
+    tracker = TakesNotes()
+    driven._tracker = tracker
+    left = threading.Event()
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        left.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("orchestration.study._STOP_SECONDS", 0.01)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)  # a Tune that does not end
+    try:
+        driven._stop(signal.SIGTERM)
+        assert left.wait(timeout=30)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert driven.interrupted
+    assert codes == [128 + signal.SIGTERM]
+    assert tracker.parent == [("interrupted", {}, {})]
+    assert [record.state for record in RunFolder(tmp_path / "s").records()] == ["interrupted"]
+    assert "Stopped; continue with `sweep.py --resume --name s`" in said[-1]
 
 
 def test_what_is_not_a_number_is_never_best() -> None:
