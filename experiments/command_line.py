@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +136,12 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
         help="go on where it stopped, whatever stopped it: the same flags again, and --name or the "
         "newest unfinished one",
     )
+    where.add_argument(
+        "--allow-drift",
+        action="store_true",
+        help="resume with other versions than those at the start, or run on nodes that have other "
+        "versions; the trials tell (cpfean.drift)",
+    )
     where.add_argument("--debug", action="store_true", help="show where an error came from")
 
 
@@ -229,7 +236,9 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     try:
         sys.exit(body(arguments))
     except Interrupted as stopped:
-        sys.exit(stopped.exit_code)
+        # All is written; what libraries do at the end of a process can take seconds.
+        sys.stdout.flush()
+        os._exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except CpfeanError as error:
@@ -435,6 +444,7 @@ def comparison_plan(
         data_fingerprint=fingerprint,
         results=results,
         budget=may_take,
+        allow_drift=arguments.allow_drift,
     )
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
 

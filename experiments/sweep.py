@@ -79,6 +79,7 @@ def body(arguments: argparse.Namespace) -> int:
         data_folder=folder,
         data_fingerprint=fingerprint,
         budget=budget,
+        allow_drift=arguments.allow_drift,
     )
     if arguments.dry_run:
         return command_line.print_dry_run([plan], where)

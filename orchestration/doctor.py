@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -111,12 +111,7 @@ def check_nodes(settings: Settings) -> str:
         if isinstance(answer, str):
             wrong.append(f"{host}: {answer}")
             continue
-        drift = [
-            f"{name} {answer.get(name)} there, {version} here"
-            for name, version in mine.items()
-            if answer.get(name) != version
-        ]
-        if drift:
+        if drift := differences(answer, mine, names=("there", "here")):
             wrong.append(f"{host}: {', '.join(drift)}")
     if wrong:
         raise Ill(
@@ -127,11 +122,26 @@ def check_nodes(settings: Settings) -> str:
     return f"{len(nodes)} node(s), all with the versions of this one"
 
 
+def differences(
+    other: Mapping[str, str], mine: Mapping[str, str], *, names: tuple[str, str]
+) -> list[str]:
+    """Each version that is not the same, with both; `names` says whose they are."""
+    return [
+        f"{what} {other.get(what)} {names[0]}, {version} {names[1]}"
+        for what, version in mine.items()
+        if other.get(what) != version
+    ]
+
+
 def versions() -> dict[str, str]:
     """Python, libraries and our own code, here."""
     from orchestration.results import code_fingerprint
 
-    found = {"python": platform.python_version(), "code": code_fingerprint()}
+    found = {
+        "python": platform.python_version(),
+        "code": code_fingerprint(),
+        "orchestration": code_fingerprint("orchestration"),
+    }
     for library in _LIBRARIES:
         try:
             # CPU and CUDA builds of one version go together.
@@ -141,8 +151,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def ask_nodes(storage: str | None) -> dict[str, dict[str, str] | str]:
-    """Versions of every node that lives, by host name; or what is wrong with it."""
+def ask_nodes(
+    storage: str | None, *, known: Collection[str] = ()
+) -> dict[str, dict[str, str] | str]:
+    """Versions of every node that lives, by host name and address; or what is wrong with it.
+
+    Args:
+        storage: that all have to see.
+        known: nodes that need not be asked.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -155,12 +172,11 @@ def ask_nodes(storage: str | None) -> dict[str, dict[str, str] | str]:
     token = _write_token(storage) if storage else ""
     asked = {}
     for node in ray.nodes():
-        if node["Alive"]:
+        host = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        if node["Alive"] and host not in known:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=here)
-            asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(
-                token
-            )
+            asked[host] = task.remote(token)
     answers: dict[str, dict[str, str] | str] = {}
     try:
         for host, reference in asked.items():

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 from cpfean.errors import CpfeanError
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
+from orchestration.drift import since_start
 from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
+    STOPPED_SECONDS,
+    Interrupted,
     StudyPlan,
     StudyResult,
     check_room_for_checkpoints,
@@ -23,6 +26,8 @@ from orchestration.study import (
     opened_folder,
     planned_record,
     resume_line,
+    stop_here,
+    stopped_by_signals,
     tracked_run,
 )
 from orchestration.tracking import Tracker
@@ -41,16 +46,19 @@ def run_here(
     Of several, one that fails is recorded and the next one follows.
 
     Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan.
+        ConfigError: the folder exists, or does not, or was made for another plan, or by other
+            versions.
         ServiceError: the checkpoints do not fit where they go.
         CpfeanError: what `fit` raises, if there is only one configuration.
+        Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
     check_room_for_checkpoints(plan, settings)
     plan.budget.check_prices([OTHER])
     folder = opened_folder(plan, settings, resume=resume)
-    with folder.lock():
+    with folder.lock(), stopped_by_signals(stop_here, say):
+        drift = since_start(folder, allowed=plan.allow_drift)
         tracker = _tracker(plan, settings, folder, say)
-        return _Here(plan, settings, folder, tracker, say).run()
+        return _Here(plan, settings, folder, tracker, say, drift=drift).run()
 
 
 def _tracker(
@@ -76,7 +84,7 @@ class _NoTracker:
 
     def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
 
-    def close(self) -> bool:
+    def close(self, *, seconds: float = 0.0) -> bool:
         return True
 
 
@@ -90,12 +98,15 @@ class _Here:
         folder: RunFolder,
         tracker: Tracker | _NoTracker,
         say: Callable[[str], None],
+        *,
+        drift: str,
     ) -> None:
         self._plan = plan
         self._settings = settings
         self._folder = folder
         self._tracker = tracker
         self._say = say
+        self._drift = drift
         self._results = plan.known_results(folder)
         self._meter = meter_of(plan, folder)
         prices = plan.budget.prices
@@ -117,15 +128,18 @@ class _Here:
             result = self._conclude()
             outcome = "finished"
             return result
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self._say(f"stopped; go on with {resume_line(self._plan)}")
+            self._say(f"Stopped; continue with {resume_line(self._plan)}")
             raise
         finally:
             self._count()
             tags = {"cpfean.used_up": self._used_up or "no"}
+            if self._drift:
+                tags["cpfean.drift"] = self._drift
             self._tracker.update_parent(outcome, self._meter.metrics(), tags)
-            if not self._tracker.close():
+            seconds = STOPPED_SECONDS if outcome == "interrupted" else 60.0
+            if not self._tracker.close(seconds=seconds):
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
 
     def _bring_to_end(self, record: TrialRecord) -> None:
@@ -145,7 +159,7 @@ class _Here:
             if tests:
                 self._test(record, self._folder.path / "models" / f"{record.number:03d}")
             record.state = "finished"
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             record.state = "interrupted"
             raise
         # The record has to tell of any failure, whoever raises what.
@@ -157,7 +171,8 @@ class _Here:
             self._say(f"{record.name}: failed: {error}")
         finally:
             self._write(record)
-        if record.state == "finished" and self._results is not None:
+        # What two versions have trained is the result of neither.
+        if record.state == "finished" and self._results is not None and not record.drift:
             self._results.keep(record)
 
     def _train(self, record: TrialRecord) -> None:
@@ -165,6 +180,7 @@ class _Here:
         from cpfean.training.loop import fit
 
         record.state, record.failure, record.message = "running", "", ""
+        record.drift = self._drift or record.drift
         self._write(record)
         if record.complete:
             return

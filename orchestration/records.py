@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ class TrialRecord:
         message: last lines of the error.
         test: metrics on the test split, of the trials that were to be tested.
         reused: the file in the folder of results that it was taken from, if it was not trained.
+        drift: which versions differed while it was trained, if that was allowed.
     """
 
     number: int
@@ -60,6 +62,7 @@ class TrialRecord:
     message: str = ""
     test: dict[str, float] = field(default_factory=dict)
     reused: str = ""
+    drift: str = ""
 
     @property
     def settled(self) -> bool:
@@ -71,8 +74,9 @@ class TrialRecord:
 
     @property
     def best_rsum(self) -> float:
-        """Best rSum on dev so far; minus infinity before the first epoch."""
-        return max((row["val/rsum"] for row in self.history), default=float("-inf"))
+        """Best rSum on dev so far, of those that are numbers; minus infinity before the first."""
+        rsums = (row["val/rsum"] for row in self.history)
+        return max(filter(math.isfinite, rsums), default=-math.inf)
 
     @property
     def experiment(self) -> ExperimentConfig:
@@ -93,8 +97,14 @@ class RunFolder:
     def identity_file(self) -> Path:
         return self.path / "sweep.json"
 
-    def create(self, identity: dict[str, Any], *, commit: str | None = None) -> None:
-        """Writes what was asked for, an id of its own, and the commit it was started at.
+    def create(
+        self,
+        identity: dict[str, Any],
+        *,
+        commit: str | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        """Writes what was asked for, an id of its own, and the commit and versions at the start.
 
         Raises:
             ConfigError: the folder holds a run already.
@@ -104,7 +114,7 @@ class RunFolder:
                 f"{self.path} holds a run already; continue it with --resume --name {self.name}, "
                 "or choose another --name."
             )
-        own = {"id": uuid.uuid4().hex[:12], "commit": commit}
+        own = {"id": uuid.uuid4().hex[:12], "commit": commit, "versions": dict(versions or {})}
         try:
             (self.path / "trials").mkdir(parents=True, exist_ok=True)
             write_json(self.identity_file, own | identity)
@@ -151,6 +161,11 @@ class RunFolder:
     def commit(self) -> str | None:
         """The commit that was checked out when the run was started."""
         return (read_json(self.identity_file) or {}).get("commit")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the run was started with; empty if that is not known."""
+        return (read_json(self.identity_file) or {}).get("versions", {})
 
     def records(self) -> list[TrialRecord]:
         """All trials, by number; one that was cut off before its first write is not there."""
@@ -243,7 +258,7 @@ def read_json(file: Path) -> Any:
 
 
 _ABSENT = object()
-_OWN = ("id", "commit")  # what a run has beside what was asked for
+_OWN = ("id", "commit", "versions")  # what a run has beside what was asked for
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

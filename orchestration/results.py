@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,10 @@ class Results:
 
 
 @functools.cache
-def code_fingerprint() -> str:
-    """Twelve hexadecimal digits of the code in `cpfean`; comments and layout do not count."""
-    import cpfean
-
-    root = Path(cpfean.__file__).parent
+def code_fingerprint(package: str = "cpfean") -> str:
+    """Twelve hexadecimal digits of a package's code; comments and layout do not count."""
+    (folder,) = importlib.import_module(package).__path__
+    root = Path(folder)
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\n{_bare(file)}\n".encode())

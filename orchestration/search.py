@@ -1,7 +1,8 @@
 """A search space as plain data, and the Optuna study that proposes configurations from it.
 
 The study lives in a file of the sweep's folder and is its only state: a driver that is started
-again goes on where the last one stopped, without a snapshot of the searcher.
+again goes on where the last one stopped, without a snapshot of the searcher. A file that is lost or
+damaged is made again from the records of the trials.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from cpfean.config import ExperimentConfig, Plain, field_types
 from cpfean.errors import ConfigError
 from orchestration.records import TrialRecord
+from orchestration.settings import ServiceError
 
 if TYPE_CHECKING:
     import optuna
 
 METRIC = "val/rsum"
+_AWAY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 _TRIES = 50  # proposals looked at before a space counts as exhausted
 _GUIDED = 5  # of these by TPE, which goes on proposing what it knows to be good; the rest at random
 
@@ -161,7 +166,7 @@ def spread_points(space: SearchSpace, count: int, *, seed: int) -> list[dict[str
     return points
 
 
-def _suggested(trial: optuna.Trial, path: str, values: Choice | Range) -> Plain:
+def _suggested(trial: optuna.trial.BaseTrial, path: str, values: Choice | Range) -> Plain:
     """One coordinate; choices as whole numbers, which the quasi-random sampler covers evenly."""
     if isinstance(values, Choice):
         return values.values[trial.suggest_int(path, 0, len(values.values) - 1)]
@@ -184,6 +189,12 @@ class Proposals:
         seed: of the sampler.
         baseline: proposed first.
         trials: how many will be asked for; small sweeps start to learn earlier.
+        records: of the trials so far; what the database has lost of them it gets back.
+
+    Attributes:
+        damaged: where a database that could not be read was put aside, if it was.
+        num_rebuilt: trials that came from the records.
+        num_duplicates: proposals that were known already.
     """
 
     def __init__(
@@ -194,6 +205,7 @@ class Proposals:
         seed: int,
         baseline: Mapping[str, Plain] | None,
         trials: int,
+        records: Sequence[TrialRecord] = (),
     ) -> None:
         import optuna
 
@@ -203,6 +215,9 @@ class Proposals:
         _silence_experimental(optuna)
         self._space = space
         self._states = optuna.trial.TrialState
+        self.damaged: Path | None = None
+        if file.exists() and not _is_sound(file, records):
+            self.damaged = _put_aside(file)
         if not file.exists():
             # A driver killed while Optuna writes its tables would leave some without the index that
             # keeps the study's name unique: the file appears complete or not at all.
@@ -211,6 +226,7 @@ class Proposals:
             _open_study(new, name=file.parent.name)
             os.replace(new, file)
         self._study = _open_study(file, name=file.parent.name)
+        self.num_rebuilt = self._rebuild(records)
         known = len(self._study.get_trials(deepcopy=False))
         # A restarted sampler with the same seed would draw the same points once more.
         self._random = optuna.samplers.RandomSampler(seed=seed + known)
@@ -261,7 +277,27 @@ class Proposals:
         else:
             self._study.tell(live, state=self._states.FAIL)
 
-    def _draw(self, trial: optuna.Trial) -> dict[str, Plain]:
+    def _rebuild(self, records: Sequence[TrialRecord]) -> int:
+        """Adds the trials that the study does not know; returns how many."""
+        import optuna
+
+        known = {trial.user_attrs.get("number") for trial in self._study.get_trials(deepcopy=False)}
+        lost = [record for record in records if record.number not in known]
+        for record in lost:
+            point = optuna.trial.FixedTrial(record.overrides)
+            self._draw(point)
+            trial = optuna.trial.create_trial(
+                state=self._states.RUNNING,
+                params=point.params,
+                distributions=point.distributions,
+                user_attrs={"number": record.number},
+            )
+            self._study.add_trial(trial)
+            if record.settled:
+                self.tell(record)
+        return len(lost)
+
+    def _draw(self, trial: optuna.trial.BaseTrial) -> dict[str, Plain]:
         drawn: dict[str, Plain] = {}
         for path, values in self._space.parameters.items():
             if not self._space.applies(path, drawn):
@@ -316,14 +352,62 @@ def _silence_experimental(optuna: Any) -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
+def _is_sound(file: Path, records: Sequence[TrialRecord]) -> bool:
+    """Whether a database can be read to its end and agrees with the records.
+
+    Raises:
+        ServiceError: it cannot be opened, which says nothing about what is in it.
+    """
+    import optuna
+
+    points = {record.number: record.overrides for record in records}
+    try:
+        with closing(sqlite3.connect(file, timeout=30)) as connection:
+            if connection.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
+                return False
+        storage = _storage(file)
+        study = optuna.load_study(study_name=file.parent.name, storage=storage)
+        for trial in study.get_trials(deepcopy=False):
+            number = trial.user_attrs.get("number")
+            drawn = {path: _tidy(value) for path, value in trial.params.items()}
+            if number in points and drawn != points[number]:
+                return False
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode in _AWAY:
+            raise ServiceError(
+                f"{file}: cannot be opened: {error}; see who has it, and the rights."
+            ) from None
+        return False
+    # Bytes that are not what was written make SQLite, SQLAlchemy, JSON and Optuna stumble, each in
+    # its own way.
+    except Exception:
+        return False
+    return True
+
+
+def _put_aside(file: Path) -> Path:
+    """Renames a database; its journal must not be taken for that of the next one."""
+    aside = file.with_name(f"{file.name}.damaged")
+    os.replace(file, aside)
+    for suffix in ("-journal", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.replace(f"{file}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
+def _storage(file: Path) -> optuna.storages.RDBStorage:
+    import optuna
+
+    # timeout: another process may be looking at the study.
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 30}}
+    )
+
+
 def _open_study(file: Path, *, name: str) -> optuna.Study:
     """The study in a database, made if absent."""
     import optuna
 
-    # timeout: another process may be looking at the study.
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 30}}
-    )
     return optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True
+        storage=_storage(file), study_name=name, direction="maximize", load_if_exists=True
     )

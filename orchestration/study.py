@@ -7,21 +7,26 @@ difference whether the last driver ended, was stopped or was killed, nor when.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
 from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, eta, free_bytes
 from orchestration.checkpoints import KEPT, CheckpointFolder
+from orchestration.doctor import ask_nodes, versions
+from orchestration.drift import among_nodes, since_start
 from orchestration.guard import Guarded
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
@@ -33,6 +38,10 @@ from orchestration.worker import test_metrics, this_device
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
+_LOOK_SECONDS = 5.0  # between two looks at whether the cluster's head still answers
+_LOOKS = 3  # in vain: the head is gone
+_STOP_SECONDS = 6.0  # that Tune and Ray have to end when a study is told to stop
+STOPPED_SECONDS = 9.0  # after which it has stopped; what the tracker lacks by then waits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +70,7 @@ class StudyPlan:
         data_folder: the data, checked, on this node.
         data_fingerprint: of the data.
         budget: what it may take; a resume may ask for another one.
+        allow_drift: go on where versions are not those of the start, or differ between nodes.
     """
 
     kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
@@ -77,6 +87,7 @@ class StudyPlan:
     report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
+    allow_drift: bool = False
 
     @property
     def tested(self) -> Literal["best", "all", "none"]:
@@ -149,6 +160,39 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+@contextmanager
+def stopped_by_signals(stop: Callable[[int], None], say: Callable[[str], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` with their number; the second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def handle(number: int, _frame: object) -> None:
+        nonlocal told
+        if told:
+            os._exit(128 + number)
+        told = True
+        # It may have come in the middle of another line.
+        with suppress(RuntimeError):
+            say("stopping ... (once more to stop at once)")
+        stop(number)
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_here(number: int) -> NoReturn:
+    """Ends the work of this process where it is."""
+    raise Interrupted(number)
+
+
 def run_study(
     plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
 ) -> StudyResult:
@@ -159,9 +203,10 @@ def run_study(
         say: shows the user a line.
 
     Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan; or a limit in
-            dollars, and a node without a price.
-        ServiceError: no cluster, no room for the checkpoints, or nothing moves any more.
+        ConfigError: the folder exists, or does not, or was made for another plan, or by other
+            versions; or a limit in dollars, and a node without a price.
+        ServiceError: no cluster, one of other versions, no room for the checkpoints, or nothing
+            moves any more.
         Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
     if settings.address is None:
@@ -169,8 +214,9 @@ def run_study(
     check_room_for_checkpoints(plan, settings)
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
+        drift = since_start(folder, allowed=plan.allow_drift)
         tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        study = _Study(plan, settings, folder, tracker, say)
+        study = _Study(plan, settings, folder, tracker, say, drift=drift)
         return study.run()
 
 
@@ -184,7 +230,7 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
     if resume:
         folder.check_same(plan.identity())
     else:
-        folder.create(plan.identity(), commit=git_commit())
+        folder.create(plan.identity(), commit=git_commit(), versions=versions())
     return folder
 
 
@@ -286,6 +332,8 @@ class _Study:
         folder: RunFolder,
         tracker: Tracker,
         say: Callable[[str], None],
+        *,
+        drift: str = "",
     ) -> None:
         self._plan = plan
         self._settings = settings
@@ -305,18 +353,33 @@ class _Study:
         self._unpriced: set[str] = set()
         self._running: dict[int, float] = {}
         self._failures: list[tuple[str, str]] = []
+        self._drift = drift
+        self._known_nodes: set[str] = set()
+        self._next_look = 0.0
+        self._looks_in_vain = 0
         self._signal = 0
+        self._told_to_stop = 0.0
+        self._closing = threading.Lock()
+        self._leaving: threading.Timer | None = None
         self._error: CpfeanError | None = None
 
     def run(self) -> StudyResult:
+        try:
+            with stopped_by_signals(self._stop, self._say):
+                return self._run()
+        finally:
+            if self._leaving is not None:
+                self._leaving.cancel()
+
+    def _run(self) -> StudyResult:
         self._tracker.start()
         self._tracker.update_parent("running", {})
         for record in self._records.values():
             if record.settled:
                 self._tracker.update(record)
-        self._prepare()
         outcome: State = "failed"
         try:
+            self._prepare()
             if self._num_open() > 0 and not self._is_used_up():
                 self._run_open()
             result = self._conclude()
@@ -324,6 +387,7 @@ class _Study:
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
+            self._say(f"Stopped; continue with {self._resume_line()}")
             raise
         finally:
             self._close(outcome)
@@ -357,12 +421,19 @@ class _Study:
 
     def started(self, number: int) -> None:
         record = self._records[number]
+        record.drift = self._drift or record.drift
         self._running[number] = time.monotonic()
         self._set_state(record, "running")
         self._clock.news()
 
     def begun(self, number: int) -> None:
         self._clock.begun()
+        if self._known_nodes:  # of a cluster, which may have got others for these workers
+            try:
+                self._look_at_nodes()
+            except ServiceError as error:
+                self._error = error
+                self._interrupt_tune()
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         record = self._records[number]
@@ -381,7 +452,7 @@ class _Study:
 
     def ended(self, number: int, *, pruned: bool) -> None:
         record = self._records[number]
-        if self._signal and not pruned and not record.complete:
+        if (self._signal or self._error) and not pruned and not record.complete:
             return  # Tune stopped it because we are to stop
         if pruned:
             self._settle(record, "pruned")
@@ -395,11 +466,14 @@ class _Study:
 
     def failed(self, number: int, failure: str, message: str) -> None:
         record = self._records[number]
+        if failure in ("infra", "preempted") and not self._head_answers():
+            self._give_up_cluster()
+            return  # it was not the trial that failed
         record.failure, record.message = failure, message
         self._settle(record, "failed")
         last = message.strip().splitlines()[-1] if message.strip() else ""
         self._say(f"{record.name}: failed ({failure}): {last}")
-        self._failures.append((failure, last))
+        self._failures.append(_kind_of_failure(record))
         if (
             len(self._failures) == len(self._done()) == _SAME_FAILURES
             and len(set(self._failures)) == 1
@@ -414,6 +488,11 @@ class _Study:
         """Called about every second: says what is waited for, and ends what hangs."""
         if self._meter.is_due:
             self._count()
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            self._looks_in_vain = 0 if self._head_answers() else self._looks_in_vain + 1
+            if self._looks_in_vain >= _LOOKS:
+                self._give_up_cluster()
         silent = self._clock.silent
         if silent > self._clock.next_notice:
             self._clock.next_notice *= 2
@@ -439,6 +518,22 @@ class _Study:
             )
             self._interrupt_tune()
 
+    def _head_answers(self) -> bool:
+        try:
+            self._settings.check_address()
+        except ServiceError:
+            return False
+        return True
+
+    def _give_up_cluster(self) -> None:
+        if self._error is None:
+            self._error = ServiceError(
+                f"the cluster is gone: its head at {self._settings.address} does not answer any "
+                "more. Everything so far is recorded; start it, or another, and continue with "
+                f"{self._resume_line()}"
+            )
+            self._interrupt_tune()
+
     def _prepare(self) -> None:
         if self._plan.space is not None:
             self._proposals = Proposals(
@@ -447,17 +542,18 @@ class _Study:
                 seed=self._plan.base.seed,
                 baseline=self._plan.space.baseline(self._plan.base),
                 trials=self._plan.trials,
+                records=list(self._records.values()),
             )
+            damaged, rebuilt = self._proposals.damaged, self._proposals.num_rebuilt
+            if damaged is not None or rebuilt:
+                why = f"damaged, and is kept as {damaged.name}" if damaged else "without them"
+                self._say(f"study rebuilt from {rebuilt} run(s): study.db was {why}.")
             for record in self._records.values():
                 if record.settled:
                     self._proposals.tell(record)
         reused = self._reuse()
         done = self._done()
-        self._failures = [
-            (record.failure, (record.message.splitlines() or [""])[-1])
-            for record in done
-            if record.state == "failed"
-        ]
+        self._failures = [_kind_of_failure(record) for record in done if record.state == "failed"]
         if reused:
             self._say(f"{reused} of {self._plan.trials} run(s) are known already.")
         if len(self._records) > reused:
@@ -486,6 +582,8 @@ class _Study:
         storage = self._settings.storage
         cluster = tuner.connect(self._settings)
         try:
+            if not cluster.is_local:
+                self._look_at_nodes()
             resources = tuner.share_out(
                 cluster, workers=self._plan.workers, trials=self._num_open()
             )
@@ -508,31 +606,52 @@ class _Study:
             if self._plan.grace:
                 epochs = self._plan.base.optim.epochs
                 early = tuner.EarlyStopping(grace=self._plan.grace, epochs=epochs)
-            with self._signals():
-                tuner.run_trials(
-                    Guarded(self, folder=self._folder.path, give_up=self._give_up),
-                    num_trials=self._num_open(),
-                    resources=resources,
-                    settings=self._settings,
-                    run_name=self._plan.name,
-                    train_storage=f"{storage.rstrip('/')}/{self._folder.id}"
-                    if storage
-                    else str(self._folder.path / "train"),
-                    tune_storage=str(self._folder.path / "tune"),
-                    early_stopping=early,
-                    test=self._tests_all,
-                    past=list(self._records.values()),
-                )
+            tuner.run_trials(
+                Guarded(self, folder=self._folder.path, give_up=self._give_up),
+                num_trials=self._num_open(),
+                resources=resources,
+                settings=self._settings,
+                run_name=self._plan.name,
+                train_storage=f"{storage.rstrip('/')}/{self._folder.id}"
+                if storage
+                else str(self._folder.path / "train"),
+                tune_storage=str(self._folder.path / "tune"),
+                early_stopping=early,
+                test=self._tests_all,
+                past=list(self._records.values()),
+            )
+        # Of a cluster that is lost Ray tells in many ways.
+        except Exception as error:
+            if isinstance(error, CpfeanError) or self._head_answers():
+                raise
+            self._give_up_cluster()
         finally:
             tuner.disconnect()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # Tune leaves its own
         if self._error is not None:
             raise self._error
         if self._signal:
-            self._say(f"stopped; continue with {self._resume_line()}")
             raise Interrupted(self._signal)
         left_out = {record.number for record in self._waiting} if self._used_up else set()
         if any(not r.settled and r.number not in left_out for r in self._records.values()):
             raise ServiceError(f"the cluster was lost; continue with {self._resume_line()}")
+
+    def _look_at_nodes(self) -> None:
+        """Compares the versions of nodes that have not been asked with those here.
+
+        Raises:
+            ServiceError: they differ and may not.
+        """
+        answers = ask_nodes(None, known=self._known_nodes)
+        self._known_nodes |= set(answers)
+        for host, answer in answers.items():
+            if isinstance(answer, str):
+                self._say(f"{host} does not tell its versions: {answer}")
+        drift = among_nodes(answers, allowed=self._plan.allow_drift)
+        if drift:
+            self._say(f"versions differ, which is allowed: {drift}")
+            self._drift = "; ".join(text for text in (self._drift, drift) if text)
 
     def _conclude(self) -> StudyResult:
         """The best trial, its test metrics and its files."""
@@ -584,24 +703,29 @@ class _Study:
         )
 
     def _close(self, outcome: State) -> None:
+        self._closing.acquire()  # for good: nothing may be written after it
         for record in self._records.values():
             if record.state == "running":
                 self._count_seconds(record)
                 self._set_state(record, "interrupted")
-        metrics = {}
-        done = [record for record in self._done() if record.history]
-        if done:
-            best = max(done, key=lambda record: record.best_rsum)
-            tested = next((record for record in done if record.test), None)
-            metrics["best/val_rsum"] = (tested or best).best_rsum
-            if tested is not None:
-                metrics |= {f"test/{name}": value for name, value in tested.test.items()}
+        metrics: dict[str, float] = {}
+        done = self._done()
+        tested = next((record for record in done if record.test), None)
+        best = tested or best_of(done)
+        if best is not None:
+            metrics["best/val_rsum"] = best.best_rsum
+            metrics |= {f"test/{name}": value for name, value in best.test.items()}
         self._meter.look()
         self._meter.save()
-        self._tracker.update_parent(
-            outcome, metrics | self._meter.metrics(), {"cpfean.used_up": self._used_up or "no"}
-        )
-        if not self._tracker.close():
+        tags = {"cpfean.used_up": self._used_up or "no"}
+        if self._drift:
+            tags["cpfean.drift"] = self._drift
+        self._tracker.update_parent(outcome, metrics | self._meter.metrics(), tags)
+        seconds = 60.0
+        if outcome == "interrupted":
+            waited = time.monotonic() - self._told_to_stop if self._signal else 0.0
+            seconds = max(0.0, STOPPED_SECONDS - waited)
+        if not self._tracker.close(seconds=seconds):
             self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
 
     def _count(self) -> None:
@@ -640,7 +764,8 @@ class _Study:
         self._count_seconds(record)
         self._running.pop(record.number, None)
         self._set_state(record, state)
-        if state == "finished" and self._results is not None:
+        # What two versions have trained is the result of neither.
+        if state == "finished" and self._results is not None and not record.drift:
             self._results.keep(record)
         if self._proposals is not None:
             self._proposals.tell(record)
@@ -684,37 +809,32 @@ class _Study:
     def _resume_line(self) -> str:
         return resume_line(self._plan)
 
+    def _stop(self, number: int) -> None:
+        self._signal = number
+        self._told_to_stop = time.monotonic()
+        if not _tune_listens():
+            raise Interrupted(number)
+        self._leaving = threading.Timer(_STOP_SECONDS, self._leave)
+        self._leaving.daemon = True
+        self._leaving.start()
+        self._interrupt_tune()
+
+    def _leave(self) -> None:
+        """Ends the process although Tune or Ray has not ended; without it they go as well."""
+        if not self._closing.locked():
+            self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
+            self._close("interrupted")
+            os._exit(128 + self._signal)
+
     def _give_up(self, error: CpfeanError) -> None:
         self._error = self._error or error
         self._interrupt_tune()
 
     def _interrupt_tune(self) -> None:
+        if not _tune_listens():
+            return
         # Tune stops in good order on SIGUSR1; an exception out of a callback would leave trials.
         os.kill(os.getpid(), signal.SIGUSR1)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the trials in good order; the second one ends us at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, _frame: object) -> None:
-            if self._signal:
-                os._exit(128 + number)
-            self._signal = number
-            self._say("stopping ... (once more to stop at once)")
-            self._interrupt_tune()
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Clock:
@@ -781,6 +901,10 @@ def resume_line(plan: StudyPlan) -> str:
     return f"`{scripts[plan.kind]} --resume --name {name}` with the same flags."
 
 
+def _tune_listens() -> bool:
+    return signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, None)
+
+
 def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
     """The record of a trial that is yet to run."""
     return TrialRecord(
@@ -793,8 +917,9 @@ def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
 
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
     """The finished trial with the highest rSum on dev; a stopped one only if none finished."""
-    finished = [record for record in records if record.state == "finished"]
-    pruned = [record for record in records if record.state == "pruned"]
+    ranked = [record for record in records if math.isfinite(record.best_rsum)]
+    finished = [record for record in ranked if record.state == "finished"]
+    pruned = [record for record in ranked if record.state == "pruned"]
     return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
 
 
@@ -891,7 +1016,7 @@ def table(records: Sequence[TrialRecord]) -> str:
             *(_value(record.overrides.get(path, "-")) for path in paths),
             f"{record.seconds:.0f}",
         ]
-        for record in sorted(records, key=lambda record: (-record.best_rsum, record.number))
+        for record in sorted(records, key=lambda r: (r.state == "failed", -r.best_rsum, r.number))
     ]
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     return "\n".join(
@@ -903,7 +1028,11 @@ def table(records: Sequence[TrialRecord]) -> str:
 def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
     """Where everything is."""
     lines = [f"records         {result.folder}"]
-    if result.best is not None:
+    if result.best is None:
+        counted = Counter(record.failure for record in result.records)
+        classes = ", ".join(f"{count} {failure}" for failure, count in counted.items())
+        lines.append(f"best            none: no trial finished ({classes})")
+    else:
         lines += [
             f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
             f"configuration   {result.folder / 'best_config.toml'}",
@@ -915,6 +1044,12 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
     if result.used_up:
         lines.append(f"budget          {result.used_up}")
     return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
+
+
+def _kind_of_failure(record: TrialRecord) -> tuple[str, str]:
+    """What failures have in common; steps, rates and norms in the message need not be the same."""
+    last = (record.message.strip().splitlines() or [""])[-1]
+    return record.failure, re.sub(r"[-+]?\b(\d[\d.]*(e[-+]?\d+)?|nan|inf)\b", "#", last)
 
 
 def _short(path: str) -> str:

@@ -94,7 +94,7 @@ class Tracker:
         self._say = say
         self._changed = threading.Condition()
         self._pending: dict[int, TrialRecord] = {}
-        self._parent: _Update | None = _Update("running", {}) if run.has_parent else None
+        self._parent: _Update | None = _Update("running", {}, {}) if run.has_parent else None
         self._files: list[_Files] = []
         self._refused: dict[int | None, tuple[str, str]] = {}
         self._aside: list[_Task] = []
@@ -139,7 +139,7 @@ class Tracker:
     def update_parent(
         self, state: str, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
     ) -> None:
-        """Takes note of the state of the whole, and of numbers to show on it; returns at once."""
+        """Takes note of the state of the whole, and of what to show on it; returns at once."""
         if self._run.has_parent:
             with self._changed:
                 self._parent = _Update(state, dict(metrics), dict(tags or {}))
@@ -370,6 +370,8 @@ class Tracker:
             known.tested = True
         if known.state != record.state:
             tags: dict[str, str] = {"cpfean.state": record.state}
+            if record.drift:
+                tags["cpfean.drift"] = record.drift
             if record.failure:
                 tags |= {"cpfean.failure": record.failure, "cpfean.message": record.message[-4000:]}
             self._log(known.run_id, tags=tags)
@@ -528,7 +530,7 @@ class _Update:
 
     state: str
     metrics: dict[str, float]
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -588,7 +590,8 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment; makes database and experiment when they are new.
 
     Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
-    lets them in one by one.
+    lets them in one by one. Nor can MLflow go on where a process was killed that made the tables: a
+    file whose making was not completed, of which a mark tells, is made anew.
 
     Raises:
         ServiceError: an address that MLflow cannot use, or a file that cannot be written.
@@ -601,10 +604,18 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
         client = MlflowClient(uri)
         return client, _experiment(client, artifacts=None)
     with _alone(file):
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        if unfinished.exists():
+            for part in (file, file.with_name(f"{file.name}-journal")):
+                part.unlink(missing_ok=True)
+        if not file.exists():
+            unfinished.touch()
         try:
             client = MlflowClient(uri)
             artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
-            return client, _experiment(client, artifacts=artifacts)
+            experiment = _experiment(client, artifacts=artifacts)
+            unfinished.unlink(missing_ok=True)
+            return client, experiment
         except MlflowException as error:
             raise ServiceError(f"{file}: cannot be used as a tracking store: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cpfean.config import ExperimentConfig
+from cpfean.data.sources import resolve_data
 from orchestration.crew import Post
 from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import ENVIRONMENT, Settings
@@ -89,6 +93,7 @@ class Script:
         self.kill = kill
         self.outcomes: list[tuple[int, str]] = []
         self.workers: dict[int, list[int]] = {}
+        self.messages: dict[int, str] = {}
 
     def next_trial(self) -> TrialRecord | None:
         return self.waiting.pop(0) if self.waiting else None
@@ -110,6 +115,7 @@ class Script:
 
     def failed(self, number: int, failure: str, message: str) -> None:
         self.outcomes.append((number, failure))
+        self.messages[number] = message
 
     def tick(self) -> None: ...
 
@@ -132,6 +138,16 @@ def is_ours(process: int) -> bool:
     return process != 0
 
 
+def spoilt_data(config: ExperimentConfig, folder: Path) -> Path:
+    """Data with infinite features, which only the check before a study would refuse."""
+    made = resolve_data(config.data, cache_dir=folder / "cache")
+    copy = folder / "spoilt"
+    shutil.copytree(made, copy)
+    file = copy / "train_ims.npy"
+    np.save(file, np.full_like(np.load(file), np.inf))
+    return copy
+
+
 def rsums(record: TrialRecord) -> list[tuple[float, float]]:
     return [(row["train/loss"], row["val/rsum"]) for row in record.history]
 
@@ -150,7 +166,7 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
         base.with_overrides({"loss.margin": 0.1, "seed": 3}),
         base.with_overrides({"model.dim": 32}),
         base.with_overrides({"seed": 4}),  # its worker is killed
-        base.with_overrides({"data.path": str(tmp_path / "nothing")}),  # it fails
+        base.with_overrides({"data.path": str(spoilt_data(base, tmp_path))}),  # it diverges
         base.with_overrides({"seed": 5}),
     ]
     records = [
@@ -181,12 +197,14 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
         assert before == ray.cluster_resources()["CPU"]
     finally:
         tuner.disconnect()
-    expected = ["finished", "finished", "finished", "data", "finished"]
+    expected = ["finished", "finished", "finished", "diverged", "finished"]
     assert script.outcomes == list(enumerate(expected))
+    assert "the loss is nan at step 2 of epoch 1" in script.messages[3]
+    assert records[3].history == []
     first, second, (third, again), failed, last = script.workers.values()
     assert first == second == [third]
     assert len({third, again, last[0]}) == 3
-    assert failed == [again]
+    assert failed == [again]  # and no second try
 
     # The second trial was trained where the first had been; here it is alone in a fresh process.
     (tmp_path / "second.toml").write_text(configs[1].to_toml())

@@ -1,6 +1,11 @@
 """One training in this process: records, tracking, resume."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 from mlflow import MlflowClient
@@ -9,9 +14,11 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
+from orchestration import drift
 from orchestration.local import run_here
+from orchestration.records import RunFolder
 from orchestration.settings import Settings
-from orchestration.study import StudyPlan, StudyResult, TrialPlan
+from orchestration.study import Interrupted, StudyPlan, StudyResult, TrialPlan
 from orchestration.tracking import open_store
 from tests.orchestration.samples import TINY
 
@@ -36,6 +43,7 @@ def curve(result: StudyResult) -> list[float]:
 
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_happened(where: Settings) -> None:
     plan = plan_of(TINY, where, "stopped")
+    open_store(where.tracking_uri)
 
     def stop_after_the_first_epoch(line: str) -> None:
         if line.startswith("epoch 1/"):
@@ -71,6 +79,81 @@ def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_happened(where: S
     other = plan_of(TINY.with_overrides({"loss.margin": 0.3}), where, "stopped")
     with pytest.raises(ConfigError, match=r"0\.2 then, 0\.3 now"):
         run_here(other, where, resume=True, say=print)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_training_and_leaves_it_to_be_resumed(
+    where: Settings, number: signal.Signals
+) -> None:
+    plan = plan_of(TINY, where, "stopped")
+    open_store(where.tracking_uri)  # to make it may take longer than a stop
+    said: list[str] = []
+
+    def stop_after_the_first_epoch(line: str) -> None:
+        said.append(line)
+        if line.startswith("epoch 1/"):
+            os.kill(os.getpid(), number)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
+    assert stopped.value.exit_code == 128 + number
+    assert said[-2].startswith("stopping")
+    assert (
+        said[-1] == "Stopped; continue with `train.py --resume --name stopped` with the same flags."
+    )
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    client, experiment = open_store(where.tracking_uri)
+    (run,) = client.search_runs([experiment])
+    assert (run.info.status, run.data.tags["cpfean.state"]) == ("KILLED", "interrupted")
+    (record,) = RunFolder(where.output / "stopped").records()
+    assert (record.state, record.epochs) == ("interrupted", 1)
+    assert run_here(plan, where, resume=True, say=print).records[0].epochs == 2
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    script = """
+import os, signal, time
+from orchestration.study import stopped_by_signals
+
+with stopped_by_signals(lambda number: None, print):
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        print("tidied up")
+"""
+    ended = subprocess.run([sys.executable, "-uc", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
+    assert ended.stdout == "stopping ... (once more to stop at once)\n"
+
+
+def test_a_training_goes_on_under_other_versions_only_if_allowed_and_tells(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = where.output / "results"
+    plan = replace(plan_of(TINY, where, "drifted"), results=results)
+    open_store(where.tracking_uri)
+
+    def stop_after_the_first_epoch(line: str) -> None:
+        if line.startswith("epoch 1/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
+    newer = drift.versions() | {"torch": "9.9"}
+    monkeypatch.setattr(drift, "versions", lambda: newer)
+    with pytest.raises(ConfigError, match=r"torch .* then, 9\.9 now"):
+        run_here(plan, where, resume=True, say=print)
+    allowed = replace(plan, allow_drift=True)
+    (record,) = run_here(allowed, where, resume=True, say=print).records
+    assert (record.state, record.epochs) == ("finished", 2)
+    assert record.drift.endswith("then, 9.9 now")
+    client, experiment = open_store(where.tracking_uri)
+    (run,) = client.search_runs([experiment])
+    assert run.data.tags["cpfean.drift"] == record.drift
+    assert not results.exists()  # it is a result of neither
 
 
 def test_a_failed_training_is_recorded_with_its_reason(where: Settings) -> None:

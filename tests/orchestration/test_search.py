@@ -1,3 +1,7 @@
+"""A space, and the study that proposes points of it: restarts, repeats, damage."""
+
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -7,6 +11,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
 from orchestration.records import TrialRecord
 from orchestration.search import Choice, Proposals, Range, SearchSpace
+from orchestration.settings import ServiceError
 from tests.orchestration.samples import record
 
 GATE = "model.alignment.gate"
@@ -37,9 +42,16 @@ def proposals(folder: Path, space: SearchSpace = SPACE, *, seed: int = 0, **give
     )
 
 
+def load(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
+
+
 def states(folder: Path) -> dict[int, str]:
-    study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
-    return {t.user_attrs["number"]: t.state.name for t in study.trials if "number" in t.user_attrs}
+    return {
+        trial.user_attrs["number"]: trial.state.name
+        for trial in load(folder).trials
+        if "number" in trial.user_attrs
+    }
 
 
 def test_corners_are_all_combinations_without_what_does_not_apply() -> None:
@@ -134,6 +146,104 @@ def test_a_restart_goes_on_with_new_points_and_hands_out_the_lost_one_again(tmp_
     assert new not in (done, lost)
     second.tell(record(1, 5.0, state="pruned", overrides=lost))
     assert states(tmp_path) == {0: "COMPLETE", 1: "PRUNED", 2: "RUNNING"}
+
+
+def run_five(folder: Path) -> list[TrialRecord]:
+    """A study of four settled trials and one that runs."""
+    asked = proposals(folder)
+    seen: list[TrialRecord] = []
+    for number, state in enumerate(("finished", "pruned", "finished", "failed", "running")):
+        drawn = asked.ask(number, seen)
+        assert drawn is not None
+        seen.append(record(number, 10.0 * number, 20.0 + number, state=state, overrides=drawn))
+        if seen[-1].settled:
+            asked.tell(seen[-1])
+    return seen
+
+
+def cut(file: Path, share: float) -> None:
+    with file.open("r+b") as stream:
+        stream.truncate(int(file.stat().st_size * share))
+
+
+def blank(file: Path, share: float) -> None:
+    """NULs from there to the end."""
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.seek(int(size * share))
+        stream.write(bytes(size - int(size * share)))
+
+
+def garble(file: Path, share: float) -> None:
+    """Another value for every margin that is stored, which leaves a sound database."""
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE trial_params SET param_value = 0.2 WHERE param_name LIKE 'l%'")
+
+
+@pytest.mark.parametrize(
+    ("damage", "share"),
+    [(cut, 0.0), (cut, 0.3), (cut, 0.99), (blank, 0.0), (blank, 0.3), (blank, 0.95), (garble, 0.0)],
+)
+def test_a_damaged_study_is_rebuilt_from_the_records(
+    tmp_path: Path, damage: Callable[[Path, float], None], share: float
+) -> None:
+    seen = run_five(tmp_path)
+    file = tmp_path / "study.db"
+    before, best = states(tmp_path), load(tmp_path).best_trial
+    damage(file, share)
+    damaged = file.read_bytes()
+    again = proposals(tmp_path, records=seen)
+    assert again.num_rebuilt == len(seen)
+    if damaged:  # SQLite takes an empty file for a new database
+        assert again.damaged == tmp_path / "study.db.damaged"
+        assert again.damaged.read_bytes() == damaged
+    assert states(tmp_path) == before
+    rebuilt = load(tmp_path).best_trial
+    assert (rebuilt.user_attrs, rebuilt.value) == (best.user_attrs, best.value)
+    assert rebuilt.distributions == best.distributions
+    assert rebuilt.intermediate_values == best.intermediate_values
+    new = again.ask(5, seen)
+    assert new is not None
+    assert new not in [one.overrides for one in seen]
+    assert proposals(tmp_path, records=seen).num_rebuilt == 0
+
+
+def test_a_study_that_is_sound_is_left_alone_and_one_that_somebody_holds_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = run_five(tmp_path)
+    again = proposals(tmp_path, records=seen)
+    assert (again.damaged, again.num_rebuilt) == (None, 0)
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda file, timeout: connect(file, timeout=0.1))
+    holder = connect(tmp_path / "study.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ServiceError, match=r"study\.db: cannot be opened: database is locked"):
+        proposals(tmp_path, records=seen)
+    holder.close()
+    assert not (tmp_path / "study.db.damaged").exists()
+
+
+def test_a_repeat_of_a_finished_trial_is_told_its_value_and_one_of_a_failed_trial_that_it_failed(
+    tmp_path: Path,
+) -> None:
+    asked = proposals(tmp_path, FOUR)
+    seen: list[TrialRecord] = []
+    outcomes = {"finished": 50.0, "failed": None}
+    for number in range(4):
+        drawn = asked.ask(number, seen)
+        assert drawn is not None
+        state = list(outcomes)[number % 2]
+        seen.append(record(number, 50.0 + number, state=state, overrides=drawn))
+        asked.tell(seen[-1])
+    assert asked.ask(4, seen) is None
+    repeats = [trial for trial in load(tmp_path).trials if "number" not in trial.user_attrs]
+    assert len(repeats) == asked.num_duplicates > 0
+    for trial in repeats:
+        (twin,) = (one for one in seen if one.overrides == trial.params)
+        finished = twin.state == "finished"
+        assert trial.value == (twin.best_rsum if finished else None)
+        assert trial.state.name == ("COMPLETE" if finished else "FAIL")
 
 
 def test_the_same_seed_proposes_the_same(tmp_path: Path) -> None:

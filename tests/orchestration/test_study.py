@@ -1,33 +1,44 @@
 """What a study does as trials come and go; the hooks are called by hand, without Ray."""
 
+import os
+import signal
+import socket
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
+from ray.tune.schedulers import TrialScheduler
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
 from orchestration.budget import SPENT, Budget, Price, Prices
+from orchestration.doctor import versions
 from orchestration.records import RunFolder, read_json
 from orchestration.room import Node, Room
 from orchestration.search import Range, SearchSpace
-from orchestration.settings import Settings
+from orchestration.settings import ServiceError, Settings
 from orchestration.study import (
     StudyError,
     StudyPlan,
     StudyResult,
     TrialPlan,
     _Study,
+    best_of,
+    closing_lines,
     summary,
 )
+from orchestration.tuner import EarlyStopping, _Halving
 from tests.orchestration.samples import TINY, history, record
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
 
 
 class NoTracker:
-    """Takes everything, like a tracker that is away."""
+    """Takes everything, like a tracker that is away; keeps what it is told of the whole."""
 
     def __init__(self) -> None:
         self.parent: list[tuple[str, dict[str, float], dict[str, str]]] = []
@@ -43,7 +54,7 @@ class NoTracker:
 
     def keep_files(self, files: list[Path], record: Any = None) -> None: ...
 
-    def close(self) -> bool:
+    def close(self, *, seconds: float = 60.0) -> bool:
         return True
 
 
@@ -61,7 +72,13 @@ class Driven(_Study):
 
 
 def study(
-    tmp_path: Path, *, trials: int = 4, fixed: bool = False, budget: Budget | None = None
+    tmp_path: Path,
+    *,
+    trials: int = 4,
+    fixed: bool = False,
+    budget: Budget | None = None,
+    allow_drift: bool = False,
+    address: str | None = None,
 ) -> tuple[Driven, list[str]]:
     plans = tuple(
         TrialPlan(name=f"t{n}", overrides={"seed": n}, config=TINY.with_overrides({"seed": n}))
@@ -78,12 +95,13 @@ def study(
         space=None if fixed else SPACE,
         fixed=plans if fixed else (),
         budget=budget or Budget(),
+        allow_drift=allow_drift,
     )
     folder = RunFolder(tmp_path / "s")
     if not folder.identity_file.exists():
         folder.create(plan.identity(), commit="at the start")
     said: list[str] = []
-    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="", address=address)
     tracker: Any = NoTracker()
     driven = Driven(plan, where, folder, tracker, said.append)
     driven._prepare()
@@ -99,6 +117,14 @@ def begin(driven: Driven) -> int:
     assert record is not None
     driven.started(record.number)
     return record.number
+
+
+def proposed(tmp_path: Path) -> dict[int, str]:
+    """What Optuna was told of each trial."""
+    optuna_study = optuna.load_study(
+        study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}"
+    )
+    return {trial.user_attrs["number"]: trial.state.name for trial in optuna_study.trials}
 
 
 def test_a_restart_runs_what_was_cut_off_first_and_then_only_what_is_missing(
@@ -154,6 +180,190 @@ def test_three_first_failures_alike_stop_the_sweep_and_say_why(tmp_path: Path) -
     assert driven.interrupted
     assert isinstance(driven.error, StudyError)
     assert "the loss is nan" in str(driven.error)
+
+
+def diverged(step: int, rate: float) -> str:
+    return f"the loss is nan at step {step} of epoch 1: learning rates [{rate}], gradient norm nan."
+
+
+def test_failures_are_alike_whatever_the_numbers_in_their_messages(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=6)
+    for step, rate in ((20, 0.1), (4, 1e-05), (111, 3.0)):
+        driven.failed(begin(driven), "diverged", diverged(step, rate))
+    assert driven.interrupted
+    assert driven.error is not None
+    assert driven.error.exit_code == 4
+
+
+def test_a_trial_that_diverged_is_told_as_failed_and_is_neither_best_nor_run_again(
+    tmp_path: Path,
+) -> None:
+    driven, _ = study(tmp_path, trials=3)
+    bad = begin(driven)
+    report(driven, bad, 500.0)  # before the loss was not a number any more
+    driven.failed(bad, "diverged", diverged(20, 0.1))
+    good = begin(driven)
+    report(driven, good, 10.0, 20.0, ended=True)
+    driven.ended(good, pruned=False)
+    assert proposed(tmp_path) == {bad: "FAIL", good: "COMPLETE"}
+
+    again, _ = study(tmp_path, trials=3)
+    new = begin(again)
+    assert new not in (bad, good)
+    assert again.next_trial() is None
+    best = best_of(RunFolder(tmp_path / "s").records())
+    assert best is not None
+    assert best.number == good
+
+
+def test_a_study_without_anything_but_failures_says_so_and_exits_with_4(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=2)
+    for step in (20, 40):
+        driven.failed(begin(driven), "diverged", diverged(step, 0.1))
+    assert not driven.interrupted  # fewer than three tell nothing
+    assert driven.next_trial() is None
+    tracker: Any = KeepsFiles()
+    driven._tracker = tracker
+    result = driven._conclude()
+    assert (result.best, result.exit_code) == (None, 4)
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
+    assert any("none: no trial finished (2 diverged)" in s for s in closing_lines(result, where))
+
+
+def test_a_trial_that_was_stopped_early_is_told_as_pruned_and_its_early_luck_does_not_make_it_best(
+    tmp_path: Path,
+) -> None:
+    driven, said = study(tmp_path, trials=3)
+    halving = _Halving(EarlyStopping(grace=2, epochs=4), [])
+    curves = ((10.0, 20.0, 30.0, 40.0), (300.0, 5.0, 6.0, 7.0), (10.0, 25.0, 30.0, 50.0))
+    for curve in curves:
+        number = begin(driven)
+        trial: Any = SimpleNamespace(trial_id=str(number), config={"number": number})
+        halving.on_trial_add(None, trial)
+        for epoch, rsum in enumerate(curve, start=1):
+            report(driven, number, *curve[:epoch], ended=epoch == 4)
+            news = {"epoch": epoch, "val/rsum": rsum, "ended": epoch == 4}
+            if halving.on_trial_result(None, trial, news) == TrialScheduler.STOP:
+                break
+        driven.ended(number, pruned=trial.trial_id in halving.stopped)
+    assert proposed(tmp_path) == {0: "COMPLETE", 1: "PRUNED", 2: "COMPLETE"}
+    assert "trial-001: stopped after epoch 2, behind the others." in said
+    records = RunFolder(tmp_path / "s").records()
+    best = best_of(records)
+    assert best is not None
+    assert (best.number, best.best_rsum) == (2, 50.0)
+    tracker = NoTracker()
+    driven._tracker = tracker
+    driven._close("interrupted")
+    ((state, metrics, _),) = tracker.parent
+    assert (state, metrics["best/val_rsum"]) == ("interrupted", 50.0)
+
+
+def test_a_study_that_is_told_to_stop_does_not_wait_for_a_ray_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven, said = study(tmp_path)
+    report(driven, begin(driven), 10.0)
+    tracker = NoTracker()
+    driven._tracker = tracker
+    left = threading.Event()
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        left.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("orchestration.study._STOP_SECONDS", 0.01)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)  # a Tune that does not end
+    try:
+        driven._stop(signal.SIGTERM)
+        assert left.wait(timeout=30)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert driven.interrupted
+    assert codes == [128 + signal.SIGTERM]
+    assert [state for state, _, _ in tracker.parent] == ["interrupted"]
+    assert [record.state for record in RunFolder(tmp_path / "s").records()] == ["interrupted"]
+    assert "Stopped; continue with `sweep.py --resume --name s`" in said[-1]
+
+
+def test_what_is_not_a_number_is_never_best() -> None:
+    nan = record(0, float("nan"), state="finished")
+    assert best_of([nan]) is None
+    good, inf = record(1, 5.0, state="finished"), record(2, float("inf"), 4.0, state="finished")
+    assert best_of([nan, good, inf]) == good
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_nodes_that_come_later_with_other_versions_are_refused_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    nodes: dict[str, Any] = {"one": versions(), "two": "is silent"}
+
+    def ask(storage: object, *, known: set[str]) -> dict[str, Any]:
+        return {host: answer for host, answer in nodes.items() if host not in known}
+
+    monkeypatch.setattr("orchestration.study.ask_nodes", ask)
+    driven, said = study(tmp_path, trials=3, allow_drift=allowed)
+    driven._look_at_nodes()
+    assert said == ["two does not tell its versions: is silent"]
+    first = begin(driven)
+    driven.begun(first)
+    assert driven.error is None
+    nodes["three"] = versions() | {"torch": "1.0"}
+    driven.begun(first)
+    driven.begun(first)
+    drift = f"three: torch 1.0 there, {versions()['torch']} here"
+    if not allowed:
+        assert driven.interrupted
+        assert isinstance(driven.error, ServiceError)
+        assert drift in str(driven.error)
+        driven.ended(first, pruned=False)  # as Tune does when it is to stop
+        assert not RunFolder(tmp_path / "s").records()[0].settled
+    else:
+        assert driven.error is None
+        second = begin(driven)
+        assert [r.drift for r in RunFolder(tmp_path / "s").records()] == ["", drift]
+        tracker = NoTracker()
+        driven._tracker = tracker
+        driven._close("failed")
+        ((state, _, tags),) = tracker.parent
+        assert (state, tags["cpfean.drift"]) == ("failed", drift)
+        assert second != first
+
+
+def test_a_head_that_is_lost_ends_the_study_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        driven, _ = study(tmp_path, address=address)
+        first, second = begin(driven), begin(driven)
+        driven.failed(first, "infra", "the worker was lost")  # which happens
+        assert RunFolder(tmp_path / "s").records()[first].state == "failed"
+        for _ in range(10):
+            now += 10
+            driven.tick()
+        assert not driven.interrupted
+    now += 10
+    driven.tick()
+    assert not driven.interrupted  # it may come back
+    driven.failed(second, "infra", "the worker was lost")
+    assert driven.interrupted
+    assert RunFolder(tmp_path / "s").records()[second].state == "running"
+    assert isinstance(driven.error, ServiceError)
+    for said in (address, "sweep.py --resume --name s"):
+        assert said in str(driven.error)
+
+    again, _ = study(tmp_path, address=address)
+    for _ in range(3):
+        assert not again.interrupted
+        now += 10
+        again.tick()
+    assert again.interrupted
 
 
 @pytest.mark.parametrize("messages", [("a", "b", "a"), ("a", "a", None)])

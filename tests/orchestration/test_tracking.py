@@ -1,6 +1,9 @@
 """Against a real MLflow on sqlite; a server that is away is a closed port."""
 
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -220,6 +223,27 @@ def test_files_neither_stall_nor_are_lost_when_they_cannot_be_stored(
     (child,) = runs(uri, role="trial")
     assert "picture.png" in files_of(uri, child)
     assert steps(uri, child) == [(1, 10.0), (2, 20.0)]
+
+
+def test_a_store_whose_maker_was_killed_is_made_anew_and_a_whole_one_is_not(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    script = f"""
+import os, signal, sqlalchemy
+from orchestration.tracking import open_store
+
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "after_cursor_execute")
+def die(connection, cursor, statement, *_):
+    if "CREATE TABLE experiment_tags" in statement:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+open_store({uri!r})
+"""
+    maker = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert maker.returncode == -signal.SIGKILL
+    client, experiment = open_store(uri)
+    run = client.create_run(experiment)
+    client, experiment = open_store(uri)
+    assert client.search_runs([experiment])[0].info.run_id == run.info.run_id
 
 
 def test_the_user_interface_is_opened_on_the_store_that_was_written() -> None:
