@@ -59,27 +59,41 @@ class Sweep:
         return sum(record.epochs for record in self.folder.records())
 
     @property
-    def training_seconds(self) -> float:
-        """What the trials took, as their records tell."""
-        return sum(record.seconds for record in self.folder.records())
+    def seconds(self) -> dict[tuple[int, int], float]:
+        """What each epoch took, by trial and epoch."""
+        return {
+            (record.number, int(row["epoch"])): row["train/seconds"]
+            for record in self.folder.records()
+            for row in record.history
+        }
 
 
-def disturbed(sweep: Sweep, server: TrackingServer, *, epochs: int) -> None:
-    """Runs it, and has the server away from a third to two thirds of its epochs."""
+def disturbed(sweep: Sweep, server: TrackingServer, *, epochs: int) -> set[tuple[int, int]]:
+    """Runs it, and has the server away from a third to two thirds of its epochs.
+
+    Returns:
+        The epochs that were trained meanwhile. To start a server takes ten seconds of a processor,
+        which on a small machine are taken from the training; that is not what is asked here.
+    """
+    before: set[tuple[int, int]] = set()
+    meanwhile: set[tuple[int, int]] = set()
     driver = sweep.start()
     killed = started = False
     back = threading.Thread(target=server.start)
     while driver.poll() is None:
         if not killed and sweep.epochs >= epochs / 3:
             server.kill()
+            before = set(sweep.seconds)
             killed = True
         if killed and not started and sweep.epochs >= 2 * epochs / 3:
+            meanwhile = set(sweep.seconds) - before
             back.start()
             started = True
         time.sleep(0.1)
     assert started, sweep.log.read_text()
     back.join()
     assert driver.wait() == 0, sweep.log.read_text()
+    return meanwhile
 
 
 def check_complete(sweep: Sweep, uri: str) -> None:
@@ -105,26 +119,35 @@ def test_a_server_that_is_away_for_the_middle_third_costs_less_than_five_percent
 ) -> None:
     server = TrackingServer(tmp_path)
     server.start()
-    took: dict[str, list[float]] = {"undisturbed": [], "disturbed": []}
+    clean: list[Sweep] = []
+    hurt: list[Sweep] = []
+    away: list[set[tuple[int, int]]] = []
     try:
         for number in range(2):
-            clean = Sweep(tmp_path, f"clean-{number}", tracking=server.url)
-            assert clean.start().wait() == 0, clean.log.read_text()
-            check_complete(clean, server.url)
-            took["undisturbed"].append(clean.training_seconds)
-            hurt = Sweep(tmp_path, f"hurt-{number}", tracking=server.url)
-            disturbed(hurt, server, epochs=clean.epochs)
-            again = hurt.start("--resume")  # ends at once, with what was not sent before the end
-            assert again.wait() == 0, hurt.log.read_text()
-            check_complete(hurt, server.url)
-            told = [line for line in hurt.log.read_text().splitlines() if "numbers" in line]
-            assert len(told) == 1, told
-            took["disturbed"].append(hurt.training_seconds)
-            assert hurt.epochs == clean.epochs
+            clean.append(Sweep(tmp_path, f"clean-{number}", tracking=server.url))
+            assert clean[-1].start().wait() == 0, clean[-1].log.read_text()
+            check_complete(clean[-1], server.url)
+            hurt.append(Sweep(tmp_path, f"hurt-{number}", tracking=server.url))
+            away.append(disturbed(hurt[-1], server, epochs=clean[-1].epochs))
+            # Ends at once, with what was not sent before the end.
+            assert hurt[-1].start("--resume").wait() == 0, hurt[-1].log.read_text()
+            check_complete(hurt[-1], server.url)
+            lines = hurt[-1].log.read_text().splitlines()
+            assert sum("does not take our numbers" in line for line in lines) == 1
+            assert set(hurt[-1].seconds) == set(clean[-1].seconds)
     finally:
         server.kill()
-    ratio = min(took["disturbed"]) / min(took["undisturbed"])
-    print(f"seconds of training: {took}; ratio of the fastest {ratio:.3f}")
+    # The fastest of two: what else the machine does is no part of it.
+    epochs = away[0] & away[1]
+    assert len(epochs) > len(clean[0].seconds) / 4
+    without = sum(min(sweep.seconds[epoch] for sweep in hurt) for epoch in epochs)
+    undisturbed = sum(min(sweep.seconds[epoch] for sweep in clean) for epoch in epochs)
+    ratio = without / undisturbed
+    totals = {sweep.log.stem: round(sum(sweep.seconds.values()), 1) for sweep in clean + hurt}
+    print(
+        f"{len(epochs)} epochs without a server: {without:.1f} s, with: {undisturbed:.1f} s, "
+        f"ratio {ratio:.3f}; all epochs: {totals}"
+    )
     assert ratio <= 1.05
 
 
