@@ -188,7 +188,7 @@ class Meter:
     def save(self) -> None:
         """Writes what was counted, if it can be written: a full disk ends no study by this."""
         self._saved = self._clock()
-        with suppress(OSError):
+        with suppress(ServiceError):
             write_json(self._file, {"seconds": round(self._seconds, 3), "dollars": self._dollars})
 
     def metrics(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, 
 from orchestration.checkpoints import KEPT, CheckpointFolder
 from orchestration.doctor import ask_nodes, versions
 from orchestration.drift import among_nodes, since_start
+from orchestration.guard import Guarded
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
 from orchestration.room import Room
@@ -606,7 +607,7 @@ class _Study:
                 epochs = self._plan.base.optim.epochs
                 early = tuner.EarlyStopping(grace=self._plan.grace, epochs=epochs)
             tuner.run_trials(
-                self,
+                Guarded(self, folder=self._folder.path, give_up=self._give_up),
                 num_trials=self._num_open(),
                 resources=resources,
                 settings=self._settings,
@@ -824,6 +825,10 @@ class _Study:
             self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
             self._close("interrupted")
             os._exit(128 + self._signal)
+
+    def _give_up(self, error: CpfeanError) -> None:
+        self._error = self._error or error
+        self._interrupt_tune()
 
     def _interrupt_tune(self) -> None:
         if not _tune_listens():

@@ -42,6 +42,7 @@ _CLOSE_SECONDS = 10.0
 _CLASSES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     (DivergedError, "diverged"),
     (DataError, "data"),
+    (ServiceError, "infra"),
     (CpfeanError, "config"),
     ((OutOfMemoryError, MemoryError), "oom"),
 )

@@ -433,6 +433,8 @@ class Saved:
     def save(self, folder: Path) -> None:
         (folder / "weights").write_bytes(bytes(6 * 2**20))  # more than one part of an upload
         (folder / "state.json").write_text("{}")
+        sizes = {file.name: {"size": file.stat().st_size} for file in folder.iterdir()}
+        (folder / "manifest.json").write_text(json.dumps({"files": sizes}))
 
 
 def test_a_worker_may_do_all_that_checkpoints_ask_for(store: type[Store]) -> None:

@@ -77,7 +77,10 @@ class Checkpoint:
         """
         try:
             self._write(folder)
-        except OSError as error:
+        except Exception as error:
+            # safetensors and tokenizers tell of a full disk by errors of their own.
+            if not isinstance(error, OSError) and "(os error" not in str(error):
+                raise
             raise CheckpointError(
                 f"{folder}: the checkpoint of epoch {self.state.epoch} cannot be written: {error}."
             ) from error

@@ -83,6 +83,7 @@ def chained(error: Exception, cause: Exception) -> Exception:
         (DataError("row 3"), "data"),
         (ConfigError("margin"), "config"),
         (CheckpointError("damaged"), "config"),
+        (ServiceError("disk full"), "infra"),
         (OutOfMemoryError("node"), "oom"),
         (MemoryError(), "oom"),
         (RuntimeError("CUDA error: out of memory"), "oom"),
