@@ -1,10 +1,13 @@
 """The checkpoints of one trial, in a folder that every node reaches: local, shared or an S3 URL.
 
-<folder>/epoch-0004    what `cpfean.training.checkpoint` writes; the newest two are kept
+<folder>/epoch-0004    what `cpfean.training.checkpoint` writes; the newest two are kept; for other
+                       names see `orchestration.attempts`
+<folder>/attempt       number of the last attempt at the trial
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean.errors import CheckpointError, ConfigError
+from orchestration.attempts import MARKER, check_current, in_order, name_of
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
@@ -25,9 +29,11 @@ class CheckpointFolder:
 
     Args:
         uri: an absolute path, or a URL that pyarrow knows.
+        attempt: which one of the trial saves; 0 is where there never is another.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, attempt: int = 0) -> None:
+        self.attempt = attempt
         self.uri = uri.rstrip("/")
         self._path = self.uri.removeprefix("file://")
         self._is_local = "://" not in self._path
@@ -44,6 +50,35 @@ class CheckpointFolder:
         else:
             self._filesystem.create_dir(self._path, recursive=True)
 
+    def new_attempt(self) -> int:
+        """Registers the trial's next attempt, which ends all those before; returns its number."""
+        attempt = self._last_attempt() + 1
+        if self._is_local:
+            partial = Path(f"{self._path}/{MARKER}.{os.getpid()}.partial")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(str(attempt))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(f"{self._path}/{MARKER}")
+        else:
+            with self._filesystem.open_output_stream(f"{self._path}/{MARKER}") as file:
+                file.write(str(attempt).encode())
+        return attempt
+
+    def check_current(self) -> None:
+        """Raises FencedError once a newer attempt has been registered."""
+        check_current(self.attempt, self._last_attempt(), uri=self.uri)
+
+    def _last_attempt(self) -> int:
+        path = f"{self._path}/{MARKER}"
+        try:
+            if self._is_local:
+                return int(Path(path).read_text(encoding="utf-8"))
+            with self._filesystem.open_input_stream(path) as file:
+                return int(file.read())
+        except FileNotFoundError:
+            return 0
+
     def check_shared(self) -> None:
         """Raises ConfigError on a node that does not see the folder the driver has made."""
         if self._is_local and not Path(self._path).is_dir():
@@ -57,17 +92,25 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: it cannot be written.
+            FencedError: a newer attempt has taken over.
         """
-        name = f"epoch-{checkpoint.state.epoch:04d}"
+        name = name_of(checkpoint.state.progress, attempt=self.attempt)
         if self._is_local:
-            checkpoint.save(Path(self._path) / name)
+            checkpoint.save(Path(self._path) / name, confirm=self.check_current)
         else:
             self._upload(checkpoint, name)
-        for old in self.names()[:-_KEPT]:
-            if self._is_local:
-                shutil.rmtree(f"{self._path}/{old}")
-            else:
-                self._filesystem.delete_dir(f"{self._path}/{old}")
+        self.check_current()
+        # What an attempt before has not finished is no checkpoint, and none to keep one of.
+        names = self.names()
+        older = names[: names.index(name)]
+        whole = [known for known in older if self._is_complete(known)]
+        for old in older:
+            if old not in whole[1 - _KEPT :]:
+                if self._is_local:
+                    # What resists now, e.g. because it is still written to, goes next time.
+                    shutil.rmtree(f"{self._path}/{old}", ignore_errors=True)
+                else:
+                    self._filesystem.delete_dir(f"{self._path}/{old}")
         return self.at(name)
 
     def at(self, name: str) -> str:
@@ -77,11 +120,24 @@ class CheckpointFolder:
     def names(self) -> list[str]:
         """All checkpoints, oldest first, damaged ones included."""
         if self._is_local:
-            return sorted(path.name for path in Path(self._path).glob("epoch-*"))
+            found = [path.name for path in Path(self._path).glob("epoch-*")]
+        else:
+            from pyarrow import fs
+
+            everything = fs.FileSelector(self._path, allow_not_found=True)
+            found = [info.base_name for info in self._filesystem.get_file_info(everything)]
+        return in_order(found)
+
+    def _is_complete(self, name: str) -> bool:
+        """Whether the checkpoint has its manifest, which is written last."""
+        from cpfean.training.checkpoint import MANIFEST
+
+        path = f"{self._path}/{name}/{MANIFEST}"
+        if self._is_local:
+            return Path(path).is_file()
         from pyarrow import fs
 
-        listed = self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
-        return sorted(info.base_name for info in listed if info.base_name.startswith("epoch-"))
+        return bool(self._filesystem.get_file_info(path).type == fs.FileType.File)
 
     def newest_valid(self) -> str | None:
         """The name of the newest complete checkpoint; what is passed over is logged."""
@@ -109,7 +165,7 @@ class CheckpointFolder:
         from pyarrow import fs
 
         with tempfile.TemporaryDirectory(prefix="cpfean-") as folder:
-            checkpoint.save(Path(folder))
+            checkpoint.save(Path(folder), confirm=self.check_current)
             try:
                 fs.copy_files(
                     folder,
