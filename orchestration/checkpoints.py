@@ -44,11 +44,13 @@ class CheckpointFolder:
             self._filesystem, self._path = fs.FileSystem.from_uri(self.uri)
 
     def create(self) -> None:
-        """Makes the folder if it is not there."""
+        """Makes the folder if it is not there; raises OSError where that cannot be."""
         if self._is_local:
             Path(self._path).mkdir(parents=True, exist_ok=True)
         else:
-            self._filesystem.create_dir(self._path, recursive=True)
+            # S3 has no folders. To make one all the same, Arrow looks at the bucket as a whole,
+            # which a role that is limited to a prefix may not; what is under the prefix it may.
+            self.names()
 
     def new_attempt(self) -> int:
         """Registers the trial's next attempt, which ends all those before; returns its number."""

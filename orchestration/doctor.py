@@ -6,6 +6,7 @@ wrong and what to do.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -105,7 +106,7 @@ def check_nodes(settings: Settings) -> str:
     nodes = ask_nodes(settings.storage)
     if not nodes:
         raise Ill("no node answers", "see `ray status`")
-    wrong = []
+    wrong = missing_workers(len(nodes) - 1)
     for host, answer in nodes.items():
         if isinstance(answer, str):
             wrong.append(f"{host}: {answer}")
@@ -120,7 +121,8 @@ def check_nodes(settings: Settings) -> str:
     if wrong:
         raise Ill(
             "; ".join(wrong),
-            "`ray up` again installs the same on all nodes; a silent node: see `ray status`",
+            "`ray up` again installs the same on all nodes; a node that is silent or missing: "
+            "`ray status`, and on your machine `ray monitor CLUSTER.yaml`",
         )
     return f"{len(nodes)} node(s), all with the versions of this one"
 
@@ -173,6 +175,20 @@ def ask_nodes(storage: str | None) -> dict[str, dict[str, str] | str]:
         if storage:
             _remove_token(storage, token)
     return answers
+
+
+def missing_workers(there: int) -> list[str]:
+    """On the head of a cluster made by `ray up`: says so if fewer workers are there than asked for.
+
+    On other machines, and where Ray was started by hand, nobody knows how many there should be.
+    """
+    file = Path("~/ray_bootstrap_config.yaml").expanduser()
+    try:
+        types = json.loads(file.read_text(encoding="utf-8"))["available_node_types"]
+        wanted = sum(kind.get("min_workers", 0) for kind in types.values())
+    except (OSError, ValueError, LookupError):
+        return []
+    return [f"{there} of {wanted} worker(s) have joined"] if there < wanted else []
 
 
 def check_storage(settings: Settings) -> str:

@@ -382,9 +382,12 @@ def classify(error: BaseException) -> tuple[str, str]:
             return "oom", _tail(str(cause))
     if any(_is_preemption(cause) for cause in causes):
         return "preempted", _tail(str(error))
-    if any(_is_loss(cause) for cause in causes):
+    # A worker with an error of its own takes the others' connections along: then it is to blame.
+    roots = [cause for cause in causes if not _inner(cause)]
+    if any(map(_is_loss, causes)) and all(map(_is_loss, roots)):
         return "infra", _tail(str(error))
-    return "bug", _tail(str(causes[-1] if causes else error))
+    blamed = [cause for cause in roots if not _is_loss(cause)]
+    return "bug", _tail(str((blamed or [error])[0]))
 
 
 def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
@@ -407,11 +410,19 @@ def _is_preemption(error: BaseException) -> bool:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether a process, node or connection was lost; Ray's names differ with who noticed."""
+    """Whether a process, node or connection was lost; names and texts differ with who noticed.
+
+    Often it is the other workers of a lost host: their next exchange with it fails at once, long
+    before Ray takes the host for dead.
+    """
     lost = ("WorkerHealthCheck", "WorkerGroupStartup", "InsufficientClusterResources", "NodeDied")
-    return isinstance(error, RayActorError | ConnectionError | TimeoutError) or type(
-        error
-    ).__name__.startswith(lost)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return (
+        isinstance(error, RayActorError | ConnectionError | TimeoutError)
+        or type(error).__name__.startswith(lost)
+        or "DistError" in names  # torch's, of NCCL and of the rendezvous
+        or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    )
 
 
 def _causes(error: BaseException) -> Iterable[BaseException]:
@@ -424,15 +435,19 @@ def _causes(error: BaseException) -> Iterable[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        if isinstance(current, WorkerGroupError):
-            failures = [e for _, e in sorted(current.worker_failures.items())]
-            # Those that only waited for it in vain do not know the cause.
-            todo += [e for e in failures if not isinstance(e, LostPartnerError)] or failures
-        inner = [
-            getattr(current, name, None) for name in ("cause", "_base_exc", "controller_failure")
-        ]
-        inner += [getattr(current, "health_check_failure", None), current.__cause__]
-        todo += [e for e in inner if isinstance(e, BaseException)]
+        todo += _inner(current)
+
+
+def _inner(error: BaseException) -> list[BaseException]:
+    """What an error wraps."""
+    wrapped: list[Any] = []
+    if isinstance(error, WorkerGroupError):
+        failures = [failure for _, failure in sorted(error.worker_failures.items())]
+        # Those that only waited for it in vain do not know the cause.
+        wrapped += [one for one in failures if not isinstance(one, LostPartnerError)] or failures
+    names = ("cause", "_base_exc", "controller_failure", "health_check_failure", "__cause__")
+    wrapped += [getattr(error, name, None) for name in names]
+    return [one for one in wrapped if isinstance(one, BaseException)]
 
 
 def _tail(text: str, *, lines: int = 30) -> str:

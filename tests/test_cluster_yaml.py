@@ -1,7 +1,7 @@
 """cluster.yaml, checked without an account: Ray's schema, AWS's requests, and a policy.
 
 The policy holds what neither Ray nor AWS insists on: a token, nothing open to the world, no public
-address, encrypted disks, metadata version 2, rights of our own choosing, and an end to idle cost.
+address, encrypted disks, metadata version 2, rights of our own choosing, and an end to all cost.
 """
 
 import copy
@@ -22,10 +22,12 @@ FILE = ROOT / "cluster.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
 
 Cluster = dict[str, Any]
+_LONGEST_MINUTES = 3 * 24 * 60
 
 
 def cluster() -> Cluster:
-    return yaml.safe_load(TEXT)
+    # What the file says once for several nodes is a copy for each of them here.
+    return json.loads(json.dumps(yaml.safe_load(TEXT)))
 
 
 def violations(config: Cluster) -> list[str]:
@@ -52,12 +54,20 @@ def violations(config: Cluster) -> list[str]:
         "only the owner reads the token",
     )
     need("RAY_AUTH_TOKEN" not in json.dumps(config), "no token in the file itself")
+    servers = [line for line in config["head_setup_commands"] if "tracking_server.py" in line]
+    need(servers, "several drivers have one tracking server")
+    need(not re.search(r"--host\b", "".join(servers)), "tracking server on loopback")
+    storage = re.findall(r"\bCPFEAN_STORAGE=(\S+)", "\n".join(config["setup_commands"]))
+    need(storage and storage[0].startswith("s3://"), "checkpoints outlive the spot machines")
 
     provider = config["provider"]
     need(provider.get("use_internal_ips") is True, "private addresses only")
     need("security_group" not in provider, "no security group made or changed by Ray")
     need(provider.get("cache_stopped_nodes") is False, "instances end, and do not just stop")
     need(0 < config["idle_timeout_minutes"] <= 60, "idle workers are given back within the hour")
+    need(provider.get("module") == "orchestration.spot.SpotFirst", "on demand where spot has none")
+    ordinary = provider.get("on_demand_workers", -1)
+    need(0 <= ordinary <= config["max_workers"], "machines on demand are bounded both ways")
 
     groups = set()
     for name, kind in config["available_node_types"].items():
@@ -77,6 +87,12 @@ def violations(config: Cluster) -> list[str]:
             need(disk["Ebs"].get("Encrypted") is True, f"{name}: disks are encrypted")
             need(disk["Ebs"].get("DeleteOnTermination") is True, f"{name}: disks end with it")
         need(node.get("IamInstanceProfile"), f"{name}: rights of our own choosing")
+        ends = node.get("InstanceInitiatedShutdownBehavior") == "terminate"
+        need(ends, f"{name}: a machine that shuts down is gone, and not just stopped")
+        script = node.get("UserData", "")
+        minutes = re.findall(r"^shutdown -h \+(\d+)$", script, flags=re.MULTILINE)
+        bounded = len(minutes) == 1 and 0 < int(minutes[0]) <= _LONGEST_MINUTES
+        need(bounded, f"{name}: ends itself some time, whatever happens")
         gpus = kind["resources"].get("GPU", 0)
         spot = node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
         if name == head:
@@ -86,6 +102,7 @@ def violations(config: Cluster) -> list[str]:
         else:
             need(gpus >= 1, f"{name}: a GPU")
             need(spot, f"{name}: spot")
+            need("raylet" in script, f"{name}: does not outlive the head")
             least, most = kind.get("min_workers", 0), kind.get("max_workers", 0)
             need(0 <= least <= most <= config["max_workers"], f"{name}: bounded both ways")
     need(len(groups) <= 1, "one security group, which lets in only itself")
@@ -128,6 +145,11 @@ def second_group(config: Cluster) -> None:
     node(config, "head")["NetworkInterfaces"][0]["Groups"].append("sg-11111111111111111")
 
 
+def replace_in(config: Cluster, old: str, new: str) -> None:
+    lines = config["setup_commands"]
+    lines[:] = [line.replace(old, new) for line in lines]
+
+
 MUTATIONS: dict[str, Callable[[Cluster], Any]] = {
     "head without token": lambda c: without_token_mode(c, "head"),
     "workers without token": lambda c: without_token_mode(c, "worker"),
@@ -157,6 +179,25 @@ MUTATIONS: dict[str, Callable[[Cluster], Any]] = {
     "no upper bound": lambda c: c["available_node_types"]["gpu-worker"].update(max_workers=80),
     "never idle": lambda c: c.update(idle_timeout_minutes=10**6),
     "stopped, not ended": lambda c: c["provider"].update(cache_stopped_nodes=True),
+    "head without an end": lambda c: node(c, "head").pop("UserData"),
+    "worker without an end": lambda c: node(c, "gpu-worker").update(UserData="pgrep raylet"),
+    "an end next month": lambda c: node(c, "head").update(UserData="shutdown -h +43200"),
+    "shut down, but paid for": lambda c: node(c, "head").pop("InstanceInitiatedShutdownBehavior"),
+    "stopped at its end": lambda c: node(c, "gpu-worker").update(
+        InstanceInitiatedShutdownBehavior="stop"
+    ),
+    "worker that outlives the head": lambda c: node(c, "gpu-worker").update(
+        UserData="shutdown -h +1440"
+    ),
+    "spot or nothing": lambda c: c["provider"].update(type="aws", module=""),
+    "on demand without a word": lambda c: c["provider"].pop("on_demand_workers"),
+    "on demand without a bound": lambda c: c["provider"].update(on_demand_workers=1000),
+    "tracking open to others": lambda c: c["head_setup_commands"].append(
+        "python experiments/tracking_server.py --host 0.0.0.0 --auth"
+    ),
+    "a tracking file for each driver": lambda c: c["head_setup_commands"].clear(),
+    "checkpoints on the machine": lambda c: replace_in(c, "s3://BUCKET/cpfean/runs", "/tmp/runs"),
+    "checkpoints wherever": lambda c: replace_in(c, "CPFEAN_STORAGE=", "STORAGE="),
 }
 
 
@@ -183,6 +224,14 @@ def test_ray_accepts_the_file() -> None:
     config = prepared()
     validate_config(config)
     assert config["available_node_types"]["gpu-worker"]["max_workers"] <= config["max_workers"]
+
+
+def test_the_file_says_all_that_ray_says_only_for_providers_of_its_own() -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    config = cluster()
+    config["provider"]["type"] = "aws"
+    assert prepare_config(config).keys() <= prepared().keys()
 
 
 def test_ray_refuses_a_node_type_without_resources_or_an_unknown_key() -> None:
@@ -252,18 +301,50 @@ def test_the_region_is_the_same_where_it_is_named() -> None:
     assert regions == {cluster()["provider"]["region"]}
 
 
+def test_a_worker_ends_itself_once_ray_has_left_it(tmp_path: Path) -> None:
+    """Its start-up script, with programs that note down how they are called."""
+    for name, does in {
+        "shutdown": 'echo shutdown "$@" >> "$HERE/said"',
+        "sleep": 'echo sleep "$@" >> "$HERE/said"',
+        "systemd-run": 'shift; exec "$@"',
+        # Ray runs, is started anew, runs, and is gone.
+        "pgrep": 'sed -i 1d "$HERE/ray"; exec test "$(head -n 1 "$HERE/ray")" = runs',
+    }.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{does}\n")
+        program.chmod(0o755)
+    (tmp_path / "ray").write_text("begin\nruns\naway\nruns\naway\naway\n")
+    done = subprocess.run(
+        ["sh", "-c", node(cluster(), "gpu-worker")["UserData"]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HERE": str(tmp_path)},
+        timeout=30,
+    )
+    assert done.returncode == 0
+    seen = ["sleep 1800", "sleep 300", "sleep 60", "sleep 300", "sleep 60"]
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == ["shutdown -h +1440", *seen, "shutdown -h now"]
+
+
 HEAD = r"""
 set -eu
 python - <<'END'
 import fcntl, socket, struct
-up_and_running = struct.pack("16sh", b"lo", 0x1 | 0x40)
-fcntl.ioctl(socket.socket(), 0x8914, up_and_running)  # SIOCSIFFLAGS
+
+def up(name, address):
+    sock = socket.socket()
+    if address:
+        given = struct.pack("16sHH4s8x", name, socket.AF_INET, 0, socket.inet_aton(address))
+        fcntl.ioctl(sock, 0x8916, given)  # SIOCSIFADDR
+    fcntl.ioctl(sock, 0x8914, struct.pack("16sh", name, 0x1 | 0x40))  # up and running
+
+up(b"lo", None)
+up(b"lo:1", "10.99.0.1")  # the address of the host, for whoever is not on it
 END
 mkdir -p /tmp/ray
 mount -t tmpfs none /tmp/ray
 export HOME="$1" RAY_USAGE_STATS_ENABLED=0
 ray get-auth-token --generate > /dev/null 2>&1
-bash -c "$2 --num-cpus=1 --object-store-memory=100000000" >&2
+bash -c "$2 --node-ip-address=10.99.0.1 --num-cpus=1 --object-store-memory=100000000" >&2
 python - "$HOME/.ray/auth_token" <<'END'
 import json, sys, time, urllib.error, urllib.request
 
@@ -275,6 +356,19 @@ def status(path, token):
     except urllib.error.HTTPError as error:
         return error.code
 
+def listening():
+    # Ports by the addresses that they are open on: loopback, one of the host's, or every one.
+    ports = {"loopback": [], "one": [], "every": []}
+    for file in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in open(file).readlines()[1:]:
+            _, local, _, state = line.split()[:4]
+            address, port = local.split(":")
+            if state == "0A":
+                loopback = address.endswith("0100007F")
+                kind = "every" if set(address) == {"0"} else "loopback" if loopback else "one"
+                ports[kind].append(int(port, 16))
+    return ports
+
 token = open(sys.argv[1]).read()
 paths = ("/api/jobs/", "/api/v0/nodes")
 for _ in range(60):
@@ -283,7 +377,7 @@ for _ in range(60):
     time.sleep(0.5)
 answers = {name: sorted({status(path, given) for path in paths})
            for name, given in (("right", token), ("none", ""), ("wrong", "0" * 64))}
-print(json.dumps(answers))
+print(json.dumps({"answers": answers, "listening": listening()}))
 END
 """
 
@@ -308,8 +402,13 @@ def test_a_head_started_by_the_file_answers_nobody_without_the_token(tmp_path: P
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
-    assert answers == {"right": [200], "none": [401], "wrong": [403]}
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["answers"] == {"right": [200], "none": [401], "wrong": [403]}
+    # The dashboard takes jobs. The others are for the workers: the network has to close them.
+    on = {name: set(ports) for name, ports in seen["listening"].items()}
+    assert 8265 in on["loopback"] - on["one"] - on["every"]
+    assert 6379 in on["every"]
+    assert not on["every"] & {8265, 10001, 52365}
 
 
 # The file for hosts that are there already.
@@ -318,13 +417,13 @@ def test_a_head_started_by_the_file_answers_nobody_without_the_token(tmp_path: P
 def test_the_lab_is_started_as_the_cluster_is() -> None:
     lab = yaml.safe_load((ROOT / "cluster.lab.yaml").read_text(encoding="utf-8"))
     aws = cluster()
-    for same in ("file_mounts", "rsync_exclude", "head_setup_commands"):
+    for same in ("file_mounts", "rsync_exclude"):
         assert lab[same] == aws[same]
     # Ray is started alike, but for how much of the one machine each host may take.
     share = r" --num-cpus=\d --object-store-memory=\d+$"
     for role in ("head", "worker"):
         lines = [re.sub(share, "", line) for line in lab[f"{role}_start_ray_commands"]]
-        assert lines == aws[f"{role}_start_ray_commands"]
+        assert lines[:2] == aws[f"{role}_start_ray_commands"]
     assert aws["setup_commands"][0] in lab["setup_commands"]
 
 

@@ -1,5 +1,6 @@
 """The files around the code agree with it and with each other."""
 
+import ast
 import os
 import re
 import subprocess
@@ -86,6 +87,22 @@ def test_the_settings_in_the_documents_are_settings() -> None:
     for path in DOCUMENTS:
         used = re.findall(r"--set ([a-z][\w.]*)=", path.read_text(encoding="utf-8"))
         assert [name for name in used if name not in known] == []
+
+
+def test_the_messages_that_the_cluster_page_explains_are_messages_of_the_code() -> None:
+    said = [
+        node.value
+        for room in ("cpfean", "orchestration", "experiments")
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    rows = page.split("| what you see |")[1].split("\n\n")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", rows, flags=re.MULTILINE)
+    assert len(quoted) > 10
+    pieces = [piece.strip() for line in quoted for piece in line.split("...") if piece.strip()]
+    assert [piece for piece in pieces if not any(piece in text for text in said)] == []
 
 
 def test_the_scripts_and_rooms_in_the_readme_exist() -> None:

@@ -7,13 +7,17 @@ python -m tests.lab boot worker-1
 python -m tests.lab unplug worker-2     # its network
 python -m tests.lab plug worker-2
 python -m tests.lab down
+
+python -m tests.lab drill               # `ray up`, a sweep, a power cut, every record, `ray down`
 """
 
 import argparse
 import os
 import shlex
 import sys
+import time
 
+from tests.lab.drill import Drill, missing_services, told
 from tests.lab.hosts import HOSTS, Lab, address
 
 
@@ -26,6 +30,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", help="start the hosts, fresh")
     commands.add_parser("down", help="end them and remove all that they wrote")
+    drilled = commands.add_parser("drill", help="ray up, a sweep with a power cut, ray down")
+    drilled.add_argument(
+        "--services", action="store_true", help="with PostgreSQL and S3 on the head"
+    )
     for name, what in (
         ("run", "run a command on a host"),
         ("cut", "cut the power of a host"),
@@ -46,6 +54,8 @@ def main() -> None:
                 print(f"{host:10}{address(host)}")
         elif arguments.command == "down":
             lab.down()
+        elif arguments.command == "drill":
+            drill(lab, with_services=arguments.services)
         elif arguments.command == "run":
             words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
             line = words[0] if len(words) == 1 else shlex.join(words)
@@ -61,6 +71,21 @@ def main() -> None:
             actions[arguments.command](arguments.host)
     except RuntimeError as error:
         sys.exit(f"lab: {error}")
+
+
+def drill(lab: Lab, *, with_services: bool) -> None:
+    def say(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+    lack = missing_services() if with_services else ""
+    if lack:
+        sys.exit(f"lab: --services needs {lack}.")
+    lab.up()
+    try:
+        print(told(Drill(lab, say=say, with_services=with_services).run()))
+    except (AssertionError, TimeoutError) as error:
+        sys.exit(f"lab: {error}\nThe hosts are still up: look, then `python -m tests.lab down`.")
+    lab.down()
 
 
 if __name__ == "__main__":

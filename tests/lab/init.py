@@ -35,9 +35,11 @@ def main() -> None:
     mount("--bind", own / "root", "/root")
     mount("--bind", own / "tmp", "/tmp")
     for number, place in enumerate(needed):
-        if not place.exists():
-            place.mkdir(parents=True)
-            mount("--bind", f"/run/kept/{number}", place)
+        kept = Path(f"/run/kept/{number}")
+        # On a host that has been up before, the empty folder of the last time is there.
+        if not place.exists() or not place.samefile(kept):
+            place.mkdir(parents=True, exist_ok=True)
+            mount("--bind", kept, place)
     Path("/run/sshd").mkdir()
     os.chdir("/root")
     subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", config])

@@ -76,3 +76,5 @@ def test_power_that_is_cut_takes_everything_and_leaves_the_disk(lab: Lab, tmp_pa
     ]
     assert lab.processes("worker-1") == []
     assert pings(lab, "head", address("worker-1"))
+    # And the machine's Python is there again, for Ray to be started.
+    lab.run("worker-1", "~/venv/bin/python -c 'import cpfean'")

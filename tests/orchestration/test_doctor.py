@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -82,6 +83,24 @@ def test_nodes_with_other_versions_or_another_storage_are_named(
     assert "torch 1.0 there" in str(ill.value)
     assert "three: does not see /mnt" in str(ill.value)
     assert "one" not in str(ill.value)
+
+
+def test_workers_that_have_not_joined_are_counted_on_the_head_of_ray_up(
+    where: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    clustered = replace(where, address="127.0.0.1:6379")
+    nodes = {"head": versions()}
+    monkeypatch.setattr(doctor, "ask_nodes", lambda storage: nodes)
+    assert doctor.check_nodes(clustered).startswith("1 node(s)")  # started by hand
+    types = {"head": {"max_workers": 0}, "gpu-worker": {"min_workers": 1}}
+    config = tmp_path / "ray_bootstrap_config.yaml"
+    config.write_text(json.dumps({"available_node_types": types}))
+    with pytest.raises(Ill, match=r"0 of 1 worker\(s\) have joined") as ill:
+        doctor.check_nodes(clustered)
+    assert "ray monitor" in ill.value.fix
+    nodes["worker"] = versions()
+    assert doctor.check_nodes(clustered).startswith("2 node(s)")
 
 
 def test_storage_takes_and_gives_back(where: Settings, tmp_path: Path) -> None:

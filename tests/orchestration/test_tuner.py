@@ -14,6 +14,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.tune.schedulers import TrialScheduler
+from torch.distributed import DistBackendError
 
 from cpfean.errors import (
     CheckpointError,
@@ -26,13 +27,14 @@ from cpfean.errors import (
 )
 from orchestration import tuner
 from orchestration.records import TrialRecord
-from orchestration.settings import ServiceError
+from orchestration.settings import ServiceError, Settings
 from orchestration.tuner import (
     Cluster,
     EarlyStopping,
     _Halving,
     _Trial,
     classify,
+    connect,
     lost_ranks,
     share_out,
 )
@@ -118,6 +120,8 @@ def taken_away() -> RayActorError:
         (RuntimeError("CUDA error: out of memory"), "oom"),
         (RayActorError(), "infra"),
         (ConnectionResetError("peer"), "infra"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: reset by peer"), "infra"),
+        (DistBackendError("NCCL communicator was aborted"), "infra"),
         (ZeroDivisionError("division by zero"), "bug"),
         (chained(RuntimeError("in worker"), DataError("row 3")), "data"),
     ],
@@ -125,8 +129,9 @@ def taken_away() -> RayActorError:
 def test_a_failure_is_classified_by_its_cause(error: Exception, expected: str) -> None:
     assert classify(failure(error))[0] == expected
     # Of several workers one has the cause; the others lose their partner.
-    if expected in ("diverged", "data", "oom"):
+    if expected in ("diverged", "data", "oom", "bug"):
         assert classify(failure(RayActorError(), error))[0] == expected
+        assert str(error.__cause__ or error) in classify(failure(RayActorError(), error))[1]
     # Who waited in vain for the one that failed says nothing of why.
     waited = LostPartnerError("rank 0 of 2 on 10.0.0.1: connection closed by peer")
     found, message = classify(failure(waited, error))
@@ -284,6 +289,22 @@ def test_trials_at_a_time_never_need_more_than_there_is(
 def test_more_workers_than_this_machine_has_are_refused_with_the_numbers() -> None:
     with pytest.raises(ServiceError, match="4 workers need 4 CPUs and this machine has 2"):
         share_out(Cluster(cpus=2, gpus=0, is_local=True), workers=4, trials=1)
+
+
+def test_ray_on_this_machine_has_no_dashboard_that_would_take_jobs(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def init(**how: Any) -> None:
+        asked.update(how)
+        raise RuntimeError("as far as this test goes")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ServiceError, match="as far as"):
+        connect(where)
+    assert asked["address"] == "local"
+    assert asked["include_dashboard"] is False
 
 
 def test_a_record_knows_when_it_is_for_good() -> None:

@@ -1,0 +1,353 @@
+"""From `ray up` to a result on several hosts, with a power cut in the middle; then every record.
+
+What a user types is typed on the lab's laptop. The head tracks with an MLflow server of its own,
+records and checkpoints are on the storage that the hosts share, and each worker host has one CPU,
+so that a trial of two workers needs both. When the second trial has begun, one of them loses its
+power; it comes back half a minute later. In the end the records, Tune's folders and MLflow have to
+tell the same, and nothing may be left running.
+
+With services, MLflow keeps its runs in PostgreSQL, and data, checkpoints and artifacts are on S3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestration.records import RunFolder, TrialRecord
+from tests.lab.hosts import Lab, address, wait_until
+from tests.orchestration.samples import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+TRIALS, EPOCHS, WORKERS = 4, 6, 2
+WORKER_HOSTS = ("worker-1", "worker-2")
+NAME = "drill"
+_OUTPUT = "/mnt/runs"
+_SERVER = "http://127.0.0.1:5000"
+_RAY = ("raylet", "gcs_server", "ray::", "ray/dashboard", "monitor.py")
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What was seen.
+
+    Attributes:
+        seconds: that each part took.
+        nodes: that were part of the cluster, by host name.
+        records: of the trials.
+        runs: MLflow's, as plain data: role, state, status and the steps of val/rsum.
+        left: processes of Ray after `ray down`, by host.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    nodes: list[str] = field(default_factory=list)
+    records: list[TrialRecord] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    left: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Drill:
+    """One drill in a lab that is up.
+
+    Args:
+        lab: fresh.
+        say: told of each part.
+        with_services: PostgreSQL and S3 instead of a sqlite file and shared folders.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        *,
+        say: Callable[[str], None],
+        with_services: bool = False,
+    ) -> None:
+        self.lab = lab
+        self.outcome = Outcome()
+        self._say = say
+        self._with_services = with_services
+        self._environment = {"MLFLOW_TRACKING_URI": _SERVER}
+        self._data = "synthetic"
+        self.shared = lab.folder / "shared"
+        self.folder = RunFolder(self.shared / "runs" / NAME)
+        self.log = self.shared / "sweep.log"
+
+    def run(self) -> Outcome:
+        """All of it.
+
+        Raises:
+            RuntimeError, TimeoutError, AssertionError: what did not go as it should.
+        """
+        self._timed("ray up", self.up)
+        self._timed("sweep", self.sweep)
+        self._look()
+        self._timed("other ways in", self.other_ways_in)
+        self._timed("ray down", self.down)
+        self._judge()
+        return self.outcome
+
+    def up(self) -> None:
+        """The cluster, and the tracking server on its head."""
+        server = self._services() if self._with_services else ""
+        self.on_laptop("ray get-auth-token --generate && chmod 600 ~/.ray/auth_token")
+        self.on_laptop("ray up -y cluster.lab.yaml")
+        wait_until(self._is_whole, seconds=300, what="both workers to join")
+        if self._with_services:
+            self._put_data()
+        config = TINY.with_overrides({"optim.epochs": EPOCHS, "loss.warmup_epochs": 0})
+        (self.shared / "tiny.toml").write_text(config.to_toml(), encoding="utf-8")
+        serve = f"exec python experiments/tracking_server.py --output {_OUTPUT} {server}"
+        self.lab.start("head", self._in_project(serve), log=self.shared / "server.log")
+        wait_until(self._server_answers, seconds=120, what="the tracking server")
+
+    def sweep(self) -> None:
+        """Four trials, and the power cut."""
+        words = (
+            f"python experiments/sweep.py --config /mnt/tiny.toml --data {self._data} "
+            f"--trials {TRIALS} --workers {WORKERS} --name {NAME} --output {_OUTPUT}"
+        )
+        sweep = self._start_on_head(words, log=self.log)
+        lost = WORKER_HOSTS[1]
+        self._wait_for(
+            sweep,
+            lambda: (
+                any(r.settled for r in self.folder.records())
+                and any(r.state == "running" and r.epochs >= 1 for r in self.folder.records())
+            ),
+            what="the second trial to have come to an epoch",
+        )
+        before = {record.number: record for record in self.folder.records()}
+        self.lab.cut_power(lost)
+        self._say(f"power of {lost} cut; trials so far: {_told(list(before.values()))}")
+        time.sleep(30)  # the hosts are away for a while: nothing is waited for
+        self.lab.boot(lost)
+        self._say(f"{lost} boots again")
+        code = sweep.wait(timeout=1200)
+        assert code == 0, self.log.read_text(encoding="utf-8")[-4000:]
+        for number, old in before.items():
+            new = self.folder.records()[number]
+            assert new.history[: old.epochs] == old.history, "an epoch was trained again"
+
+    def other_ways_in(self) -> None:
+        """The same through `ray submit` and as a job of Ray's."""
+        flags = (
+            f"--config /mnt/tiny.toml --data {self._data} --epochs 1 --workers {WORKERS} "
+            f"--output {_OUTPUT}"
+        )
+        script = "experiments/train.py"
+        self.on_laptop(f"ray submit cluster.lab.yaml {script} {flags} --name submitted")
+        self.on_head(
+            "ray job submit --address http://127.0.0.1:8265 -- "
+            f"python ~/cpfean/{script} {flags} --name job"
+        )
+        for name in ("submitted", "job"):
+            (record,) = RunFolder(self.shared / "runs" / name).records()
+            assert record.state == "finished", record
+
+    def down(self) -> None:
+        self.on_head("pkill -f mlflow; pkill -f moto_server; pkill postgres", check=False)
+        self.on_laptop("ray down -y cluster.lab.yaml")
+
+        def ended() -> bool:
+            self.outcome.left = {
+                host: [line for line in self.lab.processes(host) if any(w in line for w in _RAY)]
+                for host in ("head", *WORKER_HOSTS)
+            }
+            return not any(self.outcome.left.values())
+
+        # Raylets end by themselves when their head has been gone for a minute.
+        wait_until(ended, seconds=180, what="Ray to end on every host")
+
+    def _services(self) -> str:
+        """Starts a database and an object store on the head; returns the server's flags."""
+        head = address("head")
+        postgres = _postgres()
+        as_nobody = "cd /tmp && setpriv --reuid=nobody --regid=nogroup --clear-groups"
+        self.lab.run("head", "install -d -o nobody -g nogroup /tmp/pg")
+        self.lab.run("head", f"{as_nobody} {postgres}/initdb -D /tmp/pg/data -A trust -U mlflow")
+        serve = "-D /tmp/pg/data -k /tmp/pg -c listen_addresses=127.0.0.1"
+        log = self.shared / "postgres.log"
+        self.lab.start("head", f"{as_nobody} {postgres}/postgres {serve}", log=log)
+        create = f"{postgres}/createdb -h 127.0.0.1 -U mlflow mlflow"
+        wait_until(
+            lambda: self.lab.run("head", create, check=False).returncode == 0,
+            seconds=60,
+            what="PostgreSQL",
+        )
+        store = self.lab.start(
+            "head", f"exec {_moto()} -H {head} -p 5555", log=self.shared / "store.log"
+        )
+        given = {
+            "AWS_ENDPOINT_URL": f"http://{head}:5555",
+            "AWS_ACCESS_KEY_ID": "lab",
+            "AWS_SECRET_ACCESS_KEY": "lab",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        # Of every process of Ray: on AWS an instance has its own credentials.
+        for host in ("head", *WORKER_HOSTS):
+            lines = "".join(f"export {name}={value}\n" for name, value in given.items())
+            with (self.lab.folder / host / "root/.bashrc").open("a", encoding="utf-8") as file:
+                file.write(lines)
+        self._environment["CPFEAN_STORAGE"] = "s3://lab/checkpoints"
+        make = "import s3fs; s3fs.S3FileSystem(anon=False).mkdir('lab')"
+        make = f"source ~/.bashrc; ~/venv/bin/python -c {shlex.quote(make)}"
+
+        def made() -> bool:
+            assert store.poll() is None, (self.shared / "store.log").read_text(encoding="utf-8")
+            return self.lab.run("head", make, check=False).returncode == 0
+
+        wait_until(made, seconds=60, what="the object store")
+        return "--store postgresql://mlflow@127.0.0.1/mlflow --artifacts s3://lab/artifacts"
+
+    def _put_data(self) -> None:
+        """A small data set, from the head to the object store."""
+        put = """
+from pathlib import Path
+import s3fs
+from cpfean.data.sources import resolve_data
+from tests.orchestration.samples import TINY
+folder = resolve_data(TINY.data, cache_dir=Path("/tmp/cache"))
+s3fs.S3FileSystem().put(f"{folder}/", "lab/data/", recursive=True)
+"""
+        (self.shared / "put.py").write_text(put, encoding="utf-8")
+        self.on_head(f"PYTHONPATH={shlex.quote(str(ROOT))} python /mnt/put.py")
+        self._data = "s3://lab/data"
+
+    def on_laptop(self, command: str) -> str:
+        line = f"cd {shlex.quote(str(ROOT))} && export RAY_UP_enable_autoscaler_v2=0 && {command}"
+        return self.lab.run("laptop", line, seconds=900).stdout
+
+    def on_head(self, command: str, *, check: bool = True) -> str:
+        """Runs a command where `ray exec` would run it: in a login shell, in the project."""
+        return self.lab.run("head", self._in_project(command), seconds=900, check=check).stdout
+
+    def _start_on_head(self, command: str, *, log: Path) -> subprocess.Popen[bytes]:
+        inner = shlex.quote(self._in_project(command))
+        line = f"cd {shlex.quote(str(ROOT))} && ray exec cluster.lab.yaml {inner}"
+        return self.lab.start("laptop", line, log=log)
+
+    def _in_project(self, command: str) -> str:
+        exports = " ".join(f"{k}={shlex.quote(v)}" for k, v in self._environment.items())
+        return f"source ~/.bashrc; cd ~/cpfean && export {exports} && {command}"
+
+    def _is_whole(self) -> bool:
+        listed = self.on_head("ray list nodes --format json --limit 20", check=False)
+        try:
+            nodes = [node for node in json.loads(listed) if node["state"] == "ALIVE"]
+        except ValueError:
+            return False
+        self.outcome.nodes = sorted(node["node_name"] for node in nodes)
+        return len(nodes) == 1 + len(WORKER_HOSTS)
+
+    def _server_answers(self) -> bool:
+        probe = (
+            f"python -c 'import urllib.request as u; u.urlopen(\"{_SERVER}/health\", timeout=5)'"
+        )
+        return self.lab.run("head", probe, check=False).returncode == 0
+
+    def _wait_for(
+        self, process: subprocess.Popen[bytes], holds: Callable[[], bool], *, what: str
+    ) -> None:
+        def now() -> bool:
+            assert process.poll() is None, self.log.read_text(encoding="utf-8")[-4000:]
+            return holds()
+
+        wait_until(now, seconds=600, what=what)
+
+    def _look(self) -> None:
+        """Reads what the three keep."""
+        self.outcome.records = self.folder.records()
+        id = self.folder.id
+        look = f"""
+import json
+from orchestration.tracking import open_store
+client, experiment = open_store("{_SERVER}")
+runs = client.search_runs([experiment], "tags.`cpfean.id` = '{id}'")
+print(json.dumps([{{
+    "role": run.data.tags["cpfean.role"],
+    "trial": run.data.tags.get("cpfean.trial", ""),
+    "parent": run.data.tags.get("mlflow.parentRunId", ""),
+    "run": run.info.run_id,
+    "state": run.data.tags["cpfean.state"],
+    "status": run.info.status,
+    "points": [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "val/rsum")],
+}} for run in runs]))
+"""
+        (self.shared / "look.py").write_text(look, encoding="utf-8")
+        self.outcome.runs = json.loads(self.on_head("python /mnt/look.py").splitlines()[-1])
+
+    def _judge(self) -> None:
+        records, runs = self.outcome.records, self.outcome.runs
+        assert [record.number for record in records] == list(range(TRIALS)), records
+        assert all(record.state in ("finished", "pruned") for record in records), records
+        for record in records:
+            epochs = [row["epoch"] for row in record.history]
+            assert epochs == list(range(1, record.epochs + 1)), record
+        folders = {
+            int(path.name) for path in self.folder.path.glob("tune/attempt-*/[0-9][0-9][0-9]")
+        }
+        assert folders == set(range(TRIALS)), folders
+        assert len(runs) == TRIALS + 1, runs
+        assert {run["status"] for run in runs} == {"FINISHED"}, runs
+        (parent,) = (run for run in runs if run["role"] == "parent")
+        children = {int(run["trial"]): run for run in runs if run is not parent}
+        for record in records:
+            child = children[record.number]
+            assert child["parent"] == parent["run"]
+            assert child["state"] == record.state
+            wanted = [[row["epoch"], row["val/rsum"]] for row in record.history]
+            assert child["points"] == wanted, (child, wanted)
+
+    def _timed(self, name: str, part: Callable[[], None]) -> None:
+        self._say(f"{name} ...")
+        started = time.monotonic()
+        part()
+        self.outcome.seconds[name] = time.monotonic() - started
+        self._say(f"{name}: {self.outcome.seconds[name]:.0f} s")
+
+
+def missing_services() -> str:
+    """What this machine lacks for a drill with services; empty if nothing."""
+    absent = []
+    if not _moto():
+        absent.append("moto_server (pip install 'moto[server]' into an environment of its own)")
+    if not _postgres():
+        absent.append("PostgreSQL (Debian: postgresql)")
+    if importlib.util.find_spec("psycopg") is None:
+        absent.append("psycopg (pip install 'psycopg[binary]')")
+    return ", ".join(absent)
+
+
+def _moto() -> str:
+    return os.environ.get("MOTO_SERVER") or shutil.which("moto_server") or ""
+
+
+def _postgres() -> str:
+    """The folder of PostgreSQL's programs."""
+    found = shutil.which("initdb")
+    places = [Path(found)] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return str(places[-1].parent) if places else ""
+
+
+def _told(records: list[TrialRecord]) -> str:
+    return ", ".join(f"{record.name} {record.state} ({record.epochs} epochs)" for record in records)
+
+
+def told(outcome: Outcome) -> str:
+    """The outcome as lines for people."""
+    lines = [f"nodes       {', '.join(outcome.nodes)}", f"trials      {_told(outcome.records)}"]
+    for run in sorted(outcome.runs, key=lambda run: run["trial"]):
+        what = run["role"] + (f" {run['trial']}" if run["trial"] else "")
+        steps = [step for step, _ in run["points"]]
+        lines.append(f"MLflow      {what:10}{run['status']:10}{run['state']:10}steps {steps}")
+    lines.append("left        nothing" if not any(outcome.left.values()) else f"{outcome.left}")
+    return "\n".join(lines)
