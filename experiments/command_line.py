@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from experiments.baselines import BASELINES
+from orchestration.disks import cannot_write, is_disk_error
 from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, prepare_environment
@@ -182,6 +183,13 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
             raise
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if arguments.debug or not is_disk_error(error):
+            raise
+        # From a library that names no file.
+        told = cannot_write(getattr(arguments, "output", Path.cwd()), error)
+        print(f"{parser.prog}: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
 
 
 def say(line: str) -> None:

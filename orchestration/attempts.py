@@ -47,8 +47,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def check_current(attempt: int, last: int, *, uri: str) -> None:
-    """Raises FencedError if the last attempt is a newer one; attempt 0 has no rival."""
-    if 0 < attempt < last:
+    """Raises FencedError if the last attempt is a newer one."""
+    if attempt < last:
         raise FencedError(
             f"{uri}: fenced. Attempt {attempt} was given up, and attempt {last} has taken over: "
             "nothing more is written here."

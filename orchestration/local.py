@@ -144,6 +144,7 @@ class _Here:
             self._results.keep(record)
 
     def _train(self, record: TrialRecord) -> None:
+        from cpfean.training.checkpoint import check_same_run
         from cpfean.training.loop import fit
 
         record.state, record.failure, record.message = "running", "", ""
@@ -152,7 +153,9 @@ class _Here:
             return
         name = "checkpoints" if self._plan.kind == "train" else f"train/{record.number:03d}"
         checkpoints = CheckpointFolder(str(self._folder.path / name))
-        newest = checkpoints.newest_valid()
+        newest = checkpoints.newest_valid(
+            fits=lambda state: check_same_run(state, record.experiment, self._plan.data_fingerprint)
+        )
         if newest is not None:
             self._say(f"resuming from {checkpoints.at(newest)}")
         fit(

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
 from orchestration.checkpoints import CheckpointFolder
+from orchestration.guard import Guarded
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
 from orchestration.search import Proposals, SearchSpace
@@ -419,7 +420,7 @@ class _Study:
                 early = tuner.EarlyStopping(grace=self._plan.grace, epochs=epochs)
             with self._signals():
                 tuner.run_trials(
-                    self,
+                    Guarded(self, folder=self._folder.path, give_up=self._give_up),
                     num_trials=self._num_open(),
                     resources=resources,
                     settings=self._settings,
@@ -548,6 +549,10 @@ class _Study:
 
     def _resume_line(self) -> str:
         return resume_line(self._plan)
+
+    def _give_up(self, error: CpfeanError) -> None:
+        self._error = self._error or error
+        self._interrupt_tune()
 
     def _interrupt_tune(self) -> None:
         # Tune stops in good order on SIGUSR1; an exception out of a callback would leave trials.

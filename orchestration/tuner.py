@@ -51,6 +51,7 @@ _CLASSES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str
     (NoMemoryError, "oom"),
     (StoppedError, "preempted"),
     (LostPartnerError, "infra"),
+    (ServiceError, "infra"),
     (CpfeanError, "config"),
     ((OutOfMemoryError, MemoryError), "oom"),
 )

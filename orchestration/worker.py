@@ -19,7 +19,7 @@ from orchestration.checkpoints import CheckpointFolder
 from orchestration.search import METRIC
 
 if TYPE_CHECKING:
-    from cpfean.training.checkpoint import Checkpoint
+    from cpfean.training.checkpoint import Checkpoint, TrainingState
     from cpfean.training.loop import EpochReport
 
 
@@ -84,6 +84,8 @@ def _train(
     from ray.train.torch import get_device
 
     from cpfean.data.sources import resolve_data
+    from cpfean.data.split import data_fingerprint
+    from cpfean.training.checkpoint import check_same_run
     from cpfean.training.loop import fit
 
     reporter.begun()
@@ -91,8 +93,13 @@ def _train(
     data_folder = resolve_data(config.data, cache_dir=cache_dir)
     folder = reporter.folder
     folder.check_shared()
+
+    def fits(state: TrainingState) -> None:
+        check_same_run(state, config, data_fingerprint(data_folder))
+
     # One looks for all: they must not go on from different epochs.
-    newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
+    newest = folder.newest_valid(fits=fits) if reporter.is_first else None
+    newest = broadcast_from_rank_zero(newest)
     with ExitStack() as stack:
         resume_from = None if newest is None else stack.enter_context(folder.opened(newest))
         result = fit(

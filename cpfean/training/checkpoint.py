@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from cpfean.training.sharding import like, whole_on_first
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,27 +111,26 @@ class Checkpoint:
     optimizer_groups: list[dict[str, Any]]
     tokenizer: CaptionTokenizer
 
-    def save(self, folder: Path, *, confirm: Callable[[], None] = lambda: None) -> None:
+    def save(self, folder: Path) -> None:
         """Writes the folder, its manifest last.
-
-        Args:
-            folder: made if absent.
-            confirm: called when all but the manifest is there; what it raises leaves it away.
 
         Raises:
             CheckpointError: the folder cannot be written, e.g. the disk is full; what was there
                 of it is no checkpoint.
         """
         try:
-            self._write(folder, confirm)
-        except OSError as error:
+            self._write(folder)
+        except Exception as error:
+            # safetensors and tokenizers tell of a full disk by errors of their own.
+            if not isinstance(error, OSError) and "(os error" not in str(error):
+                raise
             raise CheckpointError(
                 f"{folder}: the checkpoint of {self.state.moment} cannot be written: {error}."
             ) from error
 
-    def _write(self, folder: Path, confirm: Callable[[], None]) -> None:
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / _MANIFEST).unlink(missing_ok=True)
         save_file(self.weights, folder / "model.safetensors")
         save_file(self.moments, folder / "optimizer.safetensors")
         self.model.save_pretrained(folder / "best", state=self.best_weights or self.weights)
@@ -150,7 +149,6 @@ class Checkpoint:
             "optimizer_groups": self.optimizer_groups,
         }
         (folder / "state.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-        confirm()
         _write_manifest(folder)
 
 
@@ -265,7 +263,7 @@ def check_same_run(state: TrainingState, config: ExperimentConfig, data_fingerpr
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
 
 
 def _sha256(path: Path) -> str:
@@ -282,20 +280,20 @@ def _write_manifest(folder: Path) -> None:
             "size": path.stat().st_size,
             "sha256": _sha256(path),
         }
-    partial = folder / f"{MANIFEST}.partial"
+    partial = folder / f"{_MANIFEST}.partial"
     with partial.open("w", encoding="utf-8") as file:
         json.dump({"format": _FORMAT, "files": described}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
+    partial.replace(folder / _MANIFEST)
 
 
 def _verify(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder}: not a complete checkpoint, it has no {MANIFEST}.")
-    described = _read_json(folder / MANIFEST).get("files")
+    if not (folder / _MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint, it has no {_MANIFEST}.")
+    described = _read_json(folder / _MANIFEST).get("files")
     if not isinstance(described, dict) or "state.json" not in described:
-        raise CheckpointError(f"{folder / MANIFEST}: not a checkpoint's manifest.")
+        raise CheckpointError(f"{folder / _MANIFEST}: not a checkpoint's manifest.")
     for name, expected in described.items():
         path = folder / name
         if not path.is_file():

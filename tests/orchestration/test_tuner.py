@@ -106,6 +106,7 @@ def taken_away() -> RayActorError:
         (DataError("row 3"), "data"),
         (ConfigError("margin"), "config"),
         (CheckpointError("damaged"), "config"),
+        (ServiceError("disk full"), "infra"),
         (OutOfMemoryError("node"), "oom"),
         (MemoryError(), "oom"),
         (NoMemoryError("out of memory in epoch 1"), "oom"),
