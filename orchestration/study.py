@@ -61,6 +61,7 @@ class StudyPlan:
         base: configuration that the trials vary.
         trials: how many, if a space is searched.
         workers: data-parallel processes of each trial.
+        min_workers: with which a trial may go on when hosts are lost; 0: no fewer than `workers`.
         space: searched by Optuna; None runs `fixed`.
         fixed: trials to run as they are.
         grace: epochs before a trial may be stopped for being behind; 0 stops none.
@@ -80,6 +81,7 @@ class StudyPlan:
     data_folder: Path
     data_fingerprint: str
     trials: int
+    min_workers: int = 0
     space: SearchSpace | None = None
     fixed: tuple[TrialPlan, ...] = ()
     grace: int = 0
@@ -484,6 +486,10 @@ class _Study:
             )
             self._interrupt_tune()
 
+    def noted(self, number: int, line: str) -> None:
+        self._say(f"{self._records[number].name}: {line}")
+        self._clock.news()
+
     def tick(self) -> None:
         """Called about every second: says what is waited for, and ends what hangs."""
         if self._meter.is_due:
@@ -585,7 +591,10 @@ class _Study:
             if not cluster.is_local:
                 self._look_at_nodes()
             resources = tuner.share_out(
-                cluster, workers=self._plan.workers, trials=self._num_open()
+                cluster,
+                workers=self._plan.workers,
+                trials=self._num_open(),
+                min_workers=self._plan.min_workers,
             )
             where = (
                 "this machine" if cluster.is_local else f"the cluster at {self._settings.address}"

@@ -428,7 +428,7 @@ class Saved:
     """What a checkpoint leaves in its folder, as far as storage cares."""
 
     def __init__(self, epoch: int) -> None:
-        self.state = type("State", (), {"epoch": epoch})
+        self.state = SimpleNamespace(progress=(epoch, 0), epoch=epoch)
 
     def save(self, folder: Path) -> None:
         (folder / "weights").write_bytes(bytes(6 * 2**20))  # more than one part of an upload
