@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
-import textwrap
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import yaml
 
 from orchestration.schedule import Schedule
 from orchestration.tracking import open_store
-from tests.experiments.test_command_line import ROOT, call
+from tests.experiments.test_command_line import call
 from tests.orchestration.samples import TINY
 
 FLAGS = ["--config", "tiny.toml", "--in-process", "--only", "no_gcn", "--seeds", "2"]
@@ -153,20 +150,3 @@ def test_nothing_due_is_said(tiny: Path) -> None:
     done = call("schedule.py", "run", "--once", "--jobs", "http://127.0.0.1:9", cwd=tiny)
     assert done.returncode == 0
     assert done.stdout.endswith("nothing is due.\n")
-
-
-def test_the_examples_in_the_documents_are_commands_that_do_what_is_due_and_end(
-    tmp_path: Path,
-) -> None:
-    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    block = text.split("on Kubernetes", 1)[1].split("\n\n")[1]
-    cron = yaml.safe_load(textwrap.dedent(block))
-    assert (cron["kind"], cron["spec"]["concurrencyPolicy"]) == ("CronJob", "Forbid")
-    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    systemd = shlex.split(re.search(r"ExecStart=(.*)", text)[1])
-    for command in (container["command"], systemd):
-        script, *words = command[1:]
-        assert script == "experiments/schedule.py"
-        words[words.index("--output") + 1] = str(tmp_path / "runs")
-        done = call("schedule.py", *words, cwd=tmp_path)
-        assert (done.returncode, done.stdout.split("  ")[1]) == (0, "nothing is due.\n")
