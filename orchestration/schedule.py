@@ -404,7 +404,7 @@ class Schedule:
 
     @contextmanager
     def only_round(self, suite: str, slot: str, say: Callable[[str], None]) -> Iterator[bool]:
-        """Whether this process may run the round: no other of the suite runs. Notes how it ends.
+        """Whether this process may run the round, as no other of the suite runs; notes if not.
 
         The system lets go of the lock when the process that runs a round dies.
         """
