@@ -245,6 +245,11 @@ def _grows() -> bool | None:
         state = reply.autoscaling_state
         if state.pending_instance_requests or state.pending_instances:
             return True
+        # Those that an autoscaler starts know the machine that they are; where none does, this one
+        # only looks on, and cannot even tell that: parts of a resource, of which our trials have
+        # one, are an error in its own list of what there is.
+        if not any(node.instance_id for node in reply.cluster_resource_state.node_states):
+            return False
         cannot = state.infeasible_gang_resource_requests or state.infeasible_resource_requests
         return False if cannot else None
     status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
