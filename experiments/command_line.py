@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from experiments.baselines import BASELINES
+from orchestration.budget import Budget, Prices
 from orchestration.disks import cannot_write, is_disk_error
 from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
@@ -164,6 +165,65 @@ def add_comparison_flags(parser: Parser, *, seeds: int) -> None:
         action="store_true",
         help="one run after another in this process, without Ray",
     )
+
+
+def add_budget_flags(parser: Parser, *, limits: bool = True) -> None:
+    """The flags of what a study may take; limits are for studies of several trials."""
+    budget = parser.add_argument_group("what it takes")
+    budget.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say how long it takes, what it costs and what disk it needs, from a few steps that "
+        "are timed here; start nothing",
+    )
+    budget.add_argument(
+        "--prices",
+        metavar="FILE",
+        type=Path,
+        default=Path(__file__).with_name("prices.toml"),
+        help="dollars an hour of the nodes (default: experiments/prices.toml)",
+    )
+    if limits:
+        budget.add_argument(
+            "--max-hours",
+            metavar="H",
+            type=float,
+            help="begin no new trial after so many hours, all attempts together; those that run "
+            "are finished, and --resume with more goes on",
+        )
+        budget.add_argument(
+            "--max-cost", metavar="USD", type=float, help="the same in dollars of the whole cluster"
+        )
+
+
+def budget(arguments: argparse.Namespace) -> Budget:
+    """What the study may take.
+
+    Raises:
+        ConfigError: a limit that is none, or a file of prices that cannot be understood.
+    """
+    return Budget(
+        max_hours=getattr(arguments, "max_hours", None),
+        max_cost=getattr(arguments, "max_cost", None),
+        prices=Prices.read(arguments.prices),
+    )
+
+
+def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bool = False) -> int:
+    """Says what plans would take; fails as they would, where that can be known.
+
+    Raises:
+        ServiceError: no cluster, or no room for the checkpoints.
+    """
+    from orchestration.dry_run import dry_run
+    from orchestration.study import check_room_for_checkpoints
+
+    prices = plans[0].budget.prices
+    assert prices is not None
+    print("\n".join(dry_run(plans, where, in_process=in_process, prices=prices)), flush=True)
+    for plan in plans:
+        check_room_for_checkpoints(plan, where)
+    return 0
 
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
@@ -382,6 +442,7 @@ def comparison_plan(
     if arguments.in_process and workers > 1:
         raise ConfigError(f"--in-process is one process; got --workers {workers}.")
     config = configuration(arguments)
+    may_take = budget(arguments)
     where = settings(arguments)
     name = run_name(arguments, kind, where)
     folder, fingerprint = checked_data(config, where, num_regions=config.data.num_regions)
@@ -396,6 +457,7 @@ def comparison_plan(
         data_folder=folder,
         data_fingerprint=fingerprint,
         results=results,
+        budget=may_take,
     )
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
 

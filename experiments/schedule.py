@@ -208,6 +208,9 @@ def _checked(given: list[str]) -> None:
         if flag in given:
             raise ConfigError(f"{flag} is set by the schedule; leave it out of the flags.")
     asked = run_ablations.make_parser().parse_args(given)
+    if asked.dry_run:
+        raise ConfigError("--dry-run starts nothing; leave it out of the flags.")
+    command_line.budget(asked)
     command_line.chosen(asked.only, ABLATIONS, flag="--only", what="ablation")
     command_line.configuration(asked)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cpfean.checkpoints")
 
-_KEPT = 2  # should the newest be damaged, there is the one before it
+KEPT = 2  # should the newest be damaged, there is the one before it
 _MANIFEST = "manifest.json"
 
 
@@ -122,7 +122,7 @@ class CheckpointFolder:
         older = names[: names.index(name)]
         whole = [known for known in older if self._has_manifest(known)]
         for old in older:
-            if old not in whole[1 - _KEPT :]:
+            if old not in whole[1 - KEPT :]:
                 self._remove(old)
         return self.at(name)
 

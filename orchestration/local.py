@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean.errors import CpfeanError
+from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
     StudyPlan,
     StudyResult,
+    check_room_for_checkpoints,
     conclude,
     keep_model,
+    meter_of,
     opened_folder,
     planned_record,
     resume_line,
@@ -39,8 +42,11 @@ def run_here(
 
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan.
+        ServiceError: the checkpoints do not fit where they go.
         CpfeanError: what `fit` raises, if there is only one configuration.
     """
+    check_room_for_checkpoints(plan, settings)
+    plan.budget.check_prices([OTHER])
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
         tracker = _tracker(plan, settings, folder, say)
@@ -64,7 +70,9 @@ class _NoTracker:
 
     def update(self, record: TrialRecord) -> None: ...
 
-    def update_parent(self, state: str, metrics: Mapping[str, float]) -> None: ...
+    def update_parent(
+        self, state: str, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
+    ) -> None: ...
 
     def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
 
@@ -89,6 +97,11 @@ class _Here:
         self._tracker = tracker
         self._say = say
         self._results = plan.known_results(folder)
+        self._meter = meter_of(plan, folder)
+        prices = plan.budget.prices
+        if prices is not None and not prices.unknown([OTHER]):
+            self._meter.look(prices.hourly([OTHER]))
+        self._used_up = ""
         known = {record.number: record for record in folder.records()}
         self._records = [
             known.get(number) or planned_record(number, trial)
@@ -109,7 +122,9 @@ class _Here:
             self._say(f"stopped; go on with {resume_line(self._plan)}")
             raise
         finally:
-            self._tracker.update_parent(outcome, {})
+            self._count()
+            tags = {"cpfean.used_up": self._used_up or "no"}
+            self._tracker.update_parent(outcome, self._meter.metrics(), tags)
             if not self._tracker.close():
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
 
@@ -120,6 +135,8 @@ class _Here:
         # A training that failed is asked for again; in a study a failure is for good.
         if record.state == "finished" or (record.settled and self._plan.kind != "train"):
             self._write(record)
+            return
+        if self._is_used_up():
             return
         if len(self._records) > 1:
             self._say(f"{record.name}: run {record.number + 1} of {len(self._records)}")
@@ -162,7 +179,7 @@ class _Here:
             record.experiment,
             data_folder=self._plan.data_folder,
             cache_dir=self._settings.cache_dir,
-            reporter=_LocalReporter(record, self._write, checkpoints, self._say),
+            reporter=_LocalReporter(record, self._write_and_count, checkpoints, self._say),
             resume_from=None if newest is None else Path(checkpoints.at(newest)),
             device=this_device(),
         )
@@ -185,8 +202,29 @@ class _Here:
             self._test(best, self._folder.path / "best_model")
             self._write(best)
 
-        records = tuple(self._records)
-        return conclude(self._plan, self._folder, records, self._tracker, test=test)
+        records = tuple(record for record in self._records if record.state != "waiting")
+        return conclude(
+            self._plan, self._folder, records, self._tracker, test=test, used_up=self._used_up
+        )
+
+    def _is_used_up(self) -> bool:
+        """Whether the budget allows no further training; says so once."""
+        self._count()
+        phrase = self._plan.budget.used_up(
+            hours=self._meter.hours, dollars=self._meter.dollars or 0.0
+        )
+        if phrase and not self._used_up:
+            self._used_up = phrase
+            self._say(f"{phrase}: what is left is not begun.")
+        return bool(phrase)
+
+    def _count(self) -> None:
+        self._meter.look()
+        self._meter.save()
+
+    def _write_and_count(self, record: TrialRecord) -> None:
+        self._write(record)
+        self._count()
 
     def _write(self, record: TrialRecord) -> None:
         self._folder.write(record)

@@ -138,6 +138,12 @@ class RunFolder:
             )
 
     @property
+    def is_complete(self) -> bool:
+        """Whether it has come to its end, and not only to that of its budget."""
+        file = self.path / "summary.json"
+        return file.exists() and not (read_json(file) or {}).get("used_up")
+
+    @property
     def id(self) -> str:
         return read_json(self.identity_file)["id"]
 
@@ -197,7 +203,7 @@ class RunFolder:
             identity = read_json(file)
             # Tuning is half of a comparison: it is done with when that is.
             whole = file.parent.with_name(file.parent.name.removesuffix(TUNING))
-            if identity and identity.get("kind") in kinds and not (whole / "summary.json").exists():
+            if identity and identity.get("kind") in kinds and not RunFolder(whole).is_complete:
                 candidates.append((file.stat().st_mtime, file.parent))
         if not candidates:
             raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.")

@@ -136,11 +136,13 @@ class Tracker:
             self._pending[record.number] = _copy(record)
             self._changed.notify_all()
 
-    def update_parent(self, state: str, metrics: Mapping[str, float]) -> None:
+    def update_parent(
+        self, state: str, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
+    ) -> None:
         """Takes note of the state of the whole, and of numbers to show on it; returns at once."""
         if self._run.has_parent:
             with self._changed:
-                self._parent = _Update(state, dict(metrics))
+                self._parent = _Update(state, dict(metrics), dict(tags or {}))
                 self._changed.notify_all()
 
     def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None:
@@ -331,7 +333,9 @@ class Tracker:
             for name, value in update.metrics.items()
             if run.data.metrics.get(name) != value
         ]
-        self._log(self._parent_id, metrics=metrics, tags={"cpfean.state": update.state})
+        self._log(
+            self._parent_id, metrics=metrics, tags={**update.tags, "cpfean.state": update.state}
+        )
         self._set_status(self._parent_id, update.state)
         if update.state != "running":
             self._reap()
@@ -524,6 +528,7 @@ class _Update:
 
     state: str
     metrics: dict[str, float]
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

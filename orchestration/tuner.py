@@ -34,9 +34,11 @@ from cpfean.errors import (
     NoMemoryError,
     StoppedError,
 )
+from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
 from orchestration.records import TrialRecord
+from orchestration.room import Node, Room, places
 from orchestration.search import METRIC
 from orchestration.settings import ServiceError, Settings, prepare_environment
 
@@ -84,11 +86,13 @@ class Cluster:
     Attributes:
         cpus, gpus: of all nodes now.
         is_local: Ray was started by this process, on this machine.
+        nodes: that live now; without them all is taken to be one node.
     """
 
     cpus: int
     gpus: int
     is_local: bool
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +161,101 @@ def connect(settings: Settings) -> Cluster:
         cpus=int(total.get("CPU", 0)),
         gpus=int(total.get("GPU", 0)),
         is_local=settings.address is None,
+        nodes=_nodes(),
     )
+
+
+def this_machine() -> Cluster:
+    """What Ray would find here, without starting it."""
+    import torch
+
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return Cluster(cpus=cpus, gpus=gpus, is_local=True, nodes=(Node(cpus=cpus, gpus=gpus),))
+
+
+def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
+    """A cluster and its nodes' types; nothing is started on it.
+
+    Raises:
+        ServiceError: no cluster at the address.
+    """
+    settings.check_address()
+    try:
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        nodes = _nodes()
+        cluster = Cluster(
+            cpus=sum(node.cpus for node in nodes),
+            gpus=sum(node.gpus for node in nodes),
+            is_local=False,
+            nodes=nodes,
+        )
+        return cluster, node_types()
+    except Exception as error:  # Ray raises many kinds here
+        raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def _nodes() -> tuple[Node, ...]:
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(
+        Node(cpus=int(has.get("CPU", 0)), gpus=int(has.get("GPU", 0))) for has in resources
+    )
+
+
+def node_types() -> list[str]:
+    """The type of every node that lives, as the autoscaler's file calls it; none if Ray is gone."""
+    try:
+        labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    except Exception:  # Ray raises many kinds; what is lost is told elsewhere
+        return []
+    return [of.get("ray.io/node-group") or OTHER for of in labels]
+
+
+def room_for(resources: Resources) -> Room | None:
+    """A trial beside the cluster as it is now; None if the cluster does not answer."""
+    try:
+        nodes = _nodes()
+        room = Room(
+            workers=resources.min_workers or resources.workers,
+            cpus=resources.cpus,
+            use_gpu=resources.use_gpu,
+            nodes=nodes,
+            grows=_grows(),
+        )
+    except Exception:  # as above
+        return None
+    return room
+
+
+def _grows() -> bool | None:
+    """Whether the autoscaler adds nodes for what waits now; None if there is no telling.
+
+    A head that was started without an autoscaler's file has one that only looks on. Ray's second
+    autoscaler tells what it cannot give whatever it adds; the first one does not.
+    """
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        client = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
+        reply = GetClusterStatusReply()
+        reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+        state = reply.autoscaling_state
+        if state.pending_instance_requests or state.pending_instances:
+            return True
+        cannot = state.infeasible_gang_resource_requests or state.infeasible_resource_requests
+        return False if cannot else None
+    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+    report = status.get("autoscaler_report")
+    if not report:
+        return None
+    if report["pending_nodes"] or report["pending_launches"]:
+        return True
+    # Nodes that nobody described go by their own ids.
+    known = report["active_nodes"]
+    return False if known and all(name.startswith("node_") for name in known) else None
 
 
 def _check_actors_start() -> None:
@@ -193,7 +291,11 @@ def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int =
     concurrent = max(1, min(trials, there // workers))
     cpus = max(1, cluster.cpus // (workers * concurrent))
     if not cluster.is_local:
-        cpus = min(cpus, 8)  # nodes differ; a worker that asks for much may fit on none
+        cpus = min(cpus, 8)  # the nodes that join later may be smaller
+    # A worker is on one node: what all nodes have together is no measure of it.
+    fitting = min(workers * concurrent, places(cluster.nodes, cpus=1, use_gpu=use_gpu))
+    while cpus > 1 and places(cluster.nodes, cpus=cpus, use_gpu=use_gpu) < fitting:
+        cpus -= 1
     return Resources(
         workers=workers,
         cpus=cpus,

@@ -345,7 +345,7 @@ def _train_epoch(
             torch.manual_seed(_seed_of(config.seed, epoch, number, rank))
             batch = batch.to(device, non_blocking=on_gpu)
             optimizer.zero_grad(set_to_none=True)
-            with _autocast(config.optim.precision, device):
+            with autocast(config.optim.precision, device):
                 loss = step(batch, mining, in_batch)
             norm = find_gradients(step, loss, parameters, clip_norm=config.optim.clip_norm)
             optimizer.step()
@@ -410,9 +410,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _autocast(
+def autocast(
     precision: Literal["auto", "fp32", "bf16"], device: torch.device
 ) -> torch.autocast | nullcontext[None]:
+    """The types that a step computes in."""
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

@@ -8,7 +8,9 @@ import pytest
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
-from orchestration.records import RunFolder
+from orchestration.budget import SPENT, Budget, Price, Prices
+from orchestration.records import RunFolder, read_json
+from orchestration.room import Node, Room
 from orchestration.search import Range, SearchSpace
 from orchestration.settings import Settings
 from orchestration.study import (
@@ -27,7 +29,22 @@ SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1
 class NoTracker:
     """Takes everything, like a tracker that is away."""
 
+    def __init__(self) -> None:
+        self.parent: list[tuple[str, dict[str, float], dict[str, str]]] = []
+
+    def start(self) -> None: ...
+
     def update(self, record: Any) -> None: ...
+
+    def update_parent(
+        self, state: str, metrics: dict[str, float], tags: dict[str, str] | None = None
+    ) -> None:
+        self.parent.append((state, metrics, tags or {}))
+
+    def keep_files(self, files: list[Path], record: Any = None) -> None: ...
+
+    def close(self) -> bool:
+        return True
 
 
 class Driven(_Study):
@@ -43,7 +60,9 @@ class Driven(_Study):
         return self._error
 
 
-def study(tmp_path: Path, *, trials: int = 4, fixed: bool = False) -> tuple[Driven, list[str]]:
+def study(
+    tmp_path: Path, *, trials: int = 4, fixed: bool = False, budget: Budget | None = None
+) -> tuple[Driven, list[str]]:
     plans = tuple(
         TrialPlan(name=f"t{n}", overrides={"seed": n}, config=TINY.with_overrides({"seed": n}))
         for n in range(trials)
@@ -58,6 +77,7 @@ def study(tmp_path: Path, *, trials: int = 4, fixed: bool = False) -> tuple[Driv
         trials=trials,
         space=None if fixed else SPACE,
         fixed=plans if fixed else (),
+        budget=budget or Budget(),
     )
     folder = RunFolder(tmp_path / "s")
     if not folder.identity_file.exists():
@@ -185,6 +205,7 @@ class KeepsFiles(NoTracker):
     """Takes note of files."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.kept: list[tuple[list[Path], Any]] = []
 
     def keep_files(self, files: list[Path], record: Any = None) -> None:
@@ -221,3 +242,135 @@ def test_the_summary_tells_the_commit_at_the_start(
     study(tmp_path)
     folder = RunFolder(tmp_path / "s")
     assert summary(StudyResult(folder=folder.path, records=()))["commit"] == "at the start"
+
+
+def finish(driven: Driven, number: int) -> None:
+    report(driven, number, 10.0, 20.0, ended=True)
+    driven.ended(number, pruned=False)
+
+
+def one_dollar_an_hour() -> Prices:
+    return Prices(file=Path("p.toml"), nodes={"other": Price(dollars=1.0, on_demand=1.0)})
+
+
+@pytest.mark.parametrize("limit", ["max_hours", "max_cost"])
+def test_a_budget_that_is_used_up_begins_no_new_trial_and_lets_the_running_ones_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(Driven, "_test", lambda self, best: None)
+    budget = Budget(**{limit: 0.1}, prices=one_dollar_an_hour())
+    driven, said = study(tmp_path, budget=budget)
+    driven.tick()
+    first, second = begin(driven), begin(driven)
+    now = 0.099 * 3600
+    driven.tick()
+    finish(driven, first)
+    third = begin(driven)
+    now = 0.101 * 3600
+    driven.tick()
+    assert not driven.interrupted
+    assert driven.next_trial() is None
+    assert f"--{limit.replace('_', '-')} 0.1 is used up" in said[-1]
+    assert "1 trial(s) are not begun, 2 running go on" in said[-1]
+    assert driven.next_trial() is None
+    assert sum("is used up" in line for line in said) == 1
+    finish(driven, second)
+    finish(driven, third)
+    result = driven._conclude()
+    driven._close("finished")
+    assert result.exit_code == 0
+    assert "a larger limit goes on with `sweep.py --resume --name s`" in result.used_up
+    assert [record.state for record in result.records] == ["finished"] * 3
+
+    # The records and the tracker's parent tell of it; `--resume` without a name finds the study.
+    assert (read_json(tmp_path / "s" / "summary.json"))["used_up"] == result.used_up
+    assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "s"
+    (_, metrics, tags) = driven._tracker.parent[-1]
+    assert metrics["study/hours"] == pytest.approx(0.101)
+    assert metrics["study/cost"] == pytest.approx(0.101)
+    assert "is used up" in tags["cpfean.used_up"]
+
+
+def test_a_used_up_study_goes_on_with_a_larger_limit_and_counts_what_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(Driven, "_test", lambda self, best: None)
+    first, _ = study(tmp_path, trials=2, budget=Budget(max_hours=1.0))
+    finish(first, begin(first))
+    cut_off = begin(first)
+    report(first, cut_off, 5.0)
+    now = 3600.0
+    assert first.next_trial() is None  # both are begun: nothing is kept from anybody
+    assert first._used_up == ""
+    first._close("interrupted")
+    assert read_json(tmp_path / "s" / SPENT)["seconds"] == 3600.0
+
+    now = 1e6  # another process, another day
+    second, said = study(tmp_path, trials=2, budget=Budget(max_hours=1.0))
+    result = second.run()  # ends without Ray: no trial may be begun, the cut-off one neither
+    assert "1 trial(s) are not begun" in said[-1]
+    assert [record.state for record in result.records] == ["finished", "interrupted"]
+    assert result.used_up
+
+    third, _ = study(tmp_path, trials=2, budget=Budget(max_hours=1.5))
+    now += 0.4 * 3600
+    again = third.next_trial()
+    assert again is not None
+    assert again.number == cut_off
+    third.started(cut_off)
+    finish(third, cut_off)
+    result = third._conclude()
+    third._close("finished")
+    assert result.used_up == ""
+    assert third._tracker.parent[-1][2] == {"cpfean.used_up": "no"}
+    assert third._tracker.parent[-1][1]["study/hours"] == pytest.approx(1.4)
+    with pytest.raises(CpfeanError, match="nothing to resume"):
+        RunFolder.newest_unfinished(tmp_path, "sweep")
+
+
+def room(driven: Driven, *, workers: int, grows: bool | None) -> None:
+    there = Room(workers=workers, cpus=1, use_gpu=False, nodes=[Node(cpus=2, gpus=0)], grows=grows)
+    driven._room = lambda: there
+
+
+@pytest.mark.parametrize(
+    ("workers", "grows", "begun", "ends"),
+    [
+        (4, False, False, True),
+        (4, None, False, False),  # nobody can tell
+        (4, True, False, False),
+        (2, False, False, False),  # others are in the way
+        (4, False, True, False),  # a lost node may come back
+    ],
+)
+def test_what_can_never_fit_is_told_with_its_numbers_after_a_minute_and_ended(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    grows: bool | None,
+    begun: bool,
+    ends: bool,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    driven, said = study(tmp_path)
+    room(driven, workers=workers, grows=grows)
+    number = begin(driven)
+    if begun:
+        driven.begun(number)
+    now = 59.0
+    driven.tick()
+    assert not driven.interrupted
+    now = 61.0
+    driven.tick()
+    assert f"asked for: {workers} worker(s) of 1 CPU(s)" in said[-1]
+    assert "1 node(s) with 2 CPUs and 0 GPUs, room for 2" in said[-1]
+    assert driven.interrupted == ends
+    if ends:
+        assert driven.error is not None
+        assert driven.error.exit_code == 5
+        assert "Lower --workers" in str(driven.error)
