@@ -217,7 +217,7 @@ def room_for(resources: Resources) -> Room | None:
     try:
         nodes = _nodes()
         room = Room(
-            workers=resources.workers,
+            workers=resources.min_workers or resources.workers,
             cpus=resources.cpus,
             use_gpu=resources.use_gpu,
             nodes=nodes,
