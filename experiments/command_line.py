@@ -116,6 +116,12 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
     where = parser.add_argument_group("where, and under which name")
     where.add_argument("--workers", metavar="N", type=int, default=workers, help=workers_help)
     where.add_argument(
+        "--min-workers",
+        metavar="N",
+        type=int,
+        help="go on with as few as that where hosts are lost (default: --workers)",
+    )
+    where.add_argument(
         "--address",
         metavar="HOST:PORT",
         help='a running Ray cluster; "local" uses this machine alone (default: RAY_ADDRESS, else '
@@ -325,6 +331,22 @@ def positive(value: int, flag: str, *, least: int = 1) -> int:
     return value
 
 
+def fewest_workers(arguments: argparse.Namespace) -> int:
+    """What --min-workers asks for; 0 where it does not.
+
+    Raises:
+        ConfigError: more than --workers.
+    """
+    if arguments.min_workers is None:
+        return 0
+    fewest = positive(arguments.min_workers, "--min-workers")
+    if fewest > arguments.workers:
+        raise ConfigError(
+            f"--min-workers must be at most --workers, {arguments.workers}; got {fewest}."
+        )
+    return fewest
+
+
 def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
     """The name given, or of the newest unfinished run for a resume, or one made of the date.
 
@@ -440,6 +462,7 @@ def comparison_plan(
         base=config,
         trials=0,
         workers=workers,
+        min_workers=fewest_workers(arguments),
         data_folder=folder,
         data_fingerprint=fingerprint,
         results=results,

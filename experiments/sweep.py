@@ -73,6 +73,7 @@ def body(arguments: argparse.Namespace) -> int:
         base=config,
         trials=trials,
         workers=workers,
+        min_workers=command_line.fewest_workers(arguments),
         space=space,
         # The epoch after the warm-up is no guide yet; of a few epochs all are needed to judge.
         grace=max(3, epochs // 4) if epochs >= 4 else 0,

@@ -48,6 +48,7 @@ def body(arguments: argparse.Namespace) -> int:
         base=config,
         trials=1,
         workers=workers,
+        min_workers=command_line.fewest_workers(arguments),
         fixed=(TrialPlan(name=name, overrides={}, config=config),),
         data_folder=folder,
         data_fingerprint=fingerprint,

@@ -148,6 +148,7 @@ class Meter:
         self._clock = clock
         self._last = self._saved = clock()
         self._rate: float | None = None
+        self._unpriced = 0.0
         own = _spent(file)
         self._seconds, self._dollars = own["seconds"], own["dollars"]
         self._before = [_spent(other) for other in before]
@@ -176,14 +177,17 @@ class Meter:
         """Counts the time since the last look.
 
         Args:
-            hourly: dollars an hour of what is held, from then on; None: as before.
+            hourly: dollars an hour of what is held since then; None: as before. What this attempt
+                took before the first price is known costs that one.
         """
         now = self._clock()
         self._rate = self._rate if hourly is None else hourly
         passed, self._last = now - self._last, now
         self._seconds += passed
+        self._unpriced += passed
         if self._rate is not None:
-            self._dollars = (self._dollars or 0.0) + passed / 3600 * self._rate
+            self._dollars = (self._dollars or 0.0) + self._unpriced / 3600 * self._rate
+            self._unpriced = 0.0
 
     def save(self) -> None:
         """Writes what was counted, if it can be written: a full disk ends no study by this."""

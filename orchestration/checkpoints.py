@@ -1,6 +1,8 @@
 """The checkpoints of one trial, in a folder that every node reaches: local, shared or an S3 URL.
 
-<folder>/epoch-0004    what `cpfean.training.checkpoint` writes; the newest two are kept
+<folder>/epoch-0004    what `cpfean.training.checkpoint` writes; the newest two are kept; for other
+                       names see `orchestration.attempts`
+<folder>/attempt       number of the last attempt at the trial
 
 A checkpoint appears as a whole: in a folder by being renamed, in an object store by its manifest,
 which is sent last and looked for first. What is there is not removed before that.
@@ -19,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cpfean.errors import CheckpointError, ConfigError
+from orchestration.attempts import MARKER, check_current, in_order, name_of
 from orchestration.disks import cannot_write
 from orchestration.storage import Storage
 
@@ -36,9 +39,11 @@ class CheckpointFolder:
 
     Args:
         uri: an absolute path, or a URL that fsspec knows.
+        attempt: which one of the trial saves; 0 is where there never is another.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, attempt: int = 0) -> None:
+        self.attempt = attempt
         self.uri = uri.rstrip("/")
         path = self.uri.removeprefix("file://")
         self._path = Path(path)
@@ -60,6 +65,41 @@ class CheckpointFolder:
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
+    def new_attempt(self) -> int:
+        """Registers the trial's next attempt, which ends all those before; returns its number.
+
+        Raises:
+            ServiceError: it cannot be written.
+        """
+        attempt = self._last_attempt() + 1
+        with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
+            marker = (Path(temporary) if self._store else self._path) / f"{MARKER}.partial"
+            try:
+                marker.write_text(str(attempt), encoding="utf-8")
+                if self._store is None:
+                    marker.replace(self._path / MARKER)
+                else:
+                    self._store.put(marker, MARKER)
+            except OSError as error:
+                raise cannot_write(marker, error) from error
+        return attempt
+
+    def check_current(self) -> None:
+        """Raises FencedError once a newer attempt has been registered."""
+        if self.attempt:
+            check_current(self.attempt, self._last_attempt(), uri=self.uri)
+
+    def _last_attempt(self) -> int:
+        try:
+            if self._store is None:
+                return int((self._path / MARKER).read_text(encoding="utf-8"))
+            with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
+                marker = Path(temporary) / MARKER
+                self._store.get(MARKER, marker)
+                return int(marker.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return 0
+
     def check_shared(self) -> None:
         """Raises ConfigError on a node that does not see the folder the driver has made."""
         if self._store is None and not self._path.is_dir():
@@ -73,13 +113,17 @@ class CheckpointFolder:
 
         Raises:
             ServiceError: it cannot be written; the older ones are still there.
+            FencedError: a newer attempt has taken over.
         """
-        name = f"epoch-{checkpoint.state.epoch:04d}"
+        name = name_of(checkpoint.state.progress, attempt=self.attempt)
+        self.check_current()
         if self._store is None:
             self._write(checkpoint, name)
         else:
             self._upload(checkpoint, name, self._store)
-        older = [known for known in self.names() if known < name]
+        self.check_current()
+        names = self.names()
+        older = names[: names.index(name)]
         whole = [known for known in older if self._has_manifest(known)]
         for old in older:
             if old not in whole[1 - KEPT :]:
@@ -93,8 +137,8 @@ class CheckpointFolder:
     def names(self) -> list[str]:
         """All checkpoints, oldest first, damaged ones included."""
         if self._store is None:
-            return sorted(path.name for path in self._path.glob("epoch-*"))
-        return [name for name in self._store.folders() if name.startswith("epoch-")]
+            return in_order(path.name for path in self._path.glob("epoch-*"))
+        return in_order(self._store.folders())
 
     def newest_valid(self, *, fits: Callable[[TrainingState], None] | None = None) -> str | None:
         """The name of the newest complete checkpoint; what is passed over is logged.
@@ -146,12 +190,14 @@ class CheckpointFolder:
         partial = self._path / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
             checkpoint.save(partial)
+            self.check_current()
             if (self._path / name).exists():  # from an attempt that had come further
                 (self._path / name).rename(partial.with_suffix(".old"))
             partial.rename(self._path / name)
             shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
         except (OSError, CheckpointError) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            self.check_current()  # a newer attempt takes what it finds unfinished for a leftover
             raise cannot_write(self._path / name, error, needed=_size(checkpoint)) from error
 
     def _upload(self, checkpoint: Checkpoint, name: str, store: Storage) -> None:
@@ -167,6 +213,7 @@ class CheckpointFolder:
                 relative = file.relative_to(folder).as_posix()
                 if relative != _MANIFEST:
                     store.put(file, f"{name}/{relative}")
+            self.check_current()
             store.put(folder / _MANIFEST, manifest)
 
     def _download(self, name: str, folder: Path, store: Storage) -> None:
@@ -210,10 +257,6 @@ def _described(manifest: Path) -> dict[str, int]:
 
 def _size(checkpoint: Checkpoint) -> int:
     """Bytes of its tensors; the rest is small."""
-    moments = checkpoint.optimizer.state_dict()["state"].values()
-    tensors = [
-        *checkpoint.model.own_state().values(),
-        *checkpoint.best_weights.values(),
-        *(tensor for each in moments for tensor in each.values()),
-    ]
+    parts = (checkpoint.weights, checkpoint.best_weights, checkpoint.moments)
+    tensors = [tensor for part in parts for tensor in part.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

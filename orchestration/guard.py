@@ -49,6 +49,9 @@ class Guarded:
     def failed(self, number: int, failure: str, message: str) -> None:
         self._guarded(self._hooks.failed, number, failure, message)
 
+    def noted(self, number: int, line: str) -> None:
+        self._guarded(self._hooks.noted, number, line)
+
     def tick(self) -> None:
         self._guarded(self._hooks.tick)
 

@@ -61,6 +61,7 @@ class StudyPlan:
         base: configuration that the trials vary.
         trials: how many, if a space is searched.
         workers: data-parallel processes of each trial.
+        min_workers: with which a trial may go on when hosts are lost; 0: no fewer than `workers`.
         space: searched by Optuna; None runs `fixed`.
         fixed: trials to run as they are.
         grace: epochs before a trial may be stopped for being behind; 0 stops none.
@@ -80,6 +81,7 @@ class StudyPlan:
     data_folder: Path
     data_fingerprint: str
     trials: int
+    min_workers: int = 0
     space: SearchSpace | None = None
     fixed: tuple[TrialPlan, ...] = ()
     grace: int = 0
@@ -355,8 +357,7 @@ class _Study:
         self._failures: list[tuple[str, str]] = []
         self._drift = drift
         self._known_nodes: set[str] = set()
-        self._next_look = 0.0
-        self._looks_in_vain = 0
+        self._left_cluster = threading.Event()
         self._signal = 0
         self._told_to_stop = 0.0
         self._closing = threading.Lock()
@@ -484,15 +485,14 @@ class _Study:
             )
             self._interrupt_tune()
 
+    def noted(self, number: int, line: str) -> None:
+        self._say(f"{self._records[number].name}: {line}")
+        self._clock.news()
+
     def tick(self) -> None:
         """Called about every second: says what is waited for, and ends what hangs."""
         if self._meter.is_due:
             self._count()
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _LOOK_SECONDS
-            self._looks_in_vain = 0 if self._head_answers() else self._looks_in_vain + 1
-            if self._looks_in_vain >= _LOOKS:
-                self._give_up_cluster()
         silent = self._clock.silent
         if silent > self._clock.next_notice:
             self._clock.next_notice *= 2
@@ -517,6 +517,20 @@ class _Study:
                 f"far is recorded; see `ray status`, then {self._resume_line()}"
             )
             self._interrupt_tune()
+
+    def _watch_head(self) -> None:
+        """Ends the study when the head of the cluster is gone; runs in a thread of its own.
+
+        The main thread hangs in Ray then, which ends the process after a minute without a word.
+        """
+        in_vain = 0
+        while not self._left_cluster.wait(_LOOK_SECONDS):
+            in_vain = 0 if self._head_answers() else in_vain + 1
+            if in_vain == _LOOKS:
+                self._give_up_cluster()
+                if not self._left_cluster.wait(_STOP_SECONDS):
+                    self._leave()
+                return
 
     def _head_answers(self) -> bool:
         try:
@@ -583,9 +597,13 @@ class _Study:
         cluster = tuner.connect(self._settings)
         try:
             if not cluster.is_local:
+                threading.Thread(target=self._watch_head, name="head", daemon=True).start()
                 self._look_at_nodes()
             resources = tuner.share_out(
-                cluster, workers=self._plan.workers, trials=self._num_open()
+                cluster,
+                workers=self._plan.workers,
+                trials=self._num_open(),
+                min_workers=self._plan.min_workers,
             )
             where = (
                 "this machine" if cluster.is_local else f"the cluster at {self._settings.address}"
@@ -627,6 +645,7 @@ class _Study:
             self._give_up_cluster()
         finally:
             tuner.disconnect()
+            self._left_cluster.set()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # Tune leaves its own
         if self._error is not None:
@@ -702,7 +721,7 @@ class _Study:
             device=this_device(),
         )
 
-    def _close(self, outcome: State) -> None:
+    def _close(self, outcome: State, *, seconds: float = 60.0) -> None:
         self._closing.acquire()  # for good: nothing may be written after it
         for record in self._records.values():
             if record.state == "running":
@@ -721,7 +740,6 @@ class _Study:
         if self._drift:
             tags["cpfean.drift"] = self._drift
         self._tracker.update_parent(outcome, metrics | self._meter.metrics(), tags)
-        seconds = 60.0
         if outcome == "interrupted":
             waited = time.monotonic() - self._told_to_stop if self._signal else 0.0
             seconds = max(0.0, STOPPED_SECONDS - waited)
@@ -820,11 +838,16 @@ class _Study:
         self._interrupt_tune()
 
     def _leave(self) -> None:
-        """Ends the process although Tune or Ray has not ended; without it they go as well."""
-        if not self._closing.locked():
-            self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
-            self._close("interrupted")
-            os._exit(128 + self._signal)
+        """Ends the process from another thread, as the main thread hangs in Ray."""
+        if self._closing.locked():
+            return
+        if self._error is not None:
+            self._say(str(self._error))
+            self._close("failed", seconds=STOPPED_SECONDS)
+            os._exit(self._error.exit_code)
+        self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
+        self._close("interrupted")
+        os._exit(128 + self._signal)
 
     def _give_up(self, error: CpfeanError) -> None:
         self._error = self._error or error

@@ -333,9 +333,8 @@ class Tracker:
             for name, value in update.metrics.items()
             if run.data.metrics.get(name) != value
         ]
-        self._log(
-            self._parent_id, metrics=metrics, tags={**update.tags, "cpfean.state": update.state}
-        )
+        tags = {"cpfean.state": update.state} | update.tags
+        self._log(self._parent_id, metrics=metrics, tags=tags)
         self._set_status(self._parent_id, update.state)
         if update.state != "running":
             self._reap()

@@ -110,21 +110,21 @@ def test_hours_and_dollars_add_up_over_attempts_and_prices(tmp_path: Path) -> No
     first.look()
     assert (first.hours, first.dollars) == (1.0, None)  # no price was known
     clock.now += 3600
-    first.look(2.0)  # the nodes that are there now
+    first.look(2.0)  # the nodes that are there now, and were from the start
     clock.now += 1800
     first.look(4.0)
     assert first.hours == pytest.approx(2.5)
-    assert first.dollars == pytest.approx(2.0 + 2.0)
+    assert first.dollars == pytest.approx(2 * 2.0 + 0.5 * 4.0)
     first.save()
     clock.now += 3600  # after the driver was killed nothing is counted
 
     second = Meter(tmp_path / SPENT, clock=clock)
-    assert (second.hours, second.dollars) == (pytest.approx(2.5), pytest.approx(4.0))
+    assert (second.hours, second.dollars) == (pytest.approx(2.5), pytest.approx(6.0))
     clock.now += 1800
     second.look(1.0)
     assert second.metrics() == {
         "study/hours": pytest.approx(3.0),
-        "study/cost": pytest.approx(4.5),
+        "study/cost": pytest.approx(6.5),
     }
 
 

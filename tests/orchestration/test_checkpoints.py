@@ -1,11 +1,18 @@
 """Checkpoints in a folder of this machine, and in an object store; both fail now and then."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
@@ -15,6 +22,7 @@ from cpfean.data.sources import resolve_data
 from cpfean.errors import ConfigError
 from cpfean.training.checkpoint import Checkpoint, TrainingState, check_same_run, read_state
 from cpfean.training.loop import EpochReport, fit
+from orchestration.attempts import FencedError
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.local import run_here
 from orchestration.settings import ServiceError, Settings
@@ -242,3 +250,118 @@ def test_a_node_that_does_not_see_the_folder_is_told_what_to_set(tmp_path: Path)
     folder.create()
     folder.check_shared()
     CheckpointFolder(REMOTE).check_shared()
+
+
+class Instant:
+    """A checkpoint that is written at once, or in which something happens before its end."""
+
+    def __init__(
+        self, epoch: int, *, steps: int = 0, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        self.state = SimpleNamespace(progress=(epoch, steps), epoch=epoch)
+        self.weights: dict[str, torch.Tensor] = {}
+        self.best_weights = self.moments = self.weights
+        self.meanwhile = meanwhile
+
+    def save(self, folder: Path) -> None:
+        (folder / "best").mkdir(parents=True)
+        (folder / "best" / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("weights")
+        self.meanwhile()
+        (folder / "manifest.json").write_text("{}")
+
+
+@pytest.fixture(params=["local", "remote"])
+def attempt(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], CheckpointFolder]:
+    """Registers a trial's next attempt; gives its view of the folder."""
+    uri = str(tmp_path / "trial") if request.param == "local" else REMOTE
+    fsspec.filesystem("memory").store.clear()
+    first = CheckpointFolder(uri)
+    first.create()
+
+    def register() -> CheckpointFolder:
+        return CheckpointFolder(uri, attempt=first.new_attempt())
+
+    return register
+
+
+def test_workers_that_were_given_up_and_come_back_write_nothing_more(
+    attempt: Callable[[], CheckpointFolder],
+) -> None:
+    old = attempt()
+    saved: Any = [Instant(epoch) for epoch in (1, 2)]
+    for checkpoint in saved:
+        old.save(checkpoint)
+    taken_over: list[CheckpointFolder] = []
+
+    def new_attempt_does_three_epochs() -> None:
+        taken_over.append(attempt())
+        for epoch in (3, 4, 5):
+            again: Any = Instant(epoch)
+            taken_over[0].save(again)
+
+    # Stopped in the middle of writing, and continued long after.
+    interrupted: Any = Instant(3, meanwhile=new_attempt_does_three_epochs)
+    with pytest.raises(FencedError, match=r"fenced\. Attempt 1 .* attempt 2 has taken over"):
+        old.save(interrupted)
+    with pytest.raises(FencedError):
+        old.save(saved[0])
+    (new,) = taken_over
+    complete = [name for name in new.names() if new._has_manifest(name)]
+    assert complete == ["epoch-0004.2", "epoch-0005.2"]
+
+
+FENCED = 7
+
+
+def save_and_freeze_meanwhile(uri: str) -> None:
+    """A worker of the first attempt, whose host stops in the middle of a checkpoint."""
+    frozen: Any = Instant(3, meanwhile=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    try:
+        CheckpointFolder(uri, attempt=1).save(frozen)
+    except FencedError:
+        sys.exit(FENCED)
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_frozen_and_thaws_after_the_retry_is_fenced(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path / "trial"))
+    folder.create()
+    assert folder.new_attempt() == 1
+    worker = multiprocessing.get_context("spawn").Process(
+        target=save_and_freeze_meanwhile, args=(folder.uri,)
+    )
+    worker.start()
+    try:
+        # Behind the name, in brackets, comes the state; T is stopped.
+        stat = Path(f"/proc/{worker.pid}/stat")
+        deadline = time.monotonic() + 60
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, "the worker has not come to its checkpoint"
+            time.sleep(0.05)
+        again: Any = Instant(3)
+        CheckpointFolder(folder.uri, attempt=folder.new_attempt()).save(again)
+        os.kill(worker.pid or 0, signal.SIGCONT)
+        worker.join(60)
+        assert worker.exitcode == FENCED
+    finally:
+        worker.kill()
+    assert [name for name in folder.names() if folder._has_manifest(name)] == ["epoch-0003.2"]
+
+
+def test_a_moment_in_an_epoch_is_newer_than_its_beginning_whichever_attempt_saved_it(
+    attempt: Callable[[], CheckpointFolder],
+) -> None:
+    first = attempt()
+    whole, part = Instant(9), Instant(9, steps=120)
+    moments: list[Any] = [whole, part]
+    for checkpoint in moments:
+        first.save(checkpoint)
+    assert first.names() == ["epoch-0009", "epoch-0009-000120"]
+    second = attempt()
+    later: Any = Instant(9, steps=200)
+    second.save(later)
+    assert second.names() == ["epoch-0009-000120", "epoch-0009-000200.2"]
+    end: Any = Instant(10)
+    second.save(end)
+    assert second.names() == ["epoch-0009-000200.2", "epoch-0010.2"]

@@ -33,7 +33,7 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
     }
     of_head = mine | {"RAY_NODE_TYPE_NAME": "gpu-worker"}
     if request.param == "second":
-        of_head |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "one"}
+        of_head |= {"RAY_enable_autoscaler_v2": "1"}
     words = ["start", "--head", f"--port={port}", "--num-cpus=1", "--num-gpus=0", "--block"]
     words += ["--include-dashboard=false", "--object-store-memory=100000000"]
     with (tmp_path / "head.log").open("wb") as log:

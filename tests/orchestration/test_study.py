@@ -333,37 +333,45 @@ def test_nodes_that_come_later_with_other_versions_are_refused_unless_allowed(
         assert second != first
 
 
+@pytest.mark.parametrize("tune_ends", [True, False])
 def test_a_head_that_is_lost_ends_the_study_and_fails_no_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune_ends: bool
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr("orchestration.study._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("orchestration.study._STOP_SECONDS", 0.01)
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise SystemExit  # which ends the thread
+
+    monkeypatch.setattr(os, "_exit", leave)
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
-        driven, _ = study(tmp_path, address=address)
+        driven, said = study(tmp_path, address=address)
         first, second = begin(driven), begin(driven)
         driven.failed(first, "infra", "the worker was lost")  # which happens
-        assert RunFolder(tmp_path / "s").records()[first].state == "failed"
-        for _ in range(10):
-            now += 10
-            driven.tick()
+        watch = threading.Thread(target=driven._watch_head)
+        watch.start()
+        for _ in range(3):
+            head.accept()[0].close()
+        assert watch.is_alive()
         assert not driven.interrupted
-    now += 10
-    driven.tick()
-    assert not driven.interrupted  # it may come back
     driven.failed(second, "infra", "the worker was lost")
+    if tune_ends:
+        driven._left_cluster.set()
+    else:
+        driven._tracker = NoTracker()  # type: ignore[assignment]
+    watch.join(timeout=60)
+    assert not watch.is_alive()
     assert driven.interrupted
-    assert RunFolder(tmp_path / "s").records()[second].state == "running"
     assert isinstance(driven.error, ServiceError)
-    for said in (address, "sweep.py --resume --name s"):
-        assert said in str(driven.error)
-
-    again, _ = study(tmp_path, address=address)
-    for _ in range(3):
-        assert not again.interrupted
-        now += 10
-        again.tick()
-    assert again.interrupted
+    for words in (address, "sweep.py --resume --name s"):
+        assert words in str(driven.error)
+    states = [record.state for record in RunFolder(tmp_path / "s").records()]
+    assert states == ["failed", "running" if tune_ends else "interrupted"]
+    assert codes == ([] if tune_ends else [5])
+    assert (str(driven.error) in said) != tune_ends
 
 
 @pytest.mark.parametrize("messages", [("a", "b", "a"), ("a", "a", None)])

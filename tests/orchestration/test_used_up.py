@@ -16,7 +16,7 @@ from tests.orchestration.samples import TINY
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIALS, HOURS = 60, 0.02
+TRIALS, HOURS = 600, 0.012
 
 
 def sweep(home: Path, *words: str) -> subprocess.CompletedProcess:
