@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install sweep test lint clean
+.PHONY: help install sweep test lint moto clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,8 +31,12 @@ lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+moto:  ## Make .venv-moto, an S3 server for the tests that store objects; without it they are skipped
+	"$(PYTHON)" -m venv .venv-moto
+	.venv-moto/bin/python -m pip install --quiet 'moto[server]>=5'
+
 clean:  ## Remove .venv and the caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-moto build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last, so that a broken installation is never taken for a finished one.
 $(STAMP): pyproject.toml constraints.txt

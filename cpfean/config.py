@@ -340,6 +340,8 @@ class OptimConfig(_Part):
         clip_norm: largest norm of the gradient.
         patience: stop after so many epochs without a better rSum; 0 never stops early.
         precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 elsewhere.
+        sharding: "none" keeps all weights, gradients and moments on every worker; "full" spreads
+            them over the workers, for text encoders that do not fit. The results are the same.
     """
 
     _prefix: typing.ClassVar[str] = "optim"
@@ -354,6 +356,7 @@ class OptimConfig(_Part):
     clip_norm: float = 2.0
     patience: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    sharding: Literal["none", "full"] = "none"
 
     def _validate(self) -> None:
         self._need(self.epochs >= 1, "epochs", "at least 1")

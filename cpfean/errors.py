@@ -33,3 +33,21 @@ class DivergedError(CpfeanError):
     """A loss or a score that is not a finite number."""
 
     exit_code = 4
+
+
+class StoppedError(CpfeanError):
+    """A training that was asked to stop, and has saved how far it is."""
+
+    exit_code = 5
+
+
+class NoMemoryError(CpfeanError):
+    """A training that needs more memory than there is."""
+
+    exit_code = 4
+
+
+class LostPartnerError(CpfeanError):
+    """A process that waited for another one in vain."""
+
+    exit_code = 5

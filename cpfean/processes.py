@@ -5,10 +5,14 @@ Without an initialised process group there is one process, and nothing here comm
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from cpfean.errors import LostPartnerError
 
 
 def place() -> tuple[int, int]:
@@ -16,6 +20,30 @@ def place() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def partners_watched(*, where: str) -> Iterator[None]:
+    """Tells a process that others are lost from one that has failed itself.
+
+    Args:
+        where: this process's host.
+
+    Raises:
+        LostPartnerError: another process ended, or did not answer within the time-out of the
+            group.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no exception of its own.
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        rank, world_size = place()
+        raise LostPartnerError(
+            f"rank {rank} of {world_size} on {where}: another process ended or did not answer in "
+            f"time: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def share(total: int, *, rank: int, world_size: int) -> tuple[int, int]:

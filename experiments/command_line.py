@@ -14,6 +14,8 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from experiments.baselines import BASELINES
+from orchestration.budget import Budget, Prices
+from orchestration.disks import cannot_write, is_disk_error
 from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, prepare_environment
@@ -114,6 +116,12 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
     where = parser.add_argument_group("where, and under which name")
     where.add_argument("--workers", metavar="N", type=int, default=workers, help=workers_help)
     where.add_argument(
+        "--min-workers",
+        metavar="N",
+        type=int,
+        help="go on with as few as that where hosts are lost (default: --workers)",
+    )
+    where.add_argument(
         "--address",
         metavar="HOST:PORT",
         help='a running Ray cluster; "local" uses this machine alone (default: RAY_ADDRESS, else '
@@ -166,6 +174,65 @@ def add_comparison_flags(parser: Parser, *, seeds: int) -> None:
     )
 
 
+def add_budget_flags(parser: Parser, *, limits: bool = True) -> None:
+    """The flags of what a study may take; limits are for studies of several trials."""
+    budget = parser.add_argument_group("what it takes")
+    budget.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say how long it takes, what it costs and what disk it needs, from a few steps that "
+        "are timed here; start nothing",
+    )
+    budget.add_argument(
+        "--prices",
+        metavar="FILE",
+        type=Path,
+        default=Path(__file__).with_name("prices.toml"),
+        help="dollars an hour of the nodes (default: experiments/prices.toml)",
+    )
+    if limits:
+        budget.add_argument(
+            "--max-hours",
+            metavar="H",
+            type=float,
+            help="begin no new trial after so many hours, all attempts together; those that run "
+            "are finished, and --resume with more goes on",
+        )
+        budget.add_argument(
+            "--max-cost", metavar="USD", type=float, help="the same in dollars of the whole cluster"
+        )
+
+
+def budget(arguments: argparse.Namespace) -> Budget:
+    """What the study may take.
+
+    Raises:
+        ConfigError: a limit that is none, or a file of prices that cannot be understood.
+    """
+    return Budget(
+        max_hours=getattr(arguments, "max_hours", None),
+        max_cost=getattr(arguments, "max_cost", None),
+        prices=Prices.read(arguments.prices),
+    )
+
+
+def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bool = False) -> int:
+    """Says what plans would take; fails as they would, where that can be known.
+
+    Raises:
+        ServiceError: no cluster, or no room for the checkpoints.
+    """
+    from orchestration.dry_run import dry_run
+    from orchestration.study import check_room_for_checkpoints
+
+    prices = plans[0].budget.prices
+    assert prices is not None
+    print("\n".join(dry_run(plans, where, in_process=in_process, prices=prices)), flush=True)
+    for plan in plans:
+        check_room_for_checkpoints(plan, where)
+    return 0
+
+
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     """Parses, runs, and turns what went wrong into a message and an exit code."""
     arguments = parser.parse_args()
@@ -185,6 +252,13 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
             raise
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if arguments.debug or not is_disk_error(error):
+            raise
+        # From a library that names no file.
+        told = cannot_write(getattr(arguments, "output", Path.cwd()), error)
+        print(f"{parser.prog}: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
 
 
 def say(line: str) -> None:
@@ -255,6 +329,22 @@ def positive(value: int, flag: str, *, least: int = 1) -> int:
     if value < least:
         raise ConfigError(f"{flag} must be at least {least}; got {value}.")
     return value
+
+
+def fewest_workers(arguments: argparse.Namespace) -> int:
+    """What --min-workers asks for; 0 where it does not.
+
+    Raises:
+        ConfigError: more than --workers.
+    """
+    if arguments.min_workers is None:
+        return 0
+    fewest = positive(arguments.min_workers, "--min-workers")
+    if fewest > arguments.workers:
+        raise ConfigError(
+            f"--min-workers must be at most --workers, {arguments.workers}; got {fewest}."
+        )
+    return fewest
 
 
 def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
@@ -361,6 +451,7 @@ def comparison_plan(
     if arguments.in_process and workers > 1:
         raise ConfigError(f"--in-process is one process; got --workers {workers}.")
     config = configuration(arguments)
+    may_take = budget(arguments)
     where = settings(arguments)
     name = run_name(arguments, kind, where)
     folder, fingerprint = checked_data(config, where, num_regions=config.data.num_regions)
@@ -371,9 +462,11 @@ def comparison_plan(
         base=config,
         trials=0,
         workers=workers,
+        min_workers=fewest_workers(arguments),
         data_folder=folder,
         data_fingerprint=fingerprint,
         results=results,
+        budget=may_take,
         allow_drift=arguments.allow_drift,
     )
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)

@@ -20,6 +20,7 @@ code) is taken from the folder of results and not trained again. The methods:
   python experiments/compare.py --data DIR                     all methods, 5 seeds
   python experiments/compare.py --methods full --methods scan --seeds 2 --tuning 1
   python experiments/compare.py --data DIR --in-process        one run after another, without Ray
+  python experiments/compare.py --dry-run                      hours, dollars and disk alone
   python experiments/compare.py --resume                       after a crash: finished runs stay
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
@@ -48,11 +49,18 @@ def main() -> None:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a run (default: 1)"
     )
+    command_line.add_budget_flags(parser)
     command_line.run(parser, body)
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.comparison import compare_methods, report_folder
+    from orchestration.comparison import (
+        as_they_stand,
+        compare_methods,
+        report_folder,
+        seeds_study,
+        tuning_study,
+    )
 
     points = command_line.positive(arguments.tuning, "--tuning")
     chosen = command_line.chosen(arguments.methods, METHODS, flag="--methods", what="method")
@@ -64,7 +72,11 @@ def body(arguments: argparse.Namespace) -> int:
             who="a baseline as published",
             instead="Name those on the full encoder with --methods.",
         )
-    result, _ = compare_methods(
+    if arguments.dry_run:
+        plans = [tuning_study(plan, chosen, COMMON, points=points)] if points > 1 else []
+        plans.append(seeds_study(plan, as_they_stand(chosen), seeds=seeds, settings=where))
+        return command_line.print_dry_run(plans, where, in_process=arguments.in_process)
+    result, variants = compare_methods(
         plan,
         chosen,
         COMMON,
@@ -75,6 +87,9 @@ def body(arguments: argparse.Namespace) -> int:
         runner=command_line.runner(arguments),
         say=command_line.say,
     )
+    if not variants:
+        command_line.print_closing(result, where)
+        return result.exit_code
     command_line.print_comparison(result, report_folder(plan, where), where)
     return result.exit_code
 

@@ -28,6 +28,7 @@ data and code) is taken from the folder of results and not trained again. The va
   python experiments/run_ablations.py --seeds 3
   python experiments/run_ablations.py --only no_fusion --only no_priors --data DIR
   python experiments/run_ablations.py --in-process          one run after another, without Ray
+  python experiments/run_ablations.py --dry-run             hours, dollars and disk alone
   python experiments/run_ablations.py --resume              after a crash: finished runs stay
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
@@ -53,12 +54,13 @@ def make_parser() -> command_line.Parser:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a run (default: 1)"
     )
+    command_line.add_budget_flags(parser)
     return parser
 
 
 def body(arguments: argparse.Namespace) -> int:
     from orchestration.ablation import FULL, Ablation
-    from orchestration.comparison import compare_variants, report_folder
+    from orchestration.comparison import compare_variants, report_folder, seeds_study
 
     chosen = command_line.chosen(arguments.only, ABLATIONS, flag="--only", what="ablation")
     plan, where, seeds = command_line.comparison_plan(arguments, "ablations")
@@ -74,6 +76,9 @@ def body(arguments: argparse.Namespace) -> int:
         else:
             possible.append(ablation)
     full = Ablation(name=FULL, question="The full model.", overrides={})
+    if arguments.dry_run:
+        study = seeds_study(plan, [full, *possible], seeds=seeds, settings=where)
+        return command_line.print_dry_run([study], where, in_process=arguments.in_process)
     result = compare_variants(
         plan,
         [full, *possible],

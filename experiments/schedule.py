@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean.errors import ConfigError
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
+from orchestration.study import Interrupted
 
 if TYPE_CHECKING:
     from orchestration.ablation import Change
     from orchestration.records import RunFolder
-    from orchestration.schedule import Schedule
+    from orchestration.schedule import Ended, Schedule
 
 CHANGED = 6  # exit code
 
@@ -23,8 +25,9 @@ _EPILOG = """\
 commands:
   add NAME --cron "MIN HOUR DAY MONTH WEEKDAY" [-- FLAGS]
                a suite: flags of run_ablations.py, and when it runs (UTC)
-  list         the suites, when they are due, and what became of the last time
+  list         the suites, when they are due, the last round, and what was not run and why
   remove NAME
+  resume NAME  go on with a suite that was paused because its last 3 rounds failed
   run          submit rounds when they are due, until stopped; --once: those due now, and end
   round NAME SLOT -- FLAGS
                one round, compared with the one before; what the submitted jobs call
@@ -32,8 +35,8 @@ commands:
 A round is a Ray job whose id is made of suite and time. Ray refuses a second one, so any number of
 schedulers may look after the same suites, be killed and started, and each time is run once. While a
 round runs, the next one of its suite is skipped. After a pause the last time that has passed is
-caught up with. A round trains everything anew; add --results DIR to the flags to take over what is
-known.
+caught up with. A suite is paused when its last 3 rounds failed, or were killed. A round trains
+everything anew; add --results DIR to the flags to take over what is known.
 
   python experiments/schedule.py add nightly --cron "0 2 * * *" -- --only no_fusion --seeds 3
   python experiments/schedule.py run
@@ -49,7 +52,7 @@ def main() -> None:
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
-    parser.add_argument("command", choices=("add", "list", "remove", "run", "round"))
+    parser.add_argument("command", choices=tuple(_COMMANDS))
     parser.add_argument("names", nargs="*", metavar="NAME", help="of the suite; SLOT of a round")
     parser.add_argument("--cron", metavar="TIMES", help="when a suite runs, e.g. '0 2 * * *'")
     parser.add_argument("--once", action="store_true", help="run what is due now, and end")
@@ -75,7 +78,7 @@ def main() -> None:
 def body(arguments: argparse.Namespace, given: list[str]) -> int:
     from orchestration.schedule import Schedule
 
-    wanted = {"add": 1, "remove": 1, "round": 2}.get(arguments.command, 0)
+    wanted = {"add": 1, "remove": 1, "resume": 1, "round": 2}.get(arguments.command, 0)
     if len(arguments.names) != wanted:
         what = ("no name", "the NAME of a suite", "NAME and SLOT")[wanted]
         raise ConfigError(f"{arguments.command} takes {what}.")
@@ -84,8 +87,7 @@ def body(arguments: argparse.Namespace, given: list[str]) -> int:
         script=Path(__file__).resolve(),
         python=sys.executable,
     )
-    commands = {"add": _add, "list": _list, "remove": _remove, "run": _run, "round": _round}
-    return commands[arguments.command](schedule, arguments, given)
+    return _COMMANDS[arguments.command](schedule, arguments, given)
 
 
 def _add(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
@@ -99,7 +101,8 @@ def _add(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) ->
 
 
 def _list(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
-    rows = [("suite", "cron (UTC)", "next", "last time", "flags"), *_rows(schedule)]
+    header = ("suite", "cron (UTC)", "next", "last round", "last not run", "flags")
+    rows = [header, *_rows(schedule)]
     if len(rows) == 1:
         print(f"no suites in {schedule.folder}; see schedule.py --help.")
         return 0
@@ -112,6 +115,14 @@ def _list(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -
 
 def _remove(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
     schedule.remove(arguments.names[0])
+    return 0
+
+
+def _resume(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
+    (name,) = arguments.names
+    schedule.resume(name)
+    (row,) = [row for row in _rows(schedule) if row[0] == name]
+    print(f"{name}: next due {row[2]}.")
     return 0
 
 
@@ -128,15 +139,32 @@ def _run(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) ->
 
 
 def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
-    from orchestration.records import RunFolder
     from orchestration.settings import check_name
 
     suite, slot = arguments.names
-    name = check_name(f"{suite}-{slot}")
+    check_name(f"{suite}-{slot}")
+    with schedule.only_round(suite, slot, command_line.say) as is_ours:
+        if not is_ours:
+            return 0
+        try:
+            code = _run_round(schedule, suite, slot, given)
+        except (KeyboardInterrupt, Interrupted):
+            schedule.ended(suite, slot, "stopped")
+            raise
+        except BaseException as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            schedule.ended(suite, slot, "failed", line[:200])
+            raise
+        what: Ended = "changed" if code == CHANGED else "done"
+        schedule.ended(suite, slot, what, "some runs failed" if code not in (0, CHANGED) else "")
+        return code
+
+
+def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> int:
+    from orchestration.records import RunFolder
+
+    name = f"{suite}-{slot}"
     folder = RunFolder(schedule.folder / name)
-    if (folder.path / "summary.json").exists():
-        command_line.say(f"{name} has been run already.")
-        return 0
     flags = [*given, "--name", name, "--output", str(schedule.folder)]
     if "--results" not in given:
         flags += ["--results", str(folder.path / "results")]
@@ -144,7 +172,13 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
         flags.append("--resume")
     asked = run_ablations.make_parser().parse_args(flags)
     asked.tags = {"cpfean.suite": suite, "cpfean.slot": slot}
-    code = run_ablations.body(asked)
+    code = 0
+    if (folder.path / "summary.json").exists():
+        command_line.say(f"{name} has been run already.")
+    else:
+        code = run_ablations.body(asked)
+    if (folder.path / "changes.md").exists():
+        return code
     changed = _compare_with_the_last(folder, suite, asked)
     return CHANGED if changed and code == 0 else code
 
@@ -158,12 +192,13 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
 
     before = _round_before(folder.path, suite)
     if before is None:
-        print("\nThe first round of this suite: nothing to compare it with.")
+        first = "The first round of this suite: nothing to compare it with."
+        write_text(folder.path / "changes.md", first + "\n")
+        print(f"\n{first}")
         return False
     found = changes(RunFolder(before).records(), folder.records())
     certain = [change.name for change in found if change.is_certain]
     table = _table(found, before.name)
-    write_text(folder.path / "changes.md", table + "\n")
     verdict = f"changed: {', '.join(certain)}" if certain else "no change beyond the interval"
     print(f"\n{table}\n\n{verdict}")
     tags = {"cpfean.compared_with": before.name, "cpfean.change": ", ".join(certain) or "none"}
@@ -171,6 +206,8 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
         tag_parent(command_line.settings(asked).tracking_uri, folder.id, tags)
     except ServiceError as error:
         command_line.say(f"tracking: {error}")
+    # Last: a round that was killed before this is compared when it is run again.
+    write_text(folder.path / "changes.md", table + "\n")
     return bool(certain)
 
 
@@ -208,6 +245,9 @@ def _checked(given: list[str]) -> None:
         if flag in given:
             raise ConfigError(f"{flag} is set by the schedule; leave it out of the flags.")
     asked = run_ablations.make_parser().parse_args(given)
+    if asked.dry_run:
+        raise ConfigError("--dry-run starts nothing; leave it out of the flags.")
+    command_line.budget(asked)
     command_line.chosen(asked.only, ABLATIONS, flag="--only", what="ablation")
     command_line.configuration(asked)
 
@@ -218,11 +258,35 @@ def _rows(schedule: Schedule) -> list[tuple[str, ...]]:
     now = datetime.now(UTC)
     rows: list[tuple[str, ...]] = []
     for suite in schedule.suites():
-        last = schedule.last(suite.name)
-        became = f"{last['slot']} {last['what']}" if last else "-"
+        standing = schedule.standing(suite.name)
         due = suite.next(now).strftime("%Y-%m-%d %H:%M:%S")
-        rows.append((suite.name, suite.cron, due, became, " ".join(suite.arguments)))
+        rows.append(
+            (
+                suite.name,
+                suite.cron,
+                "paused" if standing.is_paused else due,
+                _became(standing.last),
+                _became(standing.not_run),
+                " ".join(suite.arguments),
+            )
+        )
     return rows
+
+
+def _became(row: Mapping[str, str]) -> str:
+    if not row:
+        return "-"
+    return f"{row['slot']} {row['what']}" + (f": {row['why']}" if row["why"] else "")
+
+
+_COMMANDS: Mapping[str, Callable[[Schedule, argparse.Namespace, list[str]], int]] = {
+    "add": _add,
+    "list": _list,
+    "remove": _remove,
+    "resume": _resume,
+    "run": _run,
+    "round": _round,
+}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ the best configuration as a file for train.py, and the best model tested once on
   python experiments/sweep.py                               the generated data, on this machine
   python experiments/sweep.py --data DIR --workers 2        own regions and captions
   python experiments/sweep.py --set optim.batch_size=64     any setting, fixed for all trials
+  python experiments/sweep.py --dry-run                     hours, dollars and disk alone
+  python experiments/sweep.py --max-hours 8                 no new trial after eight hours
   python experiments/sweep.py --resume                      after a crash: finished trials stay
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some trials failed, 5 cluster or storage,
@@ -35,6 +37,7 @@ def main() -> None:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a trial (default: 1)"
     )
+    command_line.add_budget_flags(parser)
     command_line.run(parser, body)
 
 
@@ -50,6 +53,7 @@ def body(arguments: argparse.Namespace) -> int:
     config = command_line.configuration(arguments)
     space = SEARCH_SPACES[arguments.space]
     space.check(config)
+    budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "sweep", where)
     folder, fingerprint = command_line.checked_data(
@@ -69,13 +73,17 @@ def body(arguments: argparse.Namespace) -> int:
         base=config,
         trials=trials,
         workers=workers,
+        min_workers=command_line.fewest_workers(arguments),
         space=space,
         # The epoch after the warm-up is no guide yet; of a few epochs all are needed to judge.
         grace=max(3, epochs // 4) if epochs >= 4 else 0,
         data_folder=folder,
         data_fingerprint=fingerprint,
+        budget=budget,
         allow_drift=arguments.allow_drift,
     )
+    if arguments.dry_run:
+        return command_line.print_dry_run([plan], where)
     result = command_line.finish(plan, where, resume=arguments.resume)
     print(table(result.records))
     if result.test:

@@ -11,6 +11,7 @@ _EPILOG = """\
   python experiments/train.py --data DIR --config small          own regions and captions
   python experiments/train.py --config runs/NAME/best_config.toml
   python experiments/train.py --data DIR --workers 4             four processes share each batch
+  python experiments/train.py --dry-run                          hours, dollars and disk alone
   python experiments/train.py --resume                           from the newest checkpoint
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 the training failed, 5 cluster or storage,
@@ -26,6 +27,7 @@ def main() -> None:
         workers_help="data-parallel processes, through Ray Train; 0 trains in this process "
         "(default: 0)",
     )
+    command_line.add_budget_flags(parser, limits=False)
     command_line.run(parser, body)
 
 
@@ -46,11 +48,15 @@ def body(arguments: argparse.Namespace) -> int:
         base=config,
         trials=1,
         workers=workers,
+        min_workers=command_line.fewest_workers(arguments),
         fixed=(TrialPlan(name=name, overrides={}, config=config),),
         data_folder=folder,
         data_fingerprint=fingerprint,
+        budget=command_line.budget(arguments),
         allow_drift=arguments.allow_drift,
     )
+    if arguments.dry_run:
+        return command_line.print_dry_run([plan], where, in_process=workers == 0)
     if workers == 0:
         result = run_here(plan, where, resume=arguments.resume, say=command_line.say)
     else:

@@ -124,16 +124,17 @@ def compare_methods(
         runner: runs a study.
 
     Returns:
-        The outcome, and every method with the settings that were chosen for it.
+        The outcome, and every method with the settings that were chosen for it; that of the tuning
+        and none if its budget was used up.
     """
-    variants = [Ablation(name=m.name, question=m.source, overrides=m.overrides) for m in methods]
+    variants = as_they_stand(methods)
     if points > 1:
-        trials = tuning_trials(plan.base, methods, common, points=points)
-        tuning = replace(
-            plan, kind="tuning", name=plan.name + TUNING, fixed=trials, trials=len(trials)
-        )
+        tuning = tuning_study(plan, methods, common, points=points)
         say(f"tuning: {points} configurations of each of {len(methods)} methods, judged on dev")
         done = runner(tuning, settings, resume=resume and _exists(tuning, settings), say=say)
+        if done.used_up:
+            say("the methods are not tuned alike yet, so they are not compared.")
+            return done, []
         variants = tuned(methods, done.records)
         for variant, method in zip(variants, methods, strict=True):
             own = {k: v for k, v in variant.overrides.items() if method.overrides.get(k) != v}
@@ -161,15 +162,39 @@ def compare_variants(
         plan: kind, name, base, data, workers and folder of results.
         resume: go on with a study of that name, if there is one.
     """
+    study = seeds_study(plan, variants, seeds=seeds, settings=settings)
+    return runner(study, settings, resume=resume and _exists(study, settings), say=say)
+
+
+def as_they_stand(methods: Sequence[Method]) -> list[Ablation]:
+    """The methods untuned."""
+    return [Ablation(name=m.name, question=m.source, overrides=m.overrides) for m in methods]
+
+
+def tuning_study(
+    plan: StudyPlan,
+    methods: Sequence[Method],
+    common: Mapping[str, Choice | Range],
+    *,
+    points: int,
+) -> StudyPlan:
+    """The first half of a comparison."""
+    trials = tuning_trials(plan.base, methods, common, points=points)
+    return replace(plan, kind="tuning", name=plan.name + TUNING, fixed=trials, trials=len(trials))
+
+
+def seeds_study(
+    plan: StudyPlan, variants: Sequence[Ablation], *, seeds: Sequence[int], settings: Settings
+) -> StudyPlan:
+    """Every variant on every seed, with a report at the end."""
     trials = plan_trials(plan.base, variants, seeds)
     folder = report_folder(plan, settings)
-    study = replace(
+    return replace(
         plan,
         fixed=trials,
         trials=len(trials),
         report=lambda records: write_report(records, folder),
     )
-    return runner(study, settings, resume=resume and _exists(study, settings), say=say)
 
 
 def report_folder(plan: StudyPlan, settings: Settings) -> Path:

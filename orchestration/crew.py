@@ -3,7 +3,9 @@
 To start a Train run takes ten seconds and more: a controller and workers are made, and each imports
 torch. So the run of a crew does not end with a trial. Its workers take their orders from a post, an
 actor of a few lines; each epoch's numbers come back through it, and the answer, whether there is to
-be a next epoch. A crew ends with the first failure in it: what comes after has fresh processes.
+be a next epoch. A crew ends with the first failure in it: what comes after has fresh processes, and
+as many of them as there is room for by then, if their number may vary. The batch stays that of the
+configuration, split anew.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from orchestration.worker import work
 # What holds no CPU has to be kept off nodes that may be taken away.
 HEAD = "node:__internal_head__"
 _LOOK_SECONDS = 1.0
+_NEVER_SECONDS = 1e9
 
 
 class Post:
@@ -35,6 +38,7 @@ class Post:
         self._trial: dict[str, Any] = {}
         self._allowed = 0
         self._closed = False
+        self._hosts: dict[int, str] = {}
 
     async def give(self, trial: dict[str, Any]) -> None:
         """A new trial; the one before it is abandoned if it is not at its end."""
@@ -61,6 +65,14 @@ class Post:
             self._closed = True
             self._changed.notify_all()
 
+    async def hosts(self) -> dict[int, str]:
+        """Where each worker is, by rank."""
+        return self._hosts
+
+    async def arrived(self, rank: int, host: str) -> None:
+        """For workers: where they are."""
+        self._hosts[rank] = host
+
     async def order(self, *, after: int) -> tuple[int, dict[str, Any]] | None:
         """For workers: number and trial that follow that number; None at the end; waits."""
         async with self._changed:
@@ -85,13 +97,16 @@ class Crew:
     """The workers, and the way to them.
 
     Args:
-        job: "workers", "cpus" of each, "use_gpu", "cache_dir" on their nodes, and "storage".
+        job: "workers", at most and "min_workers" at least, "cpus" of each, "use_gpu", "cache_dir"
+            on their nodes, "storage", whether hosts may be taken away ("is_local": no), and
+            "silence": seconds to wait for a worker that does not answer.
         name: of the Train run; no other may have it.
     """
 
     def __init__(self, job: dict[str, Any], *, name: str) -> None:
-        from ray.train.torch import TorchTrainer  # the driver does without torch
+        from ray.train.torch import TorchConfig, TorchTrainer  # the driver does without torch
 
+        least_and_most = (job["min_workers"], job["workers"])
         self._group = ""
         self._post = (
             ray.remote(Post)
@@ -104,16 +119,24 @@ class Crew:
                 "post": self._post,
                 "cache_dir": job["cache_dir"],
                 "cpus": job["cpus"],
+                "is_local": job["is_local"],
             },
+            torch_config=TorchConfig(timeout_s=job["silence"]),
             scaling_config=ScalingConfig(
-                num_workers=job["workers"],
+                num_workers=least_and_most
+                if least_and_most[0] < job["workers"]
+                else job["workers"],
+                # To grow costs what is done of an epoch: a crew stays as it has begun.
+                elastic_resize_monitor_interval_s=_NEVER_SECONDS,
                 use_gpu=job["use_gpu"],
                 resources_per_worker={"CPU": job["cpus"]} | ({"GPU": 1} if job["use_gpu"] else {}),
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=job["storage"],
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+                failure_config=FailureConfig(
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=3
+                ),
             ),
         )
         self._error: Exception = TrainingFailedError("the workers have gone without an error")
@@ -142,6 +165,13 @@ class Crew:
         news: dict[str, Any] = ray.get(told)
         self._group = news.get("placement_group", self._group)
         return news
+
+    def hosts(self) -> dict[int, str]:
+        """Where each worker is or was, by rank; empty if nobody knows."""
+        with suppress(RayError, TimeoutError):
+            hosts: dict[int, str] = ray.get(self._post.hosts.remote(), timeout=_LOOK_SECONDS)
+            return hosts
+        return {}
 
     def close(self, *, seconds: float) -> None:
         """Sends the workers home and waits for that, but no longer than this."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean.errors import CpfeanError
+from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.drift import since_start
 from orchestration.records import RunFolder, State, TrialRecord
@@ -18,8 +19,10 @@ from orchestration.study import (
     Interrupted,
     StudyPlan,
     StudyResult,
+    check_room_for_checkpoints,
     conclude,
     keep_model,
+    meter_of,
     opened_folder,
     planned_record,
     resume_line,
@@ -45,9 +48,12 @@ def run_here(
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan, or by other
             versions.
+        ServiceError: the checkpoints do not fit where they go.
         CpfeanError: what `fit` raises, if there is only one configuration.
         Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
+    check_room_for_checkpoints(plan, settings)
+    plan.budget.check_prices([OTHER])
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock(), stopped_by_signals(stop_here, say):
         drift = since_start(folder, allowed=plan.allow_drift)
@@ -102,6 +108,11 @@ class _Here:
         self._say = say
         self._drift = drift
         self._results = plan.known_results(folder)
+        self._meter = meter_of(plan, folder)
+        prices = plan.budget.prices
+        if prices is not None and not prices.unknown([OTHER]):
+            self._meter.look(prices.hourly([OTHER]))
+        self._used_up = ""
         known = {record.number: record for record in folder.records()}
         self._records = [
             known.get(number) or planned_record(number, trial)
@@ -122,8 +133,11 @@ class _Here:
             self._say(f"Stopped; continue with {resume_line(self._plan)}")
             raise
         finally:
-            drift = {"cpfean.drift": self._drift} if self._drift else {}
-            self._tracker.update_parent(outcome, {}, drift)
+            self._count()
+            tags = {"cpfean.used_up": self._used_up or "no"}
+            if self._drift:
+                tags["cpfean.drift"] = self._drift
+            self._tracker.update_parent(outcome, self._meter.metrics(), tags)
             seconds = STOPPED_SECONDS if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
@@ -135,6 +149,8 @@ class _Here:
         # A training that failed is asked for again; in a study a failure is for good.
         if record.state == "finished" or (record.settled and self._plan.kind != "train"):
             self._write(record)
+            return
+        if self._is_used_up():
             return
         if len(self._records) > 1:
             self._say(f"{record.name}: run {record.number + 1} of {len(self._records)}")
@@ -160,6 +176,7 @@ class _Here:
             self._results.keep(record)
 
     def _train(self, record: TrialRecord) -> None:
+        from cpfean.training.checkpoint import check_same_run
         from cpfean.training.loop import fit
 
         record.state, record.failure, record.message = "running", "", ""
@@ -169,14 +186,16 @@ class _Here:
             return
         name = "checkpoints" if self._plan.kind == "train" else f"train/{record.number:03d}"
         checkpoints = CheckpointFolder(str(self._folder.path / name))
-        newest = checkpoints.newest_valid()
+        newest = checkpoints.newest_valid(
+            fits=lambda state: check_same_run(state, record.experiment, self._plan.data_fingerprint)
+        )
         if newest is not None:
             self._say(f"resuming from {checkpoints.at(newest)}")
         fit(
             record.experiment,
             data_folder=self._plan.data_folder,
             cache_dir=self._settings.cache_dir,
-            reporter=_LocalReporter(record, self._write, checkpoints, self._say),
+            reporter=_LocalReporter(record, self._write_and_count, checkpoints, self._say),
             resume_from=None if newest is None else Path(checkpoints.at(newest)),
             device=this_device(),
         )
@@ -199,8 +218,29 @@ class _Here:
             self._test(best, self._folder.path / "best_model")
             self._write(best)
 
-        records = tuple(self._records)
-        return conclude(self._plan, self._folder, records, self._tracker, test=test)
+        records = tuple(record for record in self._records if record.state != "waiting")
+        return conclude(
+            self._plan, self._folder, records, self._tracker, test=test, used_up=self._used_up
+        )
+
+    def _is_used_up(self) -> bool:
+        """Whether the budget allows no further training; says so once."""
+        self._count()
+        phrase = self._plan.budget.used_up(
+            hours=self._meter.hours, dollars=self._meter.dollars or 0.0
+        )
+        if phrase and not self._used_up:
+            self._used_up = phrase
+            self._say(f"{phrase}: what is left is not begun.")
+        return bool(phrase)
+
+    def _count(self) -> None:
+        self._meter.look()
+        self._meter.save()
+
+    def _write_and_count(self, record: TrialRecord) -> None:
+        self._write(record)
+        self._count()
 
     def _write(self, record: TrialRecord) -> None:
         self._folder.write(record)

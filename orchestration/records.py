@@ -14,14 +14,14 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
-from orchestration.settings import ServiceError
+from orchestration.disks import cannot_write
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
 SETTLED: tuple[State, ...] = ("finished", "pruned", "failed")
@@ -119,7 +119,7 @@ class RunFolder:
             (self.path / "trials").mkdir(parents=True, exist_ok=True)
             write_json(self.identity_file, own | identity)
         except OSError as error:
-            raise ServiceError(f"{self.path}: cannot be written: {error}") from None
+            raise cannot_write(self.path, error) from None
 
     def check_same(self, identity: dict[str, Any]) -> None:
         """Compares what is asked for with what the folder was made for.
@@ -148,6 +148,12 @@ class RunFolder:
             )
 
     @property
+    def is_complete(self) -> bool:
+        """Whether it has come to its end, and not only to that of its budget."""
+        file = self.path / "summary.json"
+        return file.exists() and not (read_json(file) or {}).get("used_up")
+
+    @property
     def id(self) -> str:
         return read_json(self.identity_file)["id"]
 
@@ -168,7 +174,10 @@ class RunFolder:
 
     def write(self, record: TrialRecord) -> None:
         folder = self.path / "trials" / f"{record.number:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         write_json(folder / "record.json", asdict(record))
 
     @contextmanager
@@ -178,7 +187,11 @@ class RunFolder:
         Raises:
             ConfigError: another process works on this folder.
         """
-        with (self.path / "lock").open("w", encoding="utf-8") as file:
+        try:
+            opened = (self.path / "lock").open("w", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -205,7 +218,7 @@ class RunFolder:
             identity = read_json(file)
             # Tuning is half of a comparison: it is done with when that is.
             whole = file.parent.with_name(file.parent.name.removesuffix(TUNING))
-            if identity and identity.get("kind") in kinds and not (whole / "summary.json").exists():
+            if identity and identity.get("kind") in kinds and not RunFolder(whole).is_complete:
                 candidates.append((file.stat().st_mtime, file.parent))
         if not candidates:
             raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.")
@@ -213,18 +226,27 @@ class RunFolder:
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file that is there whole or not at all; raises as `write_text` does."""
     write_text(file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file that is there whole or not at all.
+
+    Raises:
+        ServiceError: the disk is full, or it cannot be written; what was there still is.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(file, error, needed=len(text.encode())) from error
 
 
 def read_json(file: Path) -> Any:

@@ -4,24 +4,32 @@ A suite is a selection of ablations that runs at the times of a cron expression,
 time is a slot, and a slot is one round: a Ray job whose id is made of suite and slot. Ray refuses a
 second job of the same id, so a slot is run once, however many schedulers look after the suite and
 however often they are killed and started. A slot whose predecessor still runs is skipped; of slots
-that passed while no scheduler ran, the last is caught up with.
+that passed while no scheduler ran, the last is caught up with. A suite whose last rounds all failed
+is paused until somebody resumes it.
+
+Schedulers hold no lock: one that is stopped for an hour holds nobody up. What it submits when it
+wakes may be late, so a round looks itself whether another one of its suite runs.
 
     <folder>/schedule.db       APScheduler's: suites and when they are next due
-    <folder>/schedule.jsonl    one line for each slot: submitted, already there, or skipped, and why
+    <folder>/schedule.jsonl    what became of each slot, and why; lines are only added
+    <folder>/.SUITE.lock       held by the round that runs
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shlex
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cpfean.errors import ConfigError
 from orchestration.settings import ServiceError
@@ -32,8 +40,17 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 _RETRY = timedelta(seconds=60)
+_LOOK = timedelta(seconds=30)  # for suites that were added, and for clocks that were set
+_FAILURES = 3  # rounds in a row, then a suite is paused
+_WRONG_CLOCK = timedelta(days=1)  # a slot further ahead was noted by a clock that was wrong
+_MOST_MISSED = 100  # that are noted after one pause
 _LONGEST = timedelta(days=366 * 5)  # between two slots: 29 February
 _SLOT = "%Y%m%dT%H%M%SZ"
+
+Ended = Literal["done", "changed", "failed", "stopped"]
+_ENDED: tuple[Ended, ...] = ("done", "changed", "failed", "stopped")
+_OPEN = ("submitted", "known")
+_NOT_RUN = ("skipped", "missed", "paused")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +79,36 @@ class Suite:
         """When it is due next."""
         return trigger_of(self.cron).get_next_fire_time(None, now)
 
+    def slots_between(self, newest: str, slot: str) -> list[str]:
+        """The slots that passed after one that was dealt with ("": none was) and before another."""
+        since = datetime.fromisoformat(self.added)
+        if newest:
+            since = max(since, _time_of(newest))
+        times = _fire_times(trigger_of(self.cron), since, _time_of(slot) - timedelta(seconds=1))
+        return [time.strftime(_SLOT) for time in deque(times, maxlen=_MOST_MISSED)]
+
     def round(self, slot: str) -> str:
         """The name of one round: of its Ray job, its folder and its tracking run."""
         return f"{self.name}-{slot}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """What became of a suite's slots lately; rows of the journal, empty if there was none.
+
+    Attributes:
+        last: the round that was run or heard of last.
+        not_run: the last slot that was not run.
+        is_paused: until somebody resumes it.
+    """
+
+    last: Mapping[str, str]
+    not_run: Mapping[str, str]
+    is_paused: bool
+
+
+def _time_of(slot: str) -> datetime:
+    return datetime.strptime(slot, _SLOT).replace(tzinfo=UTC)
 
 
 def trigger_of(cron: str) -> CronTrigger:
@@ -95,15 +139,19 @@ def last_fire_time(trigger: CronTrigger, now: datetime, *, since: datetime) -> d
     reach = timedelta(minutes=2)
     while True:
         start = max(since, now - reach)
-        last, following = None, trigger.get_next_fire_time(None, start)
-        while following is not None and following <= now:
-            last = following
-            following = trigger.get_next_fire_time(last, last + timedelta(microseconds=1))
-        if last is not None and last > since:
-            return last
+        last = deque(_fire_times(trigger, start, now), maxlen=1)
+        if last:
+            return last[0]
         if start == since or reach > _LONGEST:
             return None
         reach *= 4
+
+
+def _fire_times(trigger: CronTrigger, since: datetime, until: datetime) -> Iterator[datetime]:
+    """The times of a trigger after `since` and not after `until`."""
+    last, tick = since, timedelta(microseconds=1)
+    while (last := trigger.get_next_fire_time(None, last + tick)) and last <= until:
+        yield last
 
 
 class Jobs(Protocol):
@@ -130,33 +178,35 @@ class RayJobs:
         self._address = address
 
     def submit(self, job: str, command: str) -> bool:
-        client = self._client()
-        try:
-            client.submit_job(entrypoint=command, submission_id=job)
-        except RuntimeError as error:
-            if "already exists" in str(error):
-                return False
-            raise ServiceError(f"{self._address} refuses job {job}: {error}") from None
+        with self._client() as client:
+            try:
+                client.submit_job(entrypoint=command, submission_id=job)
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return False
+                raise
         return True
 
     def running(self, prefix: str) -> Sequence[str]:
-        return [
-            job.submission_id
-            for job in self._client().list_jobs()
-            if (job.submission_id or "").startswith(prefix) and not job.status.is_terminal()
-        ]
+        with self._client() as client:
+            return [
+                job.submission_id
+                for job in client.list_jobs()
+                if (job.submission_id or "").startswith(prefix) and not job.status.is_terminal()
+            ]
 
-    def _client(self) -> Any:
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
         from ray.job_submission import JobSubmissionClient
 
         try:
-            return JobSubmissionClient(self._address)
-        # Ray raises its own kinds, requests' and plain ones.
+            yield JobSubmissionClient(self._address)
+        # Ray raises its own kinds, requests' and plain ones, at any call.
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ServiceError(
-                f"no Ray cluster takes jobs at {self._address} ({line}); start one, or name its "
-                "dashboard with --jobs."
+                f"no Ray cluster takes jobs at {self._address} ({line[:200]}); start one, or name "
+                "its dashboard with --jobs."
             ) from None
 
 
@@ -183,6 +233,7 @@ class Schedule:
         self._python = python
         self._now = now
         self._journal = folder / "schedule.jsonl"
+        self._one_by_one = threading.Lock()
 
     def add(self, name: str, *, cron: str, arguments: Sequence[str]) -> Suite:
         """Adds a suite.
@@ -212,6 +263,7 @@ class Schedule:
                 misfire_grace_time=None,
                 max_instances=1,
             )
+        self._note(name, "", "added")
         return suite
 
     def remove(self, name: str) -> None:
@@ -220,11 +272,18 @@ class Schedule:
         Raises:
             ConfigError: there is none of that name.
         """
-        with self._store() as scheduler:
-            if scheduler.get_job(name) is None:
-                known = ", ".join(job.id for job in scheduler.get_jobs()) or "none"
-                raise ConfigError(f"no suite {name!r}; there are: {known}.")
+        self._check_known(name)
+        with self._store() as scheduler, suppress(LookupError):  # somebody else was faster
             scheduler.remove_job(name)
+
+    def resume(self, name: str) -> None:
+        """Forgets the failed rounds of a suite: its next slot is run.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        self._check_known(name)
+        self._note(name, "", "resumed")
 
     def suites(self) -> list[Suite]:
         """All of them, by name."""
@@ -233,9 +292,16 @@ class Schedule:
         with self._store() as scheduler:
             return [Suite(**job.args[1]) for job in sorted(scheduler.get_jobs(), key=_id)]
 
-    def last(self, name: str) -> Mapping[str, str]:
-        """What became of the suite's newest slot; empty if it has had none."""
-        return next((row for row in reversed(self._rows()) if row["suite"] == name), {})
+    def standing(self, name: str) -> Standing:
+        """What became of the suite's slots lately."""
+        rows = [row for row in self._rows() if row["suite"] == name]
+        ran = [row for row in rows if row["what"] in (*_OPEN, *_ENDED)]
+        others = [row for row in rows if row["what"] in _NOT_RUN]
+        return Standing(
+            last=ran[-1] if ran else {},
+            not_run=others[-1] if others else {},
+            is_paused=bool(rows) and rows[-1]["what"] == "paused",
+        )
 
     def fire(self, suite: Suite, jobs: Jobs, say: Callable[[str], None]) -> bool:
         """Brings a suite up to date: submits its newest slot unless that has been dealt with.
@@ -244,23 +310,33 @@ class Schedule:
             whether a slot was due.
 
         Raises:
-            ServiceError: no cluster answers.
+            ServiceError: no cluster answers, or the journal cannot be written.
         """
-        slot = suite.slot(self._now())
-        if slot is None or self._is_dealt_with(suite.name, slot):
-            return False
-        job = suite.round(slot)
-        others = [other for other in jobs.running(f"{suite.name}-") if other != job]
-        if others:
-            self._note(suite.name, slot, "skipped", f"{others[0]} still runs")
-            say(f"{job}: skipped, {others[0]} still runs")
-        elif jobs.submit(job, self._command(suite, slot)):
-            self._note(suite.name, slot, "submitted", "")
-            say(f"{job}: submitted")
-        else:
-            self._note(suite.name, slot, "known", "another scheduler had submitted it")
-            say(f"{job}: the cluster has it already")
-        return True
+        with self._one_by_one:
+            slot = suite.slot(self._now())
+            newest = self._newest(suite.name)
+            if slot is None or slot <= newest:
+                return False
+            job = suite.round(slot)
+            others = [other for other in jobs.running(f"{suite.name}-") if other != job]
+            failed = self._failed(suite.name)
+            if others:
+                what, why = "skipped", f"{others[0]} still runs"
+            elif len(failed) >= _FAILURES:
+                what = "paused"
+                why = (
+                    f"the last {_FAILURES} rounds failed, {suite.round(failed[0])} the last of "
+                    f"them; when it is mended: schedule.py resume {suite.name}"
+                )
+            elif jobs.submit(job, self._command(suite, slot)):
+                what, why = "submitted", ""
+            else:
+                what, why = "known", "another scheduler had submitted it"
+            for missed in suite.slots_between(newest, slot):
+                self._note(suite.name, missed, "missed", "no scheduler and cluster were there")
+            self._note(suite.name, slot, what, why)
+            say(f"{job}: {what}{f', {why}' if why else ''}")
+            return True
 
     def fire_all(self, jobs: Jobs, say: Callable[[str], None]) -> None:
         """Brings every suite up to date, once.
@@ -273,7 +349,11 @@ class Schedule:
             say("nothing is due.")
 
     def run(self, jobs: Jobs, say: Callable[[str], None]) -> None:
-        """Submits rounds when they are due, until interrupted."""
+        """Submits rounds when they are due, until interrupted.
+
+        Raises:
+            ServiceError: the store cannot be used.
+        """
         from apscheduler.jobstores.memory import MemoryJobStore
         from apscheduler.schedulers.blocking import BlockingScheduler
 
@@ -301,12 +381,57 @@ class Schedule:
         # killed in between has left one behind.
         for suite in self.suites():
             scheduler.add_job(
-                bring_up_to_date, args=[suite], id=f"start-{suite.name}", jobstore="retries"
+                bring_up_to_date,
+                args=[suite],
+                id=f"start-{suite.name}",
+                jobstore="retries",
+                misfire_grace_time=None,
             )
+        # APScheduler sleeps until what it knew to be due: a suite that is added meanwhile, or a
+        # clock that is set, would go unnoticed.
+        scheduler.add_job(
+            _look,
+            "interval",
+            seconds=_LOOK.seconds,
+            jobstore="retries",
+            coalesce=True,
+            misfire_grace_time=None,
+        )
         try:
             scheduler.start()
         finally:
             del _RUNNING[str(self.folder)]
+
+    @contextmanager
+    def only_round(self, suite: str, slot: str, say: Callable[[str], None]) -> Iterator[bool]:
+        """Whether this process may run the round, as no other of the suite runs; notes if not.
+
+        The system lets go of the lock when the process that runs a round dies.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f".{suite}.lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read()
+                say(f"{suite}-{slot}: not run, {suite}-{holder} still runs")
+                if holder != slot:
+                    self._note(suite, slot, "skipped", f"{suite}-{holder} still runs")
+                yield False
+                return
+            file.truncate(0)
+            file.write(slot)
+            file.flush()
+            yield True
+
+    def ended(self, suite: str, slot: str, what: Ended, why: str = "") -> None:
+        """Takes note of how a round ended; one that is killed is not heard of again.
+
+        Raises:
+            ServiceError: the journal cannot be written.
+        """
+        self._note(suite, slot, what, why)
 
     @property
     def _file(self) -> Path:
@@ -338,6 +463,14 @@ class Schedule:
 
     def _with_store(self, scheduler: Any) -> Any:
         from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
+        from sqlalchemy.exc import OperationalError
+
+        class Store(SQLAlchemyJobStore):
+            """A suite that was removed, or a database that is busy, must not end a scheduler."""
+
+            def update_job(self, job: Any) -> None:
+                with suppress(LookupError, OperationalError):
+                    super().update_job(job)
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -347,13 +480,18 @@ class Schedule:
                 raise ServiceError(f"{self._file}: others may write to it; chmod 600 and own it.")
         except OSError as error:
             raise ServiceError(f"{self._file}: cannot be written: {error}") from None
-        store = SQLAlchemyJobStore(
+        store = Store(
             url=f"sqlite:///{self._file}", engine_options={"connect_args": {"timeout": 30}}
         )
         scheduler.add_jobstore(store)
         return scheduler
 
-    def _note(self, suite: str, slot: str, what: str, why: str) -> None:
+    def _check_known(self, name: str) -> None:
+        known = [suite.name for suite in self.suites()]
+        if name not in known:
+            raise ConfigError(f"no suite {name!r}; there are: {', '.join(known) or 'none'}.")
+
+    def _note(self, suite: str, slot: str, what: str, why: str = "") -> None:
         row = {
             "time": self._now().isoformat(timespec="seconds"),
             "suite": suite,
@@ -361,9 +499,16 @@ class Schedule:
             "what": what,
             "why": why,
         }
-        # One write to the end of the file: lines of two schedulers do not mix.
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self._journal.open("ab+") as file:
+                # A line that a power cut left unfinished must not spoil this one.
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+                # One write to the end of the file: lines of two schedulers do not mix.
+                file.write(start + json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            raise ServiceError(f"{self._journal}: cannot be written: {error}") from None
 
     def _rows(self) -> list[dict[str, str]]:
         if not self._journal.exists():
@@ -376,8 +521,35 @@ class Schedule:
                 continue  # cut off by a power cut
         return rows
 
-    def _is_dealt_with(self, suite: str, slot: str) -> bool:
-        return any(row["suite"] == suite and row["slot"] == slot for row in self._rows())
+    def _newest(self, suite: str) -> str:
+        """The newest slot that was dealt with; "" before the first.
+
+        Older ones count as dealt with too: a clock that is set back brings none of them back.
+        """
+        limit = (self._now() + _WRONG_CLOCK).strftime(_SLOT)
+        slots = [row["slot"] for row in self._rows() if row["suite"] == suite]
+        return max((slot for slot in slots if slot <= limit), default="")
+
+    def _failed(self, suite: str) -> list[str]:
+        """The slots of the newest rounds, as far back as all failed; newest first.
+
+        Asked while none runs: a round that was submitted and did not say how it ended was killed.
+        """
+        became: dict[str, set[str]] = {}
+        for row in self._rows():
+            if row["suite"] == suite:
+                if row["what"] in ("added", "resumed"):
+                    became.clear()
+                else:
+                    became.setdefault(row["slot"], set()).add(row["what"])
+        failed = []
+        for slot in sorted(became, reverse=True):
+            if became[slot] & {"done", "changed"}:
+                break
+            # One that was stopped by hand, or not run after all, says nothing.
+            if became[slot] & {"failed", *_OPEN} and not became[slot] & {"stopped", "skipped"}:
+                failed.append(slot)
+        return failed
 
 
 # Functions of running schedulers, by folder: what APScheduler stores has to be found by name.
@@ -386,6 +558,9 @@ _RUNNING: dict[str, Callable[[Suite], None]] = {}
 
 def _fire(folder: str, suite: dict[str, Any]) -> None:
     _RUNNING[folder](Suite(**suite))
+
+
+def _look() -> None: ...
 
 
 def _id(job: Any) -> str:

@@ -59,6 +59,7 @@ class Settings:
         address: of a Ray cluster, host:port; None starts Ray on this machine.
         storage: URL or folder that all nodes can write checkpoints to; None: in the output folder,
             which is enough on one machine.
+        silence: seconds after which a worker that does not answer is given up.
     """
 
     output: Path
@@ -66,6 +67,7 @@ class Settings:
     tracking_uri: str
     address: str | None = None
     storage: str | None = None
+    silence: int = 600
 
     @classmethod
     def resolve(
@@ -78,12 +80,12 @@ class Settings:
     ) -> Settings:
         """Settings from what was asked for and from the environment.
 
-        MLFLOW_TRACKING_URI, RAY_ADDRESS, CPFEAN_STORAGE and CPFEAN_CACHE (default ~/.cache/cpfean)
-        are read. Without an address, a cluster that was started on this host with `ray start` or
-        `ray up` is used.
+        MLFLOW_TRACKING_URI, RAY_ADDRESS, CPFEAN_STORAGE, CPFEAN_CACHE (default ~/.cache/cpfean) and
+        CPFEAN_TIMEOUT (default 600 s) are read. Without an address, a cluster that was started on
+        this host with `ray start` or `ray up` is used.
 
         Raises:
-            ConfigError: an address that is not host:port.
+            ConfigError: an address that is not host:port, or a time-out that is no number.
         """
         environment = os.environ if environment is None else environment
         output = output.expanduser().absolute()
@@ -91,6 +93,9 @@ class Settings:
         address = address or environment.get("RAY_ADDRESS") or running_head()
         if address is not None:
             _host_and_port(address)
+        silence = environment.get("CPFEAN_TIMEOUT") or "600"
+        if not silence.isdecimal() or int(silence) < 1:
+            raise ConfigError(f"CPFEAN_TIMEOUT must be a number of seconds; got {silence!r}.")
         return cls(
             output=output,
             cache_dir=cache.expanduser().absolute(),
@@ -99,6 +104,7 @@ class Settings:
             or f"sqlite:///{output / 'mlflow.db'}",
             address=None if address == "local" else address,
             storage=environment.get("CPFEAN_STORAGE") or None,
+            silence=int(silence),
         )
 
     def check_address(self) -> None:

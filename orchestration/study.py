@@ -23,11 +23,14 @@ from typing import Any, Literal, NoReturn, Protocol
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
-from orchestration.checkpoints import CheckpointFolder
+from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, eta, free_bytes
+from orchestration.checkpoints import KEPT, CheckpointFolder
 from orchestration.doctor import ask_nodes, versions
 from orchestration.drift import among_nodes, since_start
+from orchestration.guard import Guarded
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
+from orchestration.room import Room
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
 from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
@@ -58,6 +61,7 @@ class StudyPlan:
         base: configuration that the trials vary.
         trials: how many, if a space is searched.
         workers: data-parallel processes of each trial.
+        min_workers: with which a trial may go on when hosts are lost; 0: no fewer than `workers`.
         space: searched by Optuna; None runs `fixed`.
         fixed: trials to run as they are.
         grace: epochs before a trial may be stopped for being behind; 0 stops none.
@@ -66,6 +70,7 @@ class StudyPlan:
         tags: of the tracker's runs, beside its own.
         data_folder: the data, checked, on this node.
         data_fingerprint: of the data.
+        budget: what it may take; a resume may ask for another one.
         allow_drift: go on where versions are not those of the start, or differ between nodes.
     """
 
@@ -76,12 +81,14 @@ class StudyPlan:
     data_folder: Path
     data_fingerprint: str
     trials: int
+    min_workers: int = 0
     space: SearchSpace | None = None
     fixed: tuple[TrialPlan, ...] = ()
     grace: int = 0
     results: Path | None = None
     report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
     allow_drift: bool = False
 
     @property
@@ -120,12 +127,14 @@ class StudyResult:
         records: all trials, by number.
         best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
         test: its metrics on the test split.
+        used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
     """
 
     folder: Path
     records: tuple[TrialRecord, ...]
     best: TrialRecord | None = None
     test: Mapping[str, float] = field(default_factory=dict)
+    used_up: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -197,10 +206,14 @@ def run_study(
 
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan, or by other
-            versions.
-        ServiceError: no cluster, one of other versions, or nothing moves any more.
+            versions; or a limit in dollars, and a node without a price.
+        ServiceError: no cluster, one of other versions, no room for the checkpoints, or nothing
+            moves any more.
         Interrupted: after SIGINT or SIGTERM, once everything is written.
     """
+    if settings.address is None:
+        plan.budget.check_prices([OTHER])
+    check_room_for_checkpoints(plan, settings)
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
         drift = since_start(folder, allowed=plan.allow_drift)
@@ -221,6 +234,74 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
     else:
         folder.create(plan.identity(), commit=git_commit(), versions=versions())
     return folder
+
+
+def num_open(plan: StudyPlan, settings: Settings) -> int:
+    """Trials of a plan that would have to be trained now."""
+    folder = RunFolder(settings.output / plan.name)
+    records = {record.number: record for record in folder.records()}
+    settled = {number for number, record in records.items() if record.settled}
+    results = plan.known_results(folder)
+    if results is not None:
+        settled |= {
+            number
+            for number, trial in enumerate(plan.fixed)
+            if number not in records
+            and results.fill(planned_record(number, trial), tested=plan.tested == "all")
+        }
+    return max(0, plan.trials - len(settled))
+
+
+def storage_of(plan: StudyPlan, settings: Settings) -> Path | None:
+    """The folder that checkpoints go to; None if it is a store, which has no end."""
+    if settings.storage is None:
+        return settings.output / plan.name
+    storage = settings.storage.removeprefix("file://")
+    return None if "://" in storage else Path(storage)
+
+
+def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
+    """The room that the checkpoints of a plan need."""
+    from cpfean.training.timing import checkpoint_bytes
+
+    return Disk(
+        each=checkpoint_bytes(plan.base, data_folder=plan.data_folder),
+        trials=num_open(plan, settings),
+        kept=KEPT,
+        at_a_time=at_a_time,
+    )
+
+
+def check_room_for_checkpoints(
+    plan: StudyPlan, settings: Settings, *, free: Callable[[Path], int] = free_bytes
+) -> None:
+    """Refuses a plan whose checkpoints do not fit where they go, if that is a folder.
+
+    Raises:
+        ServiceError: with the numbers, and the flags that lower them.
+    """
+    folder = storage_of(plan, settings)
+    if folder is None or num_open(plan, settings) == 0:
+        return
+    lower = {
+        "sweep": "--trials",
+        "ablations": "--seeds, or the variants with --only",
+        "train": "the size of the model (--set model.dim=...)",
+        "tuning": "--tuning, or the methods with --methods",
+        "comparison": "--seeds, or the methods with --methods",
+    }
+    # How many run at a time is known when Ray has started; it is one at least.
+    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=lower[plan.kind], free=free)
+
+
+def meter_of(plan: StudyPlan, folder: RunFolder) -> Meter:
+    """What a study has taken; the tuning of a comparison is part of it."""
+    tuning = folder.path.with_name(folder.name + TUNING) / SPENT
+    return Meter(
+        folder.path / SPENT,
+        before=[tuning] if plan.kind == "comparison" else [],
+        clock=time.monotonic,
+    )
 
 
 def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
@@ -267,6 +348,11 @@ class _Study:
         self._results = plan.known_results(folder)
         self._tests_all = plan.tested == "all"
         self._clock = _Clock()
+        self._meter = meter_of(plan, folder)
+        self._nodes: Callable[[], Sequence[str]] = lambda: (OTHER,)
+        self._room: Callable[[], Room | None] = lambda: None
+        self._used_up = ""
+        self._unpriced: set[str] = set()
         self._running: dict[int, float] = {}
         self._failures: list[tuple[str, str]] = []
         self._drift = drift
@@ -295,7 +381,7 @@ class _Study:
         outcome: State = "failed"
         try:
             self._prepare()
-            if self._num_open() > 0:
+            if self._num_open() > 0 and not self._is_used_up():
                 self._run_open()
             result = self._conclude()
             outcome = "finished"
@@ -311,11 +397,14 @@ class _Study:
 
     def next_trial(self) -> TrialRecord | None:
         """The next trial to run: one that was cut off first, then a new one."""
+        number = next((n for n in range(self._plan.trials) if n not in self._records), None)
+        if not self._waiting and number is None:
+            return None
+        if self._is_used_up():
+            return None
         if self._waiting:
             return self._waiting.pop(0)
-        number = next((n for n in range(self._plan.trials) if n not in self._records), None)
-        if number is None:
-            return None
+        assert number is not None
         if self._plan.space is None:
             plan = self._plan.fixed[number]
         else:
@@ -396,8 +485,14 @@ class _Study:
             )
             self._interrupt_tune()
 
+    def noted(self, number: int, line: str) -> None:
+        self._say(f"{self._records[number].name}: {line}")
+        self._clock.news()
+
     def tick(self) -> None:
         """Called about every second: says what is waited for, and ends what hangs."""
+        if self._meter.is_due:
+            self._count()
         silent = self._clock.silent
         if silent > self._clock.next_notice:
             self._clock.next_notice *= 2
@@ -405,10 +500,16 @@ class _Study:
                 ", ".join(self._records[number].name for number in self._running)
                 or "the first trial"
             )
-            self._say(
-                f"no news for {silent:.0f} s; waiting for {names}, "
-                f"{self._plan.workers} worker(s) each."
-            )
+            room = self._room()
+            asked = f"{self._plan.workers} worker(s) each" if room is None else str(room)
+            self._say(f"no news for {silent:.0f} s; waiting for {names}, {asked}.")
+            # Workers that were there may come back: a host that is booted, a spot instance.
+            if room is not None and room.never_fits and not self._clock.has_begun:
+                self._error = ServiceError(
+                    f"the cluster cannot give what a trial asks for: {room}. Lower --workers, or "
+                    f"add nodes; then {self._resume_line()}"
+                )
+                self._interrupt_tune()
         if silent > self._clock.limit and self._error is None:
             self._error = ServiceError(
                 f"nothing has moved for {silent:.0f} s: the cluster does not give "
@@ -499,7 +600,10 @@ class _Study:
                 threading.Thread(target=self._watch_head, name="head", daemon=True).start()
                 self._look_at_nodes()
             resources = tuner.share_out(
-                cluster, workers=self._plan.workers, trials=self._num_open()
+                cluster,
+                workers=self._plan.workers,
+                trials=self._num_open(),
+                min_workers=self._plan.min_workers,
             )
             where = (
                 "this machine" if cluster.is_local else f"the cluster at {self._settings.address}"
@@ -509,6 +613,11 @@ class _Study:
                 f"{self._num_open()} trial(s) to run on {where}, {resources.concurrent} at a time, "
                 f"each with {resources.workers} worker(s) of {device}."
             )
+            self._nodes = tuner.node_types
+            self._plan.budget.check_prices(self._nodes())
+            self._count()
+            if not cluster.is_local:
+                self._room = lambda: tuner.room_for(resources)
             self._clock = _Clock(is_local=cluster.is_local)
             self._clock.epochs_left = self._epochs_left()
             early = None
@@ -516,7 +625,7 @@ class _Study:
                 epochs = self._plan.base.optim.epochs
                 early = tuner.EarlyStopping(grace=self._plan.grace, epochs=epochs)
             tuner.run_trials(
-                self,
+                Guarded(self, folder=self._folder.path, give_up=self._give_up),
                 num_trials=self._num_open(),
                 resources=resources,
                 settings=self._settings,
@@ -543,7 +652,8 @@ class _Study:
             raise self._error
         if self._signal:
             raise Interrupted(self._signal)
-        if self._waiting or any(not record.settled for record in self._records.values()):
+        left_out = {record.number for record in self._waiting} if self._used_up else set()
+        if any(not r.settled and r.number not in left_out for r in self._records.values()):
             raise ServiceError(f"the cluster was lost; continue with {self._resume_line()}")
 
     def _look_at_nodes(self) -> None:
@@ -565,7 +675,14 @@ class _Study:
     def _conclude(self) -> StudyResult:
         """The best trial, its test metrics and its files."""
         records = tuple(self._records[number] for number in sorted(self._records))
-        return conclude(self._plan, self._folder, records, self._tracker, test=self._test)
+        return conclude(
+            self._plan,
+            self._folder,
+            records,
+            self._tracker,
+            test=self._test,
+            used_up=self._used_up,
+        )
 
     def _test(self, best: TrialRecord) -> None:
         if not best.test:
@@ -610,20 +727,56 @@ class _Study:
             if record.state == "running":
                 self._count_seconds(record)
                 self._set_state(record, "interrupted")
-        metrics = {}
+        metrics: dict[str, float] = {}
         done = self._done()
         tested = next((record for record in done if record.test), None)
         best = tested or best_of(done)
         if best is not None:
             metrics["best/val_rsum"] = best.best_rsum
             metrics |= {f"test/{name}": value for name, value in best.test.items()}
-        drift = {"cpfean.drift": self._drift} if self._drift else {}
-        self._tracker.update_parent(outcome, metrics, drift)
+        self._meter.look()
+        self._meter.save()
+        tags = {"cpfean.used_up": self._used_up or "no"}
+        if self._drift:
+            tags["cpfean.drift"] = self._drift
+        self._tracker.update_parent(outcome, metrics | self._meter.metrics(), tags)
         if outcome == "interrupted":
             waited = time.monotonic() - self._told_to_stop if self._signal else 0.0
             seconds = max(0.0, STOPPED_SECONDS - waited)
         if not self._tracker.close(seconds=seconds):
             self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
+
+    def _count(self) -> None:
+        """Counts hours and dollars, by the nodes that there are now."""
+        prices = self._plan.budget.prices
+        if prices is None:
+            self._meter.look()
+        else:
+            types = self._nodes()
+            unknown = set(prices.unknown(types))
+            # A limit in dollars was refused at the start if a node had no price; one that joins
+            # later is told of.
+            if self._plan.budget.max_cost is not None and unknown - self._unpriced:
+                self._say(
+                    f"{prices.file} has no price of {', '.join(sorted(unknown))}: not counted."
+                )
+                self._unpriced |= unknown
+            self._meter.look(None if unknown >= set(types) else prices.hourly(types))
+        self._meter.save()
+
+    def _is_used_up(self) -> bool:
+        """Whether the budget allows no further trial; says so once."""
+        self._meter.look()
+        phrase = self._plan.budget.used_up(
+            hours=self._meter.hours, dollars=self._meter.dollars or 0.0
+        )
+        if phrase and not self._used_up:
+            left = self._plan.trials - len(self._done()) - len(self._running)
+            self._used_up = phrase
+            self._say(
+                f"{phrase}: {left} trial(s) are not begun, {len(self._running)} running go on."
+            )
+        return bool(phrase)
 
     def _settle(self, record: TrialRecord, state: State) -> None:
         self._count_seconds(record)
@@ -688,13 +841,19 @@ class _Study:
         """Ends the process from another thread, as the main thread hangs in Ray."""
         if self._closing.locked():
             return
+        outcome: State = "interrupted"
+        code, text = 128 + self._signal, f"Stopped; continue with {self._resume_line()}"
         if self._error is not None:
-            self._say(str(self._error))
-            self._close("failed", seconds=STOPPED_SECONDS)
-            os._exit(self._error.exit_code)
-        self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
-        self._close("interrupted")
-        os._exit(128 + self._signal)
+            outcome, code, text = "failed", self._error.exit_code, str(self._error)
+        try:
+            self._say(text)
+            self._close(outcome, seconds=STOPPED_SECONDS)
+        finally:
+            os._exit(code)
+
+    def _give_up(self, error: CpfeanError) -> None:
+        self._error = self._error or error
+        self._interrupt_tune()
 
     def _interrupt_tune(self) -> None:
         if not _tune_listens():
@@ -714,6 +873,10 @@ class _Clock:
         self._floor = 600.0 if is_local else 3600.0  # a cluster may have to start its machines
         self.epochs_left = 0
         self.next_notice = _SILENCE_SECONDS
+
+    @property
+    def has_begun(self) -> bool:
+        return self._begun
 
     @property
     def silent(self) -> float:
@@ -747,12 +910,7 @@ class _Clock:
     def eta(self, epochs_left: int) -> str:
         if not self._epochs:
             return "ETA unknown"
-        seconds = (self._last - self._start) / self._epochs * epochs_left
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return (
-            f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
-        )
+        return eta((self._last - self._start) / self._epochs * epochs_left)
 
 
 def resume_line(plan: StudyPlan) -> str:
@@ -797,6 +955,7 @@ def conclude(
     tracker: KeepsFiles,
     *,
     test: Callable[[TrialRecord], None],
+    used_up: str = "",
 ) -> StudyResult:
     """The result of a study whose trials are settled: best trial, reports and summary.
 
@@ -804,6 +963,7 @@ def conclude(
         tracker: gets the files of the plan's report.
         test: shows a trial the test split; called for the best one, where that is all that is
             tested.
+        used_up: the limit that kept further trials from being begun.
     """
     best = best_of(records)
     if best is not None:
@@ -817,7 +977,13 @@ def conclude(
     if plan.report is not None:
         tracker.keep_files(plan.report(records))
     metrics = {} if best is None else best.test
-    result = StudyResult(folder=folder.path, records=records, best=best, test=metrics)
+    result = StudyResult(
+        folder=folder.path,
+        records=records,
+        best=best,
+        test=metrics,
+        used_up=used_up and f"{used_up}; a larger limit goes on with {resume_line(plan)}",
+    )
     write_json(folder.path / "summary.json", summary(result))
     return result
 
@@ -857,6 +1023,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "best": result.best.number if result.best else None,
         "test": dict(result.test),
         "commit": RunFolder(result.folder).commit,
+        "used_up": result.used_up,
         "trials": rows,
     }
 
@@ -899,6 +1066,8 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         lines.append(f"test rSum       {result.test['rsum']:.1f}")
         model = result.folder / "best_model"
         lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
+    if result.used_up:
+        lines.append(f"budget          {result.used_up}")
     return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
 
 

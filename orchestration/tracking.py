@@ -4,7 +4,8 @@ A sweep is a parent run, each trial a child of it; a single training is one run 
 Runs are found by their tags, so that a restarted driver writes on instead of starting a second run.
 One background thread of the driver is the only writer. It is handed records, and from the record
 and from what MLflow already has it works out what is missing: no step and no file is sent twice,
-and a server that is away neither stalls nor stops the training.
+and a server that is away neither stalls nor stops the training. What a server refuses for one run
+is put aside with the reason; the other runs go on.
 
 MLflow knows RUNNING, FINISHED, FAILED and KILLED. A trial that was stopped because others were
 better is FINISHED: it did what was asked of it. The tag `cpfean.state` tells the whole truth:
@@ -19,21 +20,22 @@ import hashlib
 import logging
 import os
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from cpfean.config import ExperimentConfig
 from orchestration.records import TrialRecord
 from orchestration.settings import ServiceError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 EXPERIMENT = "cpfean"
 _STATUS = {
@@ -44,8 +46,14 @@ _STATUS = {
     "failed": "FAILED",
     "interrupted": "KILLED",
 }
+_PARENT_TAG = "mlflow.parentRunId"
+_CONFIG_TAG = "cpfean.file.config.toml"
 _LIBRARIES = ("torch", "transformers", "ray", "optuna", "mlflow", "numpy", "cpfean")
 _RETRY_SECONDS = 15.0
+_AWAY_SECONDS = 5.0  # the end of a study waits no longer for a tracker that has not answered
+_LOCK_SECONDS = 30.0
+_IN_A_BATCH = 1000  # metrics; MLflow takes no more
+_NOT_NOW = (401, 403, 408, 429)  # answers that are about the server, not about the run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,13 +96,22 @@ class Tracker:
         self._pending: dict[int, TrialRecord] = {}
         self._parent: _Update | None = _Update("running", {}, {}) if run.has_parent else None
         self._files: list[_Files] = []
+        self._refused: dict[int | None, tuple[str, str]] = {}
+        self._aside: list[_Task] = []
+        self._asked_again = False
         self._closing = False
+        self._ended = False
+        self._away = False
         self._warned = False
-        self._idle = True
+        self._current: _Task | None = None
+        self._last_try = False
         self._client: MlflowClient | None = None
         self._experiment_id = ""
         self._parent_id = ""
+        self._described = False
+        self._run_ids: dict[int, str] = {}
         self._runs: dict[int, _Known] = {}
+        self._last_steps: dict[int, int] = {}
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
@@ -108,8 +125,9 @@ class Tracker:
         except ModuleNotFoundError as error:
             raise ServiceError(f"MLflow is not installed ({error}): pip install mlflow.") from None
 
+        # What they log as errors reaches us as exceptions.
         for library in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         self._thread.start()
 
     def update(self, record: TrialRecord) -> None:
@@ -142,116 +160,212 @@ class Tracker:
                 self._changed.notify_all()
 
     def close(self, *, seconds: float = 60.0) -> bool:
-        """Waits until all is sent, but no longer than this.
+        """Waits until all is sent, but no longer than this; not for a tracker that is away.
+
+        Tells the user what was refused, and how much is not sent.
 
         Returns:
             Whether all is sent. What is not is in the records and goes out with the next resume.
         """
-        end = time.monotonic() + seconds
+        began = time.monotonic()
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            while not self._done() and self._thread.is_alive():
-                left = end - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+            while self._thread.is_alive() and not self._ended:
+                patience = min(seconds, _AWAY_SECONDS) if self._away else seconds
+                left = began + patience - time.monotonic()
+                if left <= 0:
                     break
-            return self._done()
+                self._changed.wait(left)
+            done = self._done()
+            refused = list(self._refused.values())
+            unsent = self._num_unsent()
+        for name, reason in refused:
+            self._say(f"tracking: {_shown(self.uri)} refuses {name} ({reason}).")
+        if unsent:
+            self._say(f"tracking: {unsent} epoch(s) are not sent; they are kept in the records.")
+        return done
 
     def _done(self) -> bool:
-        return not self._owed() and self._idle
+        return self._current is None and not (
+            self._pending or self._files or self._parent is not None or self._aside
+        )
 
-    def _owed(self) -> bool:
-        return bool(self._pending or self._files or self._parent is not None)
+    def _num_unsent(self) -> int:
+        """Epochs of the records that MLflow is not known to have."""
+        held = [*self._aside, self._current]
+        records = {task.number: task for task in held if isinstance(task, TrialRecord)}
+        return sum(
+            max(0, record.epochs - self._last_steps.get(number, 0))
+            for number, record in (records | self._pending).items()
+        )
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._idle = True
-                self._changed.notify_all()
-                while not self._owed():
-                    if self._closing:
-                        return
-                    self._changed.wait()
-                self._idle = False
-                parent, self._parent = self._parent, None
-                number = next(iter(self._pending), None)
-                record = None if parent or number is None else self._pending.pop(number)
-                # Last of all: numbers are small, and their runs exist then.
-                files = self._files.pop(0) if not parent and record is None else None
+        while (task := self._wait()) is not None:
             try:
                 self._connect()
-                if parent is not None:
-                    self._send_parent(parent)
-                if record is not None:
-                    self._send(record)
-                if files is not None:
-                    self._send_files(files)
+                self._deliver(task)
+                self._tell_away(False)
             # Whatever a tracker, its database or the network raises must not end the training.
             except Exception as error:
-                self._give_back(parent, record, files)
-                self._warn(error)
-                with self._changed:
-                    if self._closing:
-                        self._idle = True
-                        self._changed.notify_all()
-                        return
-                    self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
+                if self._is_connected() and _is_refusal(error):
+                    self._put_aside(task, error)
+                elif not self._retry(task, error):
+                    break
+        with self._changed:
+            self._current, self._ended = None, True
+            self._changed.notify_all()
 
-    def _give_back(
-        self, parent: _Update | None, record: TrialRecord | None, files: _Files | None
-    ) -> None:
+    def _wait(self) -> _Task | None:
+        """The next thing to send; None when there is no more to come."""
+        with self._changed:
+            self._current = None
+            self._changed.notify_all()
+            while (task := self._next()) is None:
+                if self._closing:
+                    return None
+                self._changed.wait()
+            self._current, self._last_try = task, self._closing
+            return task
+
+    def _next(self) -> _Task | None:
+        while (task := self._take()) is not None:
+            if _subject(task) not in self._refused:
+                return task
+            self._aside.append(task)
+        if not (self._closing and self._aside) or self._asked_again:
+            return None
+        # Once more at the end, and that is all.
+        self._asked_again = True
+        self._refused.clear()
+        aside, self._aside = self._aside, []
+        for task in reversed(aside):  # of one trial's records the last is put back
+            self._put_back(task)
+        return self._take()
+
+    def _take(self) -> _Task | None:
+        """Numbers before files, which are large; the end of the whole after that of its trials."""
+        task: _Task
+        beginning = self._parent is not None and self._parent.state == "running"
+        if self._parent is not None and (beginning or not self._pending):
+            task, self._parent = self._parent, None
+        elif self._pending:
+            task = self._pending.pop(next(iter(self._pending)))
+        elif self._files:
+            task = self._files.pop(0)
+        else:
+            return None
+        return task
+
+    def _put_back(self, task: _Task) -> None:
+        """Unless there is later news."""
+        if isinstance(task, _Update):
+            self._parent = self._parent or task
+        elif isinstance(task, _Files):
+            self._files.insert(0, task)
+        else:
+            self._pending.setdefault(task.number, task)
+
+    def _put_aside(self, task: _Task, error: Exception) -> None:
+        number = _subject(task)
+        name = self._run.name
+        if not isinstance(task, _Update) and number is not None:
+            record = task.record if isinstance(task, _Files) else task
+            name = record.name if record is not None and self._run.has_parent else name
+        with self._changed:
+            self._refused.setdefault(number, (name, self._line(error)))
+            self._aside.append(task)
+
+    def _retry(self, task: _Task, error: Exception) -> bool:
+        """Waits before the next try; False if there is to be none."""
         # It may have arrived although it raised: ask what is there before sending more.
         self._runs.clear()
         with self._changed:
-            if parent is not None and self._parent is None:
-                self._parent = parent
-            if record is not None:
-                self._pending.setdefault(record.number, record)
-            if files is not None:
-                self._files.insert(0, files)
-
-    def _warn(self, error: Exception) -> None:
+            self._put_back(task)
         if not self._warned:
             self._warned = True
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._say(
-                f"tracking: {self.uri} does not take our numbers ({line[:200]}); training goes on, "
-                "and they are sent when it answers, or by a later --resume."
+                f"tracking: {_shown(self.uri)} does not take our numbers ({self._line(error)}); "
+                "training goes on, and they are sent when it answers, or by a later --resume."
             )
+        self._tell_away(True)
+        if self._last_try:
+            return False
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=_RETRY_SECONDS)
+        return True
+
+    def _tell_away(self, away: bool) -> None:
+        with self._changed:
+            self._away = away
+            self._changed.notify_all()
+
+    def _line(self, error: Exception) -> str:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "database is locked" in line:
+            line = f"locked by another process, see `fuser {sqlite_file(self.uri) or ''}`"
+        return _without_password(line, self.uri)[:200]
+
+    def _is_connected(self) -> bool:
+        return self._client is not None and bool(self._parent_id or not self._run.has_parent)
 
     def _connect(self) -> None:
-        if self._client is not None and (self._parent_id or not self._run.has_parent):
-            return
-        self._client, self._experiment_id = open_store(self.uri)
-        if self._run.has_parent:
-            tags = {"cpfean.kind": self._run.kind, "cpfean.role": "parent"}
-            found = self._find({"cpfean.id": self._run.id} | tags)
-            self._parent_id = found or self._create(self._run.name, tags | dict(self._run.tags))
-            self._log(self._parent_id, parameters=self._run.parameters)
+        if self._client is None:
+            self._client, self._experiment_id = open_store(self.uri)
+        if self._run.has_parent and not self._parent_id:
+            role = {"cpfean.kind": self._run.kind, "cpfean.role": "parent"}
+            self._parent_id = self._sole_run(self._run.name, role, dict(self._run.tags))
+
+    def _deliver(self, task: _Task) -> None:
+        if isinstance(task, _Update):
+            self._send_parent(task)
+        elif isinstance(task, _Files):
+            self._send_files(task)
+        else:
+            self._send(task)
 
     def _send_parent(self, update: _Update) -> None:
-        metrics = {(name, 0): value for name, value in update.metrics.items()}
+        client = self._need_client()
+        run = client.get_run(self._parent_id)
+        metrics = [
+            # A number that has changed since the last driver is a further point, not a second one.
+            (name, value, len(client.get_metric_history(self._parent_id, name)), _start(run))
+            for name, value in update.metrics.items()
+            if run.data.metrics.get(name) != value
+        ]
         tags = {"cpfean.state": update.state} | update.tags
         self._log(self._parent_id, metrics=metrics, tags=tags)
         self._set_status(self._parent_id, update.state)
         if update.state != "running":
             self._reap()
+        if not self._described:
+            self._log(self._parent_id, parameters=self._run.parameters)
+            self._described = True
 
     def _send(self, record: TrialRecord) -> None:
         known = self._runs.get(record.number) or self._open(record)
         self._runs[record.number] = known
         if known.state != record.state and record.state == "running":
             self._set_status(known.run_id, record.state)
+        # A point that is sent again because its answer was lost has the same time, and MLflow
+        # takes the same point once.
+        now = float(known.start)
+        points = []
         for row in record.history:
-            step = int(row["epoch"])
-            if step > known.last_step:
-                # One call for all metrics of an epoch: they arrive together or not at all.
-                self._log(known.run_id, metrics={(name, step): row[name] for name in row})
-                known.last_step = step
+            now += 1000 * row.get("train/seconds", 0.0)
+            if int(row["epoch"]) > known.last_step:
+                points.append([(name, row[name], int(row["epoch"]), int(now)) for name in row])
+        size = max(map(len, points), default=1)
+        each = max(1, _IN_A_BATCH // size)
+        for first in range(0, len(points), each):
+            # All metrics of an epoch are in one call: they arrive together or not at all.
+            batch = [point for epoch in points[first : first + each] for point in epoch]
+            self._log(known.run_id, metrics=batch)
+            known.last_step = batch[-1][2]
+            self._last_steps[record.number] = known.last_step
         if record.test and not known.tested:
-            step = record.epochs
-            test = {(f"test/{name}", step): value for name, value in record.test.items()}
-            self._log(known.run_id, metrics=test)
+            tested = [(f"test/{n}", v, record.epochs, int(now)) for n, v in record.test.items()]
+            self._log(known.run_id, metrics=tested)
             known.tested = True
         if known.state != record.state:
             tags: dict[str, str] = {"cpfean.state": record.state}
@@ -262,15 +376,26 @@ class Tracker:
             self._log(known.run_id, tags=tags)
             self._set_status(known.run_id, record.state)
             known.state = record.state
+        # Last, since a run whose parameters somebody else has set refuses ours.
+        if not known.described:
+            self._log(known.run_id, parameters=record.experiment.flat())
+            known.described = True
+            if not known.has_config:
+                with self._changed:
+                    self._files.insert(0, _Files((), record))
 
     def _send_files(self, files: _Files) -> None:
         run_id = self._parent_id
-        if files.record is not None:
-            number = files.record.number
-            self._runs[number] = self._runs.get(number) or self._open(files.record)
-            run_id = self._runs[number].run_id
+        record = files.record
+        if record is not None:
+            self._runs[record.number] = self._runs.get(record.number) or self._open(record)
+            run_id = self._runs[record.number].run_id
         client = self._need_client()
         tags = client.get_run(run_id).data.tags
+        if record is not None and _CONFIG_TAG not in tags:
+            text = record.experiment.to_toml()
+            client.log_text(run_id, text, "config.toml")
+            client.set_tag(run_id, _CONFIG_TAG, hashlib.sha256(text.encode()).hexdigest())
         for file in files.paths:
             if not file.is_file():
                 continue
@@ -283,55 +408,71 @@ class Tracker:
     def _open(self, record: TrialRecord) -> _Known:
         """The trial's run, found or made, and what it holds."""
         client = self._need_client()
-        key = {"cpfean.id": self._run.id, "cpfean.trial": str(record.number)}
-        run_id = self._find(key)
-        if run_id is None:
+        number = record.number
+        if number not in self._run_ids:
             tags = dict(self._run.tags) | {
                 "cpfean.kind": self._run.kind,
                 "cpfean.role": "trial",
-                "cpfean.trial": str(record.number),
                 "cpfean.config": record.experiment.fingerprint(),
             }
-            if self._parent_id:
-                tags["mlflow.parentRunId"] = self._parent_id
             name = record.name if self._run.has_parent else self._run.name
-            run_id = self._create(name, tags)
-        data = client.get_run(run_id).data
-        if "seed" not in data.params:
-            self._log(run_id, parameters=record.experiment.flat())
-            self._log_config(run_id, record.experiment)
+            self._run_ids[number] = self._sole_run(name, {"cpfean.trial": str(number)}, tags)
+        run_id = self._run_ids[number]
+        run = client.get_run(run_id)
+        # Of a study whose parent run was deleted the children follow the new one.
+        if self._parent_id and run.data.tags.get(_PARENT_TAG) != self._parent_id:
+            client.set_tag(run_id, _PARENT_TAG, self._parent_id)
         steps = client.get_metric_history(run_id, "val/rsum")
         return _Known(
             run_id=run_id,
+            start=_start(run),
             last_step=max((point.step for point in steps), default=0),
-            state=data.tags.get("cpfean.state", ""),
-            tested=any(name.startswith("test/") for name in data.metrics),
+            state=run.data.tags.get("cpfean.state", ""),
+            tested=any(name.startswith("test/") for name in run.data.metrics),
+            described="seed" in run.data.params,
+            has_config=_CONFIG_TAG in run.data.tags,
         )
 
     def _reap(self) -> None:
         """Closes children that no record speaks for any more."""
         client = self._need_client()
+        known = {self._parent_id, *self._run_ids.values()}
         for run in client.search_runs(
             [self._experiment_id],
             f"tags.`cpfean.id` = '{self._run.id}' and attributes.status = 'RUNNING'",
         ):
-            known = {state.run_id for state in self._runs.values()}
-            if run.info.run_id not in known | {self._parent_id}:
+            if run.info.run_id not in known:
                 client.set_tag(run.info.run_id, "cpfean.state", "interrupted")
                 client.set_terminated(run.info.run_id, "KILLED")
 
-    def _find(self, tags: Mapping[str, str]) -> str | None:
-        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        runs = self._need_client().search_runs(
-            [self._experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]
-        )
-        return runs[0].info.run_id if runs else None
+    def _sole_run(self, name: str, key: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """The run of this study that has the key, made if there is none."""
+        runs = self._find(key)
+        if not runs:
+            made = self._create(name, dict(key) | dict(tags))
+            # MLflow sends a request again whose answer was lost, and then there are two.
+            runs = self._find(key)
+            if not runs:
+                return made
+        for twin in runs[1:]:
+            if not twin.data.metrics:
+                self._need_client().delete_run(twin.info.run_id)
+        return runs[0].info.run_id
+
+    def _find(self, key: Mapping[str, str]) -> list[Run]:
+        """The one that holds numbers first."""
+        key = {"cpfean.id": self._run.id} | dict(key)
+        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in key.items())
+        runs = self._need_client().search_runs([self._experiment_id], query)
+        return sorted(runs, key=lambda r: (not r.data.metrics, _start(r), r.info.run_id))
 
     def _create(self, name: str, tags: Mapping[str, str]) -> str:
         # The key tags go in with the creation: a run that exists can always be found again.
         key = {"cpfean.id": self._run.id, "cpfean.sweep": self._run.name}
         tags = key | {"cpfean.state": "running"} | dict(tags)
         tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **versions()}
+        if tags.get("cpfean.role") == "trial" and self._parent_id:
+            tags[_PARENT_TAG] = self._parent_id
         run = self._need_client().create_run(self._experiment_id, tags=tags, run_name=name)
         return run.info.run_id
 
@@ -346,29 +487,23 @@ class Tracker:
         self,
         run_id: str,
         *,
-        metrics: Mapping[tuple[str, int], float] | None = None,
+        metrics: Sequence[tuple[str, float, int, int]] = (),
         parameters: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
+        """Sends what there is in one call; metrics are name, value, step and time."""
         from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
         self._need_client().log_batch(
             run_id,
             metrics=[
-                Metric(name, float(value), now, step)
-                for (name, step), value in (metrics or {}).items()
+                Metric(name, float(value), when, step)
+                for name, value, step, when in metrics
                 if name != "epoch"
             ],
             params=[Param(name, str(value)) for name, value in (parameters or {}).items()],
             tags=[RunTag(name, str(value)) for name, value in (tags or {}).items()],
         )
-
-    def _log_config(self, run_id: str, config: ExperimentConfig) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "config.toml"
-            file.write_text(config.to_toml(), encoding="utf-8")
-            self._need_client().log_artifact(run_id, str(file))
 
     def _need_client(self) -> MlflowClient:
         assert self._client is not None
@@ -380,9 +515,12 @@ class _Known:
     """What MLflow is known to have of a trial."""
 
     run_id: str
+    start: int
     last_step: int
     state: str
     tested: bool
+    described: bool
+    has_config: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,10 +540,49 @@ class _Files:
     record: TrialRecord | None
 
 
+_Task = _Update | TrialRecord | _Files
+
+
+def _subject(task: _Task) -> int | None:
+    """The number of the trial that it is about; None for the whole."""
+    if isinstance(task, _Update):
+        return None
+    record = task.record if isinstance(task, _Files) else task
+    return None if record is None else record.number
+
+
+def _start(run: Run) -> int:
+    return int(run.info.start_time or 0)
+
+
 def _copy(record: TrialRecord) -> TrialRecord:
     # The record goes on changing while the writer reads.
     fields = {name: getattr(record, name) for name in TrialRecord.__slots__}
     return TrialRecord(**fields | {"history": list(record.history)})
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the tracker has answered that it does not take this, rather than not at all."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return False
+    return 400 <= status < 500 and status not in _NOT_NOW
+
+
+def _without_password(text: str, uri: str) -> str:
+    password = urlsplit(uri).password
+    return text.replace(password, "***") if password else text
+
+
+def _shown(uri: str) -> str:
+    """The address as others may read it."""
+    return _without_password(uri, uri)
 
 
 def open_store(uri: str) -> tuple[MlflowClient, str]:
@@ -416,7 +593,7 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
     file whose making was not completed, of which a mark tells, is made anew.
 
     Raises:
-        ServiceError: an address that MLflow cannot use.
+        ServiceError: an address that MLflow cannot use, or a file that cannot be written.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -425,9 +602,7 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
     if file is None:
         client = MlflowClient(uri)
         return client, _experiment(client, artifacts=None)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(file):
         unfinished = file.with_name(f".{file.name}.unfinished")
         if unfinished.exists():
             for part in (file, file.with_name(f"{file.name}-journal")):
@@ -442,6 +617,31 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
             return client, experiment
         except MlflowException as error:
             raise ServiceError(f"{file}: cannot be used as a tracking store: {error}") from None
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keeps other processes from opening a database at the same time."""
+    end = time.monotonic() + _LOCK_SECONDS
+    beside = file.with_name(f".{file.name}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = beside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ServiceError(f"{file}: cannot be written: {error}") from None
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ServiceError(
+                        f"{file}: another process has been opening it for {_LOCK_SECONDS:.0f} s; "
+                        f"see `fuser {beside}`."
+                    ) from None
+                time.sleep(0.05)
+        yield
 
 
 def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
@@ -462,7 +662,8 @@ def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
     # Whatever a tracker, its database or the network raises.
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ServiceError(f"{uri} does not take our tags: {line[:200]}") from None
+        line = _without_password(line, uri)[:200]
+        raise ServiceError(f"{_shown(uri)} does not take our tags: {line}") from None
 
 
 def _experiment(client: MlflowClient, *, artifacts: str | None) -> str:
@@ -489,8 +690,8 @@ def sqlite_file(uri: str) -> Path | None:
 def ui_command(uri: str) -> str:
     """What to type to look at the runs."""
     if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri}"
+        return f"open {_shown(uri)}"
+    return f"mlflow ui --backend-store-uri {_shown(uri)}"
 
 
 @functools.cache

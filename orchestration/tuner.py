@@ -26,20 +26,34 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cpfean.errors import CpfeanError, DataError, DivergedError
+from cpfean.errors import (
+    CpfeanError,
+    DataError,
+    DivergedError,
+    LostPartnerError,
+    NoMemoryError,
+    StoppedError,
+)
+from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
 from orchestration.records import TrialRecord
+from orchestration.room import Node, Room, places
 from orchestration.search import METRIC
 from orchestration.settings import ServiceError, Settings, prepare_environment
 
 _RETRIED = ("infra", "preempted")
 _MAX_RETRIES = 3
 _CLOSE_SECONDS = 10.0
+_ELASTIC_START_SECONDS = 30
 
 _CLASSES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     (DivergedError, "diverged"),
     (DataError, "data"),
+    (NoMemoryError, "oom"),
+    (StoppedError, "preempted"),
+    (LostPartnerError, "infra"),
+    (ServiceError, "infra"),
     (CpfeanError, "config"),
     ((OutOfMemoryError, MemoryError), "oom"),
 )
@@ -60,6 +74,8 @@ class Hooks(Protocol):
 
     def failed(self, number: int, failure: str, message: str) -> None: ...
 
+    def noted(self, number: int, line: str) -> None: ...
+
     def tick(self) -> None: ...
 
 
@@ -70,11 +86,13 @@ class Cluster:
     Attributes:
         cpus, gpus: of all nodes now.
         is_local: Ray was started by this process, on this machine.
+        nodes: that live now; without them all is taken to be one node.
     """
 
     cpus: int
     gpus: int
     is_local: bool
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +101,7 @@ class Resources:
 
     Attributes:
         workers: of one trial.
+        min_workers: with which it may go on when there is no room for more.
         cpus: of one worker.
         use_gpu: one for each worker.
         concurrent: trials at a time. Tune does not count the workers of a trial: without this
@@ -93,6 +112,7 @@ class Resources:
     cpus: int
     use_gpu: bool
     concurrent: int
+    min_workers: int = 0  # 0: no fewer than `workers`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +161,106 @@ def connect(settings: Settings) -> Cluster:
         cpus=int(total.get("CPU", 0)),
         gpus=int(total.get("GPU", 0)),
         is_local=settings.address is None,
+        nodes=_nodes(),
     )
+
+
+def this_machine() -> Cluster:
+    """What Ray would find here, without starting it."""
+    import torch
+
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return Cluster(cpus=cpus, gpus=gpus, is_local=True, nodes=(Node(cpus=cpus, gpus=gpus),))
+
+
+def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
+    """A cluster and its nodes' types; nothing is started on it.
+
+    Raises:
+        ServiceError: no cluster at the address.
+    """
+    settings.check_address()
+    try:
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        nodes = _nodes()
+        cluster = Cluster(
+            cpus=sum(node.cpus for node in nodes),
+            gpus=sum(node.gpus for node in nodes),
+            is_local=False,
+            nodes=nodes,
+        )
+        return cluster, node_types()
+    except Exception as error:  # Ray raises many kinds here
+        raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def _nodes() -> tuple[Node, ...]:
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(
+        Node(cpus=int(has.get("CPU", 0)), gpus=int(has.get("GPU", 0))) for has in resources
+    )
+
+
+def node_types() -> list[str]:
+    """The type of every node that lives, as the autoscaler's file calls it; none if Ray is gone."""
+    try:
+        labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    except Exception:  # Ray raises many kinds; what is lost is told elsewhere
+        return []
+    return [of.get("ray.io/node-group") or OTHER for of in labels]
+
+
+def room_for(resources: Resources) -> Room | None:
+    """A trial beside the cluster as it is now; None if the cluster does not answer."""
+    try:
+        nodes = _nodes()
+        room = Room(
+            workers=resources.min_workers or resources.workers,
+            cpus=resources.cpus,
+            use_gpu=resources.use_gpu,
+            nodes=nodes,
+            grows=_grows(),
+        )
+    except Exception:  # as above
+        return None
+    return room
+
+
+def _grows() -> bool | None:
+    """Whether the autoscaler adds nodes for what waits now; None if there is no telling.
+
+    A head that was started without an autoscaler's file has one that only looks on. Ray's second
+    autoscaler tells what it cannot give whatever it adds; the first one does not.
+    """
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        client = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
+        reply = GetClusterStatusReply()
+        reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+        state = reply.autoscaling_state
+        if state.pending_instance_requests or state.pending_instances:
+            return True
+        # Those that an autoscaler starts know the machine that they are; where none does, this one
+        # only looks on, and cannot even tell that: parts of a resource, of which our trials have
+        # one, are an error in its own list of what there is.
+        if not any(node.instance_id for node in reply.cluster_resource_state.node_states):
+            return False
+        cannot = state.infeasible_gang_resource_requests or state.infeasible_resource_requests
+        return False if cannot else None
+    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+    report = status.get("autoscaler_report")
+    if not report:
+        return None
+    if report["pending_nodes"] or report["pending_launches"]:
+        return True
+    # Nodes that nobody described go by their own ids.
+    known = report["active_nodes"]
+    return False if known and all(name.startswith("node_") for name in known) else None
 
 
 def _check_actors_start() -> None:
@@ -160,7 +279,7 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def share_out(cluster: Cluster, *, workers: int, trials: int) -> Resources:
+def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int = 0) -> Resources:
     """How many trials of so many workers run at a time, and with what.
 
     Raises:
@@ -177,8 +296,18 @@ def share_out(cluster: Cluster, *, workers: int, trials: int) -> Resources:
     concurrent = max(1, min(trials, there // workers))
     cpus = max(1, cluster.cpus // (workers * concurrent))
     if not cluster.is_local:
-        cpus = min(cpus, 8)  # nodes differ; a worker that asks for much may fit on none
-    return Resources(workers=workers, cpus=cpus, use_gpu=use_gpu, concurrent=concurrent)
+        cpus = min(cpus, 8)  # the nodes that join later may be smaller
+    # A worker is on one node: what all nodes have together is no measure of it.
+    fitting = min(workers * concurrent, places(cluster.nodes, cpus=1, use_gpu=use_gpu))
+    while cpus > 1 and places(cluster.nodes, cpus=cpus, use_gpu=use_gpu) < fitting:
+        cpus -= 1
+    return Resources(
+        workers=workers,
+        cpus=cpus,
+        use_gpu=use_gpu,
+        concurrent=concurrent,
+        min_workers=min_workers,
+    )
 
 
 def run_trials(
@@ -206,6 +335,8 @@ def run_trials(
     job = {
         "cache_dir": str(settings.cache_dir),
         "workers": resources.workers,
+        "min_workers": resources.min_workers or resources.workers,
+        "silence": settings.silence,
         "cpus": resources.cpus,
         "use_gpu": resources.use_gpu,
         "is_local": settings.address is None,
@@ -255,11 +386,16 @@ class _Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], job: dict[str, Any] | None = None) -> None:
         prepare_environment()
         assert job is not None
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job["silence"]))
+        if job["min_workers"] < job["workers"]:
+            # Right after a host is lost it is still counted on; the next count will be right.
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_ELASTIC_START_SECONDS)
         if job["is_local"]:
             # Nobody takes this machine away; that is one process less.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         self._job = job
         self._crew: Crew | None = None
+        self._workers = job["workers"]
         self._begin()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -272,22 +408,31 @@ class _Trial(tune.Trainable):
         self._retries = 0
 
     def step(self) -> dict[str, Any]:
-        while True:
-            try:
-                return self._news()
-            except (TrainingFailedError, RayActorError) as error:
-                self._dismiss()
-                failure, message = classify(error)
-                if failure not in _RETRIED or self._retries >= _MAX_RETRIES:
-                    # As news and not as an error, which would cost this process as well.
-                    return {"failure": failure, "message": message, "done": True}
-                self._retries += 1
+        try:
+            return self._news()
+        except (TrainingFailedError, RayActorError) as error:
+            lost = self._lost(error)
+            self._dismiss()
+            failure, message = classify(error)
+            self._retries += failure == "infra"
+            if failure not in _RETRIED or self._retries > _MAX_RETRIES:
+                # As news and not as an error, which would cost this process as well.
+                return {"failure": failure, "message": message, "done": True}
+            if failure == "infra":
+                line = f"{lost}; retry {self._retries}/{_MAX_RETRIES} from epoch {self._epoch}."
+            elif any(isinstance(cause, StoppedError) for cause in _causes(error)):
+                line = f"preempted: {message} It goes on there."
+            else:
+                line = f"preempted; goes on from epoch {self._epoch}."
+            return {"note": line, "done": False}
 
     def cleanup(self) -> None:
         self._dismiss()
 
     def _news(self) -> dict[str, Any]:
         name = f"{self._job['run_name']}-{self.config['number']:03d}"
+        if not self._given and self._workers < self._job["workers"] and self._has_room():
+            self._dismiss()
         if self._crew is None:
             self._crew = Crew(self._job, name=f"crew-{uuid.uuid4().hex[:8]}")
         if self._given:
@@ -298,13 +443,31 @@ class _Trial(tune.Trainable):
             trial = {
                 "config": json.loads(self.config["config"]),
                 "folder": folder.uri,
+                "attempt": folder.new_attempt(),
                 "test": self._job["test"],
             }
             self._crew.train(trial)
             self._given = True
         news = self._crew.news()
         self._epoch = int(news.get("epoch", self._epoch))
+        workers, most = news.get("workers", self._workers), self._job["workers"]
+        if workers != self._workers:
+            self._workers = workers
+            news |= {"note": f"trained by {workers} of {most} workers; the batch is the same."}
         return news | {"done": bool(news.get("ended"))}
+
+    def _has_room(self) -> bool:
+        """Whether one more worker would fit; only between trials is it worth a new crew."""
+        kind, number = ("GPU", 1) if self._job["use_gpu"] else ("CPU", self._job["cpus"])
+        return bool(ray.available_resources().get(kind, 0) >= number)
+
+    def _lost(self, error: BaseException) -> str:
+        """Who is lost, as far as it is known; what may come back of them is fenced."""
+        silent, gone = lost_ranks(error)
+        hosts = {} if self._crew is None else self._crew.hosts()
+        what = "worker lost" if gone or not silent else f"node silent {self._job['silence']} s"
+        named = ", ".join(f"rank {rank} on {hosts.get(rank, '?')}" for rank in gone or silent)
+        return f"{what} ({named}), fenced" if named else f"{what}, fenced"
 
     def _dismiss(self) -> None:
         crew, self._crew, self._given = self._crew, None, False
@@ -323,9 +486,9 @@ def classify(error: BaseException) -> tuple[str, str]:
             if isinstance(cause, kinds):
                 return failure, _tail(str(cause))
     for cause in causes:
-        if "out of memory" in str(cause).lower():
+        if "out of memory" in str(cause).lower() or "can't allocate memory" in str(cause):
             return "oom", _tail(str(cause))
-    if any(type(cause).__name__ == "PreemptionError" for cause in causes):
+    if any(_is_preemption(cause) for cause in causes):
         return "preempted", _tail(str(error))
     # A worker with an error of its own takes the others' connections along: then it is to blame.
     roots = [cause for cause in causes if not _inner(cause)]
@@ -333,6 +496,25 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "infra", _tail(str(error))
     blamed = [cause for cause in roots if not _is_loss(cause)]
     return "bug", _tail(str((blamed or [error])[0]))
+
+
+def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
+    """Ranks that do not answer any more, and ranks that are gone."""
+    silent: list[int] = []
+    gone: list[int] = []
+    for cause in _causes(error):
+        if isinstance(cause, WorkerGroupError):
+            for rank, failure in sorted(cause.worker_failures.items()):
+                if type(failure).__name__.startswith("WorkerHealthCheckTimeout"):
+                    silent.append(rank)
+                elif _is_loss(failure):
+                    gone.append(rank)
+    return silent, gone
+
+
+def _is_preemption(error: BaseException) -> bool:
+    """Whether Ray knows that the host was taken away."""
+    return type(error).__name__ == "PreemptionError" or bool(getattr(error, "preempted", False))
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -368,7 +550,9 @@ def _inner(error: BaseException) -> list[BaseException]:
     """What an error wraps."""
     wrapped: list[Any] = []
     if isinstance(error, WorkerGroupError):
-        wrapped += [failure for _, failure in sorted(error.worker_failures.items())]
+        failures = [failure for _, failure in sorted(error.worker_failures.items())]
+        # Those that only waited for it in vain do not know the cause.
+        wrapped += [one for one in failures if not isinstance(one, LostPartnerError)] or failures
     names = ("cause", "_base_exc", "controller_failure", "health_check_failure", "__cause__")
     wrapped += [getattr(error, name, None) for name in names]
     return [one for one in wrapped if isinstance(one, BaseException)]
@@ -476,6 +660,8 @@ class _Watcher(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
     ) -> None:
         number = trial.config["number"]
+        if "note" in result:
+            self._hooks.noted(number, result["note"])
         if "begun" in result:
             group = result["placement_group"]
             others = {n: known for n, known in self._groups.items() if known != group}

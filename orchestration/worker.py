@@ -19,7 +19,7 @@ from orchestration.checkpoints import CheckpointFolder
 from orchestration.search import METRIC
 
 if TYPE_CHECKING:
-    from cpfean.training.checkpoint import Checkpoint
+    from cpfean.training.checkpoint import Checkpoint, TrainingState
     from cpfean.training.loop import EpochReport
 
 
@@ -43,33 +43,49 @@ def work(job: dict[str, Any]) -> None:
     """Trains what the crew's post hands out, until it closes; called by Ray Train in every worker.
 
     Args:
-        job: "post" of the crew, "cache_dir" on this node, and "cpus" for this worker.
+        job: "post" of the crew, "cache_dir" on this node, "cpus" for this worker, and whether all
+            is on one machine that nobody takes away ("is_local").
     """
     import ray
     import torch
+    from ray.train import get_context
+
+    from cpfean.processes import partners_watched
 
     torch.set_num_threads(job["cpus"])
+    host = ray.util.get_node_ip_address()
+    job["post"].arrived.remote(get_context().get_world_rank(), host)
     number = 0
     while (order := ray.get(job["post"].order.remote(after=number))) is not None:
         number, trial = order
-        with suppress(_Abandoned):
-            _train(trial, RayReporter(job["post"], number, trial), cache_dir=Path(job["cache_dir"]))
+        with suppress(_Abandoned), partners_watched(where=host):
+            _train(
+                trial,
+                RayReporter(job["post"], number, trial),
+                cache_dir=Path(job["cache_dir"]),
+                is_watched=not job["is_local"],
+            )
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> None:
+def _train(
+    trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path, is_watched: bool
+) -> None:
     """One trial: from its newest checkpoint, if it has any.
 
     Args:
-        trial: "config" as plain data, the "folder" of its checkpoints, and whether to "test" its
-            best epoch on the test split.
+        trial: "config" as plain data, the "folder" of its checkpoints, the number of this
+            "attempt" at it, and whether to "test" its best epoch on the test split.
+        is_watched: Ray looks out for word that a host will be taken away.
     """
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     from cpfean.data.sources import resolve_data
+    from cpfean.data.split import data_fingerprint
+    from cpfean.training.checkpoint import check_same_run
     from cpfean.training.loop import fit
 
     reporter.begun()
@@ -77,8 +93,13 @@ def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> 
     data_folder = resolve_data(config.data, cache_dir=cache_dir)
     folder = reporter.folder
     folder.check_shared()
+
+    def fits(state: TrainingState) -> None:
+        check_same_run(state, config, data_fingerprint(data_folder))
+
     # One looks for all: they must not go on from different epochs.
-    newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
+    newest = folder.newest_valid(fits=fits) if reporter.is_first else None
+    newest = broadcast_from_rank_zero(newest)
     with ExitStack() as stack:
         resume_from = None if newest is None else stack.enter_context(folder.opened(newest))
         result = fit(
@@ -88,6 +109,7 @@ def _train(trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path) -> 
             reporter=reporter,
             resume_from=resume_from,
             device=get_device(),
+            notice=_HostNotice(folder) if is_watched else None,
         )
     if trial["test"]:
         newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
@@ -142,6 +164,23 @@ class _Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)
     """The trial is not wanted any more; raised in all workers after the same epoch."""
 
 
+class _HostNotice:
+    """Word that a host of the crew will be taken away, which Ray passes on."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
+
+    def given(self) -> bool:
+        from ray.train import get_preemption_info
+
+        return get_preemption_info() is not None
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        # However late it is: what is not whole by then is passed over.
+        if checkpoint is not None:
+            self._folder.save(checkpoint)
+
+
 class RayReporter:
     """Tells the crew's post of each epoch and waits to hear whether there is to be a next one."""
 
@@ -149,7 +188,7 @@ class RayReporter:
         from ray.train import get_context
 
         self.is_first = get_context().get_world_rank() == 0
-        self.folder = CheckpointFolder(trial["folder"])
+        self.folder = CheckpointFolder(trial["folder"], attempt=trial["attempt"])
         self._post = post
         self._number = number
         self._to_be_tested = bool(trial["test"])
@@ -176,10 +215,17 @@ class RayReporter:
 
         The driver frees it should nobody else do so.
         """
+        from ray.train import get_context
         from ray.util import get_current_placement_group
 
         group = get_current_placement_group()
-        self._tell({"begun": True, "placement_group": "" if group is None else group.id.hex()})
+        self._tell(
+            {
+                "begun": True,
+                "placement_group": "" if group is None else group.id.hex(),
+                "workers": get_context().get_world_size(),
+            }
+        )
 
     def had_ended(self, history: tuple[dict[str, float], ...], newest: str) -> None:
         """Tells of a training that was at its end before, when its driver was lost."""

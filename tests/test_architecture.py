@@ -40,7 +40,7 @@ ROOMS = {
     "cpfean.metrics": Room(ours=FOUNDATION),
     "cpfean.kernels": Room(ours=frozenset(), never=CLUSTER | {"torch"}),
     "cpfean.model": Room(ours=FOUNDATION | {"cpfean.kernels"}),
-    "cpfean.processes": Room(ours=frozenset()),
+    "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=frozenset({"cpfean"})),
     "orchestration": Room(ours=frozenset({"cpfean"}), never=frozenset()),

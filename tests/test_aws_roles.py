@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -428,11 +429,13 @@ class Saved:
     """What a checkpoint leaves in its folder, as far as storage cares."""
 
     def __init__(self, epoch: int) -> None:
-        self.state = type("State", (), {"epoch": epoch})
+        self.state = SimpleNamespace(progress=(epoch, 0), epoch=epoch)
 
     def save(self, folder: Path) -> None:
         (folder / "weights").write_bytes(bytes(6 * 2**20))  # more than one part of an upload
         (folder / "state.json").write_text("{}")
+        sizes = {file.name: {"size": file.stat().st_size} for file in folder.iterdir()}
+        (folder / "manifest.json").write_text(json.dumps({"files": sizes}))
 
 
 def test_a_worker_may_do_all_that_checkpoints_ask_for(store: type[Store]) -> None:

@@ -36,7 +36,7 @@ def constraints() -> dict[str, Version]:
 def requirements() -> list[Requirement]:
     """Everything that `make install` installs; the syntax extra is not part of it."""
     extras = PROJECT["optional-dependencies"]
-    texts = [*PROJECT["dependencies"], *extras["aws"], *extras["dev"]]
+    texts = [*PROJECT["dependencies"], *extras["aws"], *extras["postgres"], *extras["dev"]]
     return [Requirement(text) for text in texts if not text.startswith("cpfean[")]
 
 

@@ -85,6 +85,24 @@ class TextBackbone(nn.Module):
         return cls(encoder.float(), trainable=config.trainable)
 
     @classmethod
+    def of_shape(cls, config: TextConfig) -> TextBackbone:
+        """An encoder that is not "scratch" in its shape, untrained; none of its weights is read.
+
+        Raises:
+            ConfigError: no such encoder.
+        """
+        from transformers import AutoConfig
+
+        try:
+            shape = AutoConfig.from_pretrained(config.encoder).to_dict()
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model.text.encoder = {config.encoder!r} cannot be looked at: {reason}"
+            ) from None
+        return cls.from_shape(shape, trainable=config.trainable)
+
+    @classmethod
     def from_shape(cls, shape: dict[str, Any], *, trainable: bool) -> TextBackbone:
         """Untrained, from the encoder's own configuration; the weights are loaded afterwards."""
         from transformers import AutoConfig, AutoModel

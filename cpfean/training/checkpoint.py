@@ -1,13 +1,16 @@
 """Everything that training needs to go on exactly where it stopped, as a folder.
 
-    model.safetensors       weights after the last epoch, without a frozen text encoder
+    model.safetensors       weights at that moment, without a frozen text encoder
     optimizer.safetensors   AdamW's moments
-    state.json              epoch, history, best rSum, the configuration; all plain data
-    best/                   the best epoch's model, for `Cpfean.from_pretrained`, and its tokenizer
+    state.json              epoch and step, history, best rSum, the configuration; all plain data
+    best/                   the best epoch's model, for `Cpfean.from_pretrained`, and its tokenizer;
+                            before the first epoch has ended, the present one
     manifest.json           size and SHA-256 of every other file; written last
 
 A folder without its manifest, or with files that the manifest does not describe, is no checkpoint.
-There is no random state: what is drawn in an epoch depends on the seed, the epoch and the rank.
+There is no random state: what is drawn in a step depends on the seed, the epoch, the step and the
+rank. Nor does it matter how many processes wrote it, or whether they shared the model out: all is
+whole, and any number of them reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.tokens import CaptionTokenizer
 from cpfean.errors import CheckpointError
 from cpfean.model.cpfean import Cpfean
+from cpfean.training.sharding import like, whole_on_first
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +41,27 @@ _MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Underway:
+    """The part of an epoch that is done.
+
+    Attributes:
+        steps: taken.
+        loss_sum: over their pairs.
+        seconds: that they took.
+    """
+
+    steps: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """Where a training run is, as plain data.
 
     Attributes:
         epoch: finished epochs.
+        underway: what is done of the next one.
         best_rsum, best_epoch: of the best epoch so far, by rSum on dev.
         stopped_early: patience has run out.
         history: what each epoch reported, in order.
@@ -56,16 +76,39 @@ class TrainingState:
     history: tuple[dict[str, float], ...]
     config: ExperimentConfig
     data_fingerprint: str
+    underway: Underway = Underway()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Finished epochs, and steps of the next one; grows as training goes on."""
+        return self.epoch, self.underway.steps
+
+    @property
+    def moment(self) -> str:
+        """The same for people."""
+        steps = f", step {self.underway.steps} of the next" if self.underway.steps else ""
+        return f"epoch {self.epoch}{steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A moment of training, to be saved before training goes on."""
+    """A moment of training, to be saved before training goes on.
+
+    Attributes:
+        state: where the run is.
+        model: for its description.
+        weights, best_weights: whole, as `own_state` names them.
+        moments: of the optimizer, whole, by parameter and name.
+        optimizer_groups: its groups, without the parameters.
+        tokenizer: of the captions.
+    """
 
     state: TrainingState
     model: Cpfean
+    weights: dict[str, Tensor]
     best_weights: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
+    moments: dict[str, Tensor]
+    optimizer_groups: list[dict[str, Any]]
     tokenizer: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
@@ -77,30 +120,33 @@ class Checkpoint:
         """
         try:
             self._write(folder)
-        except OSError as error:
+        except Exception as error:
+            # safetensors and tokenizers tell of a full disk by errors of their own.
+            if not isinstance(error, OSError) and "(os error" not in str(error):
+                raise
             raise CheckpointError(
-                f"{folder}: the checkpoint of epoch {self.state.epoch} cannot be written: {error}."
+                f"{folder}: the checkpoint of {self.state.moment} cannot be written: {error}."
             ) from error
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MANIFEST).unlink(missing_ok=True)
-        save_file(self.model.own_state(), folder / "model.safetensors")
-        tensors, groups = _optimizer_to_plain(self.optimizer)
-        save_file(tensors, folder / "optimizer.safetensors")
-        self.model.save_pretrained(folder / "best", state=self.best_weights)
+        save_file(self.weights, folder / "model.safetensors")
+        save_file(self.moments, folder / "optimizer.safetensors")
+        self.model.save_pretrained(folder / "best", state=self.best_weights or self.weights)
         self.tokenizer.save(folder / "best" / "tokenizer")
         state = self.state
         plain = {
             "format": _FORMAT,
             "epoch": state.epoch,
+            "underway": asdict(state.underway),
             "best_rsum": state.best_rsum,
             "best_epoch": state.best_epoch,
             "stopped_early": state.stopped_early,
             "history": list(state.history),
             "config": state.config.to_dict(),
             "data_fingerprint": state.data_fingerprint,
-            "optimizer_groups": groups,
+            "optimizer_groups": self.optimizer_groups,
         }
         (folder / "state.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
         _write_manifest(folder)
@@ -120,6 +166,7 @@ def read_state(folder: Path) -> TrainingState:
         )
     return TrainingState(
         epoch=plain["epoch"],
+        underway=Underway(**plain.get("underway", {})),
         best_rsum=plain["best_rsum"],
         best_epoch=plain["best_epoch"],
         stopped_early=plain["stopped_early"],
@@ -129,37 +176,81 @@ def read_state(folder: Path) -> TrainingState:
     )
 
 
-def restore(folder: Path, model: Cpfean, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Loads weights and optimizer; returns the best epoch's weights.
+def taken(
+    state: TrainingState,
+    model: Cpfean,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: CaptionTokenizer,
+    *,
+    best_weights: dict[str, Tensor],
+) -> Checkpoint:
+    """The present moment; every process has to ask for it, the first one gets something to save."""
+    plain = optimizer.state_dict()
+    return Checkpoint(
+        state=state,
+        model=model,
+        weights=whole_on_first(model.own_state()),
+        best_weights=best_weights,
+        moments=whole_on_first(
+            {
+                f"{index}.{name}": tensor.contiguous()
+                for index, moments in plain["state"].items()
+                for name, tensor in moments.items()
+            }
+        ),
+        optimizer_groups=plain["param_groups"],
+        tokenizer=tokenizer,
+    )
+
+
+def restore_weights(folder: Path, model: Cpfean) -> dict[str, Tensor]:
+    """Loads the weights into a model that is not sharded yet; returns the best epoch's weights.
 
     Raises:
         CheckpointError: damaged, or of another model.
     """
     model.load_own_state(load_file(folder / "model.safetensors"), source=str(folder))
-    groups = _read_json(folder / "state.json")["optimizer_groups"]
-    _optimizer_from_plain(optimizer, load_file(folder / "optimizer.safetensors"), groups)
     return load_file(folder / "best" / "model.safetensors")
 
 
+def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the moments, those of sharded parameters in shares.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    groups = _read_json(folder / "state.json")["optimizer_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        # The number of steps is one number for a parameter, and never sharded.
+        same_shape = tensor.shape == parameters[int(index)].shape
+        moments.setdefault(int(index), {})[name] = (
+            like(tensor, parameters[int(index)]) if same_shape else tensor
+        )
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
 def newest_valid(folders: Iterable[Path]) -> Path | None:
-    """Of several checkpoints the one with most epochs that is complete; damaged ones are logged."""
+    """Of several checkpoints the latest moment that is complete; damaged ones are logged."""
     valid = []
     for folder in folders:
         try:
-            valid.append((read_state(folder).epoch, folder))
+            valid.append((read_state(folder).progress, folder))
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
     return max(valid)[1] if valid else None
 
 
 def check_same_run(state: TrainingState, config: ExperimentConfig, data_fingerprint: str) -> None:
-    """Refuses to continue another experiment; only the number of epochs and the path may differ.
+    """Refuses to continue another experiment; number of epochs, path and sharding may differ.
 
     Raises:
         CheckpointError: names what differs.
     """
     before, now = state.config.flat(), config.flat()
-    free = {"optim.epochs", "data.path"}
+    free = {"optim.epochs", "optim.sharding", "data.path"}
     differing = [path for path in now if path not in free and before.get(path) != now[path]]
     if differing:
         listed = ", ".join(f"{p} was {before.get(p)!r}, is {now[p]!r}" for p in differing[:5])
@@ -169,28 +260,6 @@ def check_same_run(state: TrainingState, config: ExperimentConfig, data_fingerpr
             f"the checkpoint was trained on data with fingerprint {state.data_fingerprint}, "
             f"{config.data.path} has {data_fingerprint}."
         )
-
-
-def _optimizer_to_plain(
-    optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": tensor.contiguous()
-        for index, moments in state["state"].items()
-        for name, tensor in moments.items()
-    }
-    return tensors, state["param_groups"]
-
-
-def _optimizer_from_plain(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _files(folder: Path) -> list[Path]:

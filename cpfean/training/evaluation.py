@@ -217,7 +217,10 @@ def _encode_captions(
     ]
     # All of one's own before anything is sent: else the processes would encode one by one, each
     # waiting for what the one before it sends.
-    mine = batches[rank::world_size]
+    # And all equally often, the last batch twice if need be: a sharded encoder is put together by
+    # all processes at once.
+    turns = range(-(-len(batches) // world_size))
+    mine = [batches[min(rank + turn * world_size, len(batches) - 1)] for turn in turns]
     made = (dataset.caption_batch(captions.start + columns[rows]) for columns, _, rows in mine)
     on_gpu = device.type == "cuda"
     progress = Progress(f"encoding captions of {name}", total=len(mine))

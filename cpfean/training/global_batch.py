@@ -7,6 +7,7 @@ loss and gradients are those of one process with the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.processes import gathered, place, share
+from cpfean.training.sharding import clip_gradients, shard, sum_unsharded_gradients
 
 
 class GlobalBatchLoss(nn.Module):
@@ -50,13 +52,45 @@ class GlobalBatchLoss(nn.Module):
         return triplet_loss(scores, image_ids, margin=self.margin, mining=mining, first=first)
 
 
-def data_parallel(step: GlobalBatchLoss, device: torch.device) -> nn.Module:
-    """The step as it is, or wrapped so that gradients are averaged over the processes."""
+def data_parallel(
+    step: GlobalBatchLoss, device: torch.device, *, sharding: Literal["none", "full"] = "none"
+) -> nn.Module:
+    """The step as it is, or wrapped so that gradients are averaged over the processes.
+
+    The optimizer is to be built afterwards: sharding puts other parameters in place of the model's.
+
+    Args:
+        step: with the weights to start from.
+        device: of this process.
+        sharding: "none" keeps the whole model on every process, "full" a share of it.
+    """
     if place()[1] == 1:
         return step
+    if sharding == "full":
+        return shard(step, layers_of=step.model.backbone, device=device)
     return DistributedDataParallel(
         step,
         device_ids=[device] if device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def find_gradients(
+    step: nn.Module, loss: Tensor, parameters: Iterable[nn.Parameter], *, clip_norm: float
+) -> Tensor:
+    """Gradients of the whole loss, clipped, on the parameters of every process.
+
+    Args:
+        step: as `data_parallel` gave it.
+        loss: this process's share.
+        parameters: those that are trained.
+        clip_norm: largest norm of the gradient.
+
+    Returns:
+        The norm before clipping.
+    """
+    # Data-parallel gradients are averaged over the processes; the shares are to be summed.
+    (loss * place()[1]).backward()
+    sum_unsharded_gradients(step)
+    return clip_gradients(parameters, largest_norm=clip_norm)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,26 +25,31 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches, RetrievalDataset
 from cpfean.data.prefetch import prefetched
 from cpfean.data.split import data_fingerprint
-from cpfean.errors import DivergedError
+from cpfean.errors import DivergedError, NoMemoryError, StoppedError
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.processes import place, summed
 from cpfean.progress import Progress
 from cpfean.training.checkpoint import (
     Checkpoint,
     TrainingState,
+    Underway,
     check_same_run,
     read_state,
-    restore,
+    restore_optimizer,
+    restore_weights,
+    taken,
 )
 from cpfean.training.evaluation import evaluate
-from cpfean.training.global_batch import GlobalBatchLoss, data_parallel
+from cpfean.training.global_batch import GlobalBatchLoss, data_parallel, find_gradients
 from cpfean.training.optimizer import build_optimizer, set_epoch
 from cpfean.training.setup import open_experiment
+from cpfean.training.sharding import put_together, whole, whole_on_first
 
 logger = logging.getLogger(__name__)
 
-# Steps between two looks at whether the loss is still finite: each look waits for the device.
-_LOOK_EVERY = 20
+# Between two looks at whether the loss is finite and whether to stop: each waits for the device.
+_LOOK_STEPS = 20
+_LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,7 @@ class EpochReport:
         learning_rate: of the new layers.
         seconds: for training and validation.
         pairs_per_second: training alone, all workers together.
+        workers: that shared the batches; at its end, if their number has changed.
         metrics: on dev.
         best_rsum, best_epoch: so far, this epoch included.
         stopped_early: no further epoch follows although more were planned.
@@ -66,6 +76,7 @@ class EpochReport:
     learning_rate: float
     seconds: float
     pairs_per_second: float
+    workers: int
     metrics: RetrievalMetrics
     best_rsum: float
     best_epoch: int
@@ -80,6 +91,7 @@ class EpochReport:
             "train/learning_rate": self.learning_rate,
             "train/seconds": self.seconds,
             "train/pairs_per_second": self.pairs_per_second,
+            "train/workers": self.workers,
             **self.metrics.as_dict("val/"),
             "best/val_rsum": self.best_rsum,
             "best/epoch": self.best_epoch,
@@ -94,6 +106,20 @@ class Reporter(Protocol):
 
         Args:
             report: the same on every process but for the seconds.
+            checkpoint: on the first process; to be saved before this returns. None elsewhere.
+        """
+
+
+class Notice(Protocol):
+    """Word that the processes will have to stop soon, e.g. because their host is taken away."""
+
+    def given(self) -> bool:
+        """Whether there is such word; asked every few seconds, on every process equally often."""
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        """Takes a checkpoint in the middle of an epoch.
+
+        Args:
             checkpoint: on the first process; to be saved before this returns. None elsewhere.
         """
 
@@ -115,6 +141,7 @@ def fit(
     reporter: Reporter,
     device: torch.device,
     resume_from: Path | None = None,
+    notice: Notice | None = None,
 ) -> FitResult:
     """Trains the model of a configuration, by rSum on dev.
 
@@ -125,18 +152,20 @@ def fit(
         reporter: told of each epoch.
         device: of this process.
         resume_from: a checkpoint of the same experiment; training goes on as if never interrupted.
+        notice: if it is given on any process, all of them stop before their next step.
 
     Raises:
         ConfigError, DataError, CheckpointError: what was given does not fit together.
         DivergedError: the loss is not a finite number any more.
+        NoMemoryError: there is too little.
+        StoppedError: notice was given; how far the training is has been saved.
     """
-    rank, _ = place()
+    rank, world_size = place()
     experiment = open_experiment(
         config, data_folder=data_folder, cache_dir=cache_dir, device=device
     )
     model = experiment.model
     step = GlobalBatchLoss(model, margin=config.loss.margin)
-    optimizer = build_optimizer(model, config.optim)
     fingerprint = data_fingerprint(data_folder)
     state = TrainingState(
         epoch=0,
@@ -151,42 +180,69 @@ def fit(
     if resume_from is not None:
         state = read_state(resume_from)
         check_same_run(state, config, fingerprint)
-        best_weights = restore(resume_from, model, optimizer)
-        logger.info("resumed after epoch %d of %d", state.epoch, config.optim.epochs)
-    parallel = data_parallel(step, device)
+        best_weights = restore_weights(resume_from, model)
+    parallel = data_parallel(step, device, sharding=config.optim.sharding)
+    optimizer = build_optimizer(model, config.optim)
+    if resume_from is not None:
+        restore_optimizer(resume_from, optimizer)
+        logger.info("resumed after %s; %d epochs in all", state.moment, config.optim.epochs)
+    looks = _Looks(notice, device)
+
+    def taken_now() -> Checkpoint | None:
+        # Every process has a part in it.
+        checkpoint = taken(state, model, optimizer, experiment.tokenizer, best_weights=best_weights)
+        return checkpoint if rank == 0 else None
 
     for epoch in range(state.epoch + 1, config.optim.epochs + 1):
         if state.stopped_early:
             break
-        started = time.monotonic()
-        # What is drawn depends on the epoch alone, so there is no random state to carry over.
-        torch.manual_seed((config.seed * 1_000_003 + epoch) * 1_009 + rank)
+        if looks.told_to_stop():
+            raise StoppedError(f"told to stop after {state.moment}, which is saved.")
         set_epoch(optimizer, config.optim, epoch=epoch)
-        loss, pairs_per_second = _train_epoch(
-            parallel, experiment.train, optimizer, config, epoch=epoch, device=device
-        )
-        metrics = evaluate(
-            model,
-            experiment.dev,
-            protocol=config.evaluation.protocol,
-            batch_size=config.evaluation.batch_size,
-            device=device,
-            products=config.evaluation.products,
-        )
+        with _memory_watched(config, device, epoch=epoch):
+            underway, is_whole = _train_epoch(
+                parallel,
+                experiment.train,
+                optimizer,
+                config,
+                epoch=epoch,
+                device=device,
+                begun=state.underway,
+                looks=looks,
+            )
+            if not is_whole:
+                assert notice is not None
+                state = replace(state, underway=underway)
+                notice.save(taken_now())
+                raise StoppedError(
+                    f"told to stop, saved at step {underway.steps} of epoch {epoch}."
+                )
+            started = time.monotonic()
+            with put_together(parallel):
+                metrics = evaluate(
+                    model,
+                    experiment.dev,
+                    protocol=config.evaluation.protocol,
+                    batch_size=config.evaluation.batch_size,
+                    device=device,
+                    products=config.evaluation.products,
+                )
         best_rsum, best_epoch = state.best_rsum, state.best_epoch
         if metrics.rsum > best_rsum:
             best_rsum, best_epoch = metrics.rsum, epoch
-            if rank == 0:
-                best_weights = {k: v.cpu().clone() for k, v in model.own_state().items()}
+            whole_weights = whole_on_first(model.own_state())
+            best_weights = {name: tensor.cpu().clone() for name, tensor in whole_weights.items()}
         patience = config.optim.patience
         stopped = patience > 0 and epoch - best_epoch >= patience and epoch < config.optim.epochs
+        num_pairs = underway.steps * min(config.optim.batch_size, len(experiment.train))
         report = EpochReport(
             epoch=epoch,
             epochs=config.optim.epochs,
-            loss=loss,
+            loss=underway.loss_sum / num_pairs,
             learning_rate=optimizer.param_groups[0]["lr"],
-            seconds=time.monotonic() - started,
-            pairs_per_second=pairs_per_second,
+            seconds=underway.seconds + time.monotonic() - started,
+            pairs_per_second=num_pairs / underway.seconds,
+            workers=world_size,
             metrics=metrics,
             best_rsum=best_rsum,
             best_epoch=best_epoch,
@@ -203,15 +259,46 @@ def fit(
             config=config,
             data_fingerprint=fingerprint,
         )
-        checkpoint = Checkpoint(
-            state=state,
-            model=model,
-            best_weights=best_weights,
-            optimizer=optimizer,
-            tokenizer=experiment.tokenizer,
-        )
-        reporter.report(report, checkpoint if rank == 0 else None)
+        reporter.report(report, taken_now())
     return FitResult(history=state.history, best_rsum=state.best_rsum, best_epoch=state.best_epoch)
+
+
+class _Looks:
+    """When the processes compare notes: loss so far, time taken, and whether any is to stop."""
+
+    def __init__(self, notice: Notice | None, device: torch.device) -> None:
+        self._notice = notice
+        self._device = device
+        # The first step tells how long a step takes.
+        self._every = 1
+
+    def due(self, steps: int) -> bool:
+        """Whether it is time, so many steps after the last look."""
+        return steps >= self._every
+
+    def told_to_stop(self) -> bool:
+        """Whether any process has been given notice."""
+        if self._notice is None:
+            return False
+        return float(summed(self._vector(float(self._notice.given())))) > 0
+
+    def look(self, loss_sum: Tensor, *, seconds: float, steps: int) -> tuple[float, bool]:
+        """The loss summed over all processes, and whether to stop; the same on every process.
+
+        Args:
+            loss_sum: this process's.
+            seconds: that these steps took here.
+            steps: so many.
+        """
+        is_given = self._notice is not None and self._notice.given()
+        sums = summed(torch.cat([loss_sum.reshape(1), self._vector(seconds, float(is_given))]))
+        total, all_seconds, notices = sums.tolist()
+        per_step = all_seconds / (steps * place()[1])
+        self._every = max(1, min(_LOOK_STEPS, int(_LOOK_SECONDS / max(per_step, 1e-9))))
+        return total, notices > 0
+
+    def _vector(self, *numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=self._device)
 
 
 def _train_epoch(
@@ -222,11 +309,13 @@ def _train_epoch(
     *,
     epoch: int,
     device: torch.device,
-) -> tuple[float, float]:
-    """One pass over the training pairs.
+    begun: Underway,
+    looks: _Looks,
+) -> tuple[Underway, bool]:
+    """One pass over the training pairs, or the rest of one.
 
     Returns:
-        The mean loss of a pair, and pairs per second of all processes.
+        What was done of the epoch, and whether that is all of it.
     """
     rank, world_size = place()
     batches = GlobalBatches(
@@ -246,30 +335,85 @@ def _train_epoch(
     started = time.monotonic()
     step.train()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    num_pairs = 0
-    with prefetched(map(dataset.training_batch, batches), pin=on_gpu) as gathered:
-        for number, batch in enumerate(gathered, start=1):
+    if rank == 0:
+        total += begun.loss_sum
+    seen = begun.steps
+    rest = islice(batches, begun.steps, None)
+    with prefetched(map(dataset.training_batch, rest), pin=on_gpu) as gathered:
+        for number, batch in enumerate(gathered, start=begun.steps + 1):
+            # What is drawn depends on the step alone, so there is no random state to carry over.
+            torch.manual_seed(_seed_of(config.seed, epoch, number, rank))
             batch = batch.to(device, non_blocking=on_gpu)
             optimizer.zero_grad(set_to_none=True)
-            with _autocast(config.optim.precision, device):
+            with autocast(config.optim.precision, device):
                 loss = step(batch, mining, in_batch)
-            # Data-parallel gradients are averaged over processes; the shares are to be summed.
-            (loss * world_size).backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            norm = find_gradients(step, loss, parameters, clip_norm=config.optim.clip_norm)
             optimizer.step()
             total += loss.detach()
-            num_pairs += in_batch
-            if number % _LOOK_EVERY == 0 or number == len(batches):
-                mean = float(summed(total.clone())) / num_pairs
+            is_last = number == len(batches)
+            if is_last or looks.due(number - seen):
+                seen = number
+                seconds = time.monotonic() - started
+                loss_sum, stop = looks.look(total, seconds=seconds, steps=number - begun.steps)
+                mean = loss_sum / (number * in_batch)
                 _check_finite(mean, norm, step, optimizer, epoch=epoch, step_number=number)
                 progress.step(number, f"loss {mean:.3f}")
-    _warn_if_collapsed(mean, mining, config, epoch=epoch)
-    return mean, num_pairs / (time.monotonic() - started)
+                # An epoch whose last step is done is ended first: that saves as well.
+                if stop or is_last:
+                    break
+    underway = Underway(
+        steps=number, loss_sum=loss_sum, seconds=begun.seconds + time.monotonic() - started
+    )
+    if is_last:
+        _warn_if_collapsed(mean, mining, config, epoch=epoch)
+    return underway, is_last
 
 
-def _autocast(
+def _seed_of(seed: int, epoch: int, step: int, rank: int) -> int:
+    sequence = np.random.SeedSequence((seed, epoch, step, rank))
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def _memory_watched(
+    config: ExperimentConfig, device: torch.device, *, epoch: int
+) -> Iterator[None]:
+    """Tells of a lack of memory what was asked for, and what helps.
+
+    Raises:
+        NoMemoryError: the code inside ran out of it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "can't allocate memory" in str(error)
+        ):
+            raise
+        on_gpu = device.type == "cuda"
+        peak = (
+            torch.cuda.max_memory_allocated(device) / 2**30
+            if on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        )
+        raise NoMemoryError(
+            f"out of memory in epoch {epoch}, with optim.batch_size = {config.optim.batch_size} "
+            f"over {place()[1]} process(es), at a peak of {peak:.2f} GiB of "
+            f"{'GPU' if on_gpu else 'main'} memory in this one. Lower optim.batch_size or "
+            "evaluation.batch_size, or take more --workers for a trial: each has a smaller share, "
+            f"and fewer trials run at a time. ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def autocast(
     precision: Literal["auto", "fp32", "bf16"], device: torch.device
 ) -> torch.autocast | nullcontext[None]:
+    """The types that a step computes in."""
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -286,7 +430,7 @@ def _check_finite(
 ) -> None:
     if math.isfinite(mean):
         return
-    bad = [name for name, tensor in step.named_parameters() if not tensor.isfinite().all()]
+    bad = [name for name, tensor in step.named_parameters() if not whole(tensor).isfinite().all()]
     rates = sorted({group["lr"] for group in optimizer.param_groups})
     raise DivergedError(
         f"the loss is {mean} at step {step_number} of epoch {epoch}: learning rates {rates}, "

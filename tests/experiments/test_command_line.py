@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -104,6 +105,14 @@ PREPARE = "prepare.py"
         (COMPARE, "--in-process --workers 2", "--in-process is one process"),
         (COMPARE, "--resume", "nothing to resume"),
         (SWEEP, "--resume", "nothing to resume"),
+        # what it may take
+        (SWEEP, "--max-hours 0", "--max-hours must be a number above 0"),
+        (ABLATE, "--max-cost -1", "--max-cost must be a number above 0"),
+        (COMPARE, "--max-hours nan", "--max-hours must be a number above 0"),
+        (SWEEP, "--max-hours long", "invalid float value"),
+        (SWEEP, "--prices none.toml", "none.toml: cannot be read"),
+        (SWEEP, "--max-cost 3 --address local", "has none for 'other'"),
+        (TRAIN, "--max-hours 1", "no flag --max-hours"),  # a training is one trial
         # flags
         (SWEEP, "--trails 3", "did you mean '--trials'"),
         (SWEEP, "--trial 3", "did you mean '--trials'"),
@@ -206,6 +215,38 @@ def test_a_training_is_evaluated_as_json_with_what_it_printed(tmp_path: Path) ->
     assert "--resume" in again.stderr
     valid = call("validate.py", str(next((tmp_path / "cache").glob("synthetic-*"))), cwd=tmp_path)
     assert (valid.returncode, valid.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "trials"),
+    [
+        (SWEEP, "--address local --trials 5", "5 of 5 to run"),
+        (COMPARE, "--in-process --methods full --methods scan --seeds 2 --tuning 3", "10 of 10"),
+    ],
+)
+def test_a_dry_run_says_what_it_would_take_and_starts_nothing(
+    script: str, words: str, trials: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.to_toml())
+    (tmp_path / "p.toml").write_text("[nodes]\nother = { dollars = 36000.0 }\n")
+    answer = call(
+        script,
+        *("--config tiny.toml --dry-run --prices p.toml " + words).split(),
+        cwd=tmp_path,
+        environment={"RAY_TMPDIR": str(tmp_path / "r")},
+    )
+    assert answer.returncode == 0, answer.stderr
+    lines = {line[:16].strip(): line[16:] for line in answer.stdout.splitlines()}
+    assert trials in lines["trials"]
+    assert "2 epochs of 2 steps" in lines["trials"]  # 80 pairs, 40 in a batch
+    hours = float(re.search(r", ([\d.e-]+) hours", lines["time"])[1])  # type: ignore[index]
+    dollars = float(re.search(r"\$([\d.]+) for 1 x other", lines["cost"])[1])  # type: ignore[index]
+    assert hours > 0
+    assert dollars == pytest.approx(36000 * hours, rel=0.01, abs=0.01)
+    assert "2 kept" in lines["disk"]
+    assert "not counted" in answer.stdout
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_named_configurations_survive_a_file() -> None:

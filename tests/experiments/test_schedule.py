@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,6 +33,17 @@ def test_a_suite_is_added_listed_and_removed(tiny: Path) -> None:
     listed = call("schedule.py", "list", cwd=tiny).stdout.splitlines()
     assert listed[1].split()[0] == "nightly"
     assert listed[1].endswith(" ".join(FLAGS))
+    # As three rounds that failed, and one that was not run for it, leave it.
+    schedule = Schedule(tiny / "runs", script=tiny, python="python")
+    schedule._note("nightly", "20261101T020000Z", "failed", "no such device")
+    schedule._note("nightly", "20261102T020000Z", "paused", "the last 3 rounds failed")
+    (_, row) = call("schedule.py", "list", cwd=tiny).stdout.splitlines()
+    assert re.search(r"0 2 \* \* \* +paused +20261101T020000Z failed: no such device ", row)
+    assert " 20261102T020000Z paused: the last 3 rounds failed " in row
+    resumed = call("schedule.py", "resume", "nightly", cwd=tiny)
+    assert re.fullmatch(r"nightly: next due \S+ 02:00:00\.\n", resumed.stdout)
+    (_, row) = call("schedule.py", "list", cwd=tiny).stdout.splitlines()
+    assert re.search(r"0 2 \* \* \* +\S+ 02:00:00 ", row)
     assert call("schedule.py", "remove", "nightly", cwd=tiny).returncode == 0
     assert "no suites" in call("schedule.py", "list", cwd=tiny).stdout
 
@@ -46,6 +58,7 @@ def test_a_suite_is_added_listed_and_removed(tiny: Path) -> None:
         (["add", "n", "--cron", "0 2 * * *", "--", "--name", "x"], "--name is set by"),
         (["add", "n", "--cron", "0 2 * * *", "--", "--seed", "x"], "seed"),
         (["remove", "nightly"], "no suite 'nightly'; there are: none"),
+        (["resume", "nightly"], "no suite 'nightly'; there are: none"),
         (["round", "nightly"], "round takes NAME and SLOT"),
         (["run", "nightly"], "run takes no name"),
     ],
@@ -95,6 +108,18 @@ def test_a_round_is_compared_with_the_one_before(tiny: Path) -> None:
     assert tags["20261102T020000Z"]["cpfean.change"] == "none"
     assert tags["20261103T020000Z"]["cpfean.compared_with"] == "nightly-20261102T020000Z"
     assert tags["20261103T020000Z"]["cpfean.change"] == "full, no_gcn"
+    rows = [json.loads(line) for line in (tiny / "runs/schedule.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in rows] == ["done", "done", "done", "changed"]
+
+
+def test_a_round_that_fails_is_noted_with_the_reason(tiny: Path) -> None:
+    words = ["round", "nightly", "20261101T020000Z", "--", *FLAGS, "--data", "absent"]
+    done = call("schedule.py", *words, cwd=tiny)
+    assert done.returncode == 3
+    (line,) = (tiny / "runs/schedule.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["suite"], row["slot"], row["what"]) == ("nightly", "20261101T020000Z", "failed")
+    assert "absent" in row["why"]
 
 
 def test_a_round_that_was_cut_off_goes_on(tiny: Path) -> None:

@@ -292,6 +292,8 @@ print(json.dumps([{{
         for record in records:
             epochs = [row["epoch"] for row in record.history]
             assert epochs == list(range(1, record.epochs + 1)), record
+            where = "s3://lab/checkpoints/" if self._with_services else "/mnt/checkpoints/"
+            assert record.checkpoint.startswith(where), record
         folders = {
             int(path.name) for path in self.folder.path.glob("tune/attempt-*/[0-9][0-9][0-9]")
         }
@@ -334,7 +336,12 @@ def _moto() -> str:
 def _postgres() -> str:
     """The folder of PostgreSQL's programs."""
     found = shutil.which("initdb")
-    places = [Path(found)] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    # Debian links some of them into the path, and keeps all in a folder of the version's.
+    places = (
+        [Path(found).resolve()]
+        if found
+        else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    )
     return str(places[-1].parent) if places else ""
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
 from cpfean.training.setup import evaluate_checkpoint
 from orchestration.ablation import FULL, Ablation, compare
+from orchestration.budget import Budget
 from orchestration.comparison import Method, compare_methods, compare_variants, tuned, tuning_trials
 from orchestration.local import run_here
+from orchestration.records import RunFolder
 from orchestration.search import Choice, Range, SearchSpace, spread_points
 from orchestration.settings import Settings
 from orchestration.study import StudyPlan, closing_lines
@@ -41,7 +45,9 @@ METHODS = (
 FAST = TINY.with_overrides({"optim.epochs": 1})
 
 
-def plan_of(where: Settings, name: str, base: ExperimentConfig = FAST) -> StudyPlan:
+def plan_of(
+    where: Settings, name: str, base: ExperimentConfig = FAST, budget: Budget | None = None
+) -> StudyPlan:
     folder = resolve_data(base.data, cache_dir=where.cache_dir)
     return StudyPlan(
         kind="comparison",
@@ -52,13 +58,26 @@ def plan_of(where: Settings, name: str, base: ExperimentConfig = FAST) -> StudyP
         data_folder=folder,
         data_fingerprint=data_fingerprint(folder),
         results=where.output / "results",
+        budget=budget or Budget(),
     )
 
 
-def compared(where: Settings, name: str, say: Callable[[str], None] = print, **given):
+def compared(
+    where: Settings,
+    name: str,
+    say: Callable[[str], None] = print,
+    budget: Budget | None = None,
+    **given,
+):
     arguments = {"points": 2, "seeds": range(1, 3), "resume": False} | given
     return compare_methods(
-        plan_of(where, name), METHODS, COMMON, settings=where, runner=run_here, say=say, **arguments
+        plan_of(where, name, budget=budget),
+        METHODS,
+        COMMON,
+        settings=where,
+        runner=run_here,
+        say=say,
+        **arguments,
     )
 
 
@@ -203,3 +222,46 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> 
 def _runs(where: Settings):
     client, experiment = open_store(where.tracking_uri)
     return client.search_runs([experiment])
+
+
+def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger_one(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, ahead = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead)
+
+    def an_hour_each(line: str) -> None:
+        nonlocal ahead
+        ahead += 3600 * line.startswith("epoch 1/1")
+
+    # Methods that are not tuned alike are not compared.
+    cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5))
+    assert [record.state for record in cut.records] == ["finished"] * 3
+    assert variants == []
+    assert "--max-hours 2.5 is used up" in cut.used_up
+    assert "compare.py --resume --name c" in cut.used_up
+    assert RunFolder.newest_unfinished(where.output, "comparison", "tuning").name == "c-tuning"
+    parent = runs_of(where, "c-tuning", "parent")[0]
+    assert parent.data.tags["cpfean.used_up"].startswith("--max-hours 2.5")
+    assert parent.data.metrics["study/hours"] == pytest.approx(3.0, abs=0.1)
+
+    # Four hours of tuning count: two of four runs are begun.
+    some, variants = compared(where, "c", an_hour_each, Budget(max_hours=5.5), resume=True)
+    assert len(variants) == 2
+    assert [record.state for record in some.records] == ["finished"] * 2
+    assert some.used_up
+    assert some.exit_code == 0
+    assert (where.output / "c" / "report" / "table.md").exists()
+    assert {run.info.status for run in runs_of(where, "c", "trial")} == {"FINISHED"}
+
+    whole, _ = compared(where, "c", an_hour_each, resume=True)
+    assert [record.state for record in whole.records] == ["finished"] * 4
+    assert whole.used_up == ""
+    assert runs_of(where, "c", "parent")[0].data.tags["cpfean.used_up"] == "no"
+    assert whole.records[:2] == some.records
+
+
+def runs_of(where: Settings, name: str, role: str) -> list[Any]:
+    client, experiment = open_store(where.tracking_uri)
+    query = f"tags.`cpfean.sweep` = '{name}' and tags.`cpfean.role` = '{role}'"
+    return list(client.search_runs([experiment], query))

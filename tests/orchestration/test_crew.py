@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,8 @@ def test_an_order_is_waited_for_and_every_worker_gets_it_once() -> None:
         await post.give({"name": "a"})
         assert [await worker for worker in workers] == [(1, {"name": "a"})] * 2
         idle = await soon(post.order(after=1))
+        await post.arrived(1, "10.0.0.2")
+        assert await post.hosts() == {1: "10.0.0.2"}
         await post.close()
         assert await idle is None
 
@@ -92,6 +95,7 @@ class Script:
         self.waiting = list(records)
         self.kill = kill
         self.outcomes: list[tuple[int, str]] = []
+        self.notes: list[tuple[int, str]] = []
         self.workers: dict[int, list[int]] = {}
         self.messages: dict[int, str] = {}
 
@@ -116,6 +120,9 @@ class Script:
     def failed(self, number: int, failure: str, message: str) -> None:
         self.outcomes.append((number, failure))
         self.messages[number] = message
+
+    def noted(self, number: int, line: str) -> None:
+        self.notes.append((number, line))
 
     def tick(self) -> None: ...
 
@@ -201,6 +208,10 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
     assert script.outcomes == list(enumerate(expected))
     assert "the loss is nan at step 2 of epoch 1" in script.messages[3]
     assert records[3].history == []
+    ((number, note),) = script.notes
+    assert number == 2
+    assert re.fullmatch(r"worker lost \(rank 0 on [\d.]+\), fenced; retry 1/3 from epoch 1\.", note)
+    assert {row["train/workers"] for record in records for row in record.history} == {1}
     first, second, (third, again), failed, last = script.workers.values()
     assert first == second == [third]
     assert len({third, again, last[0]}) == 3

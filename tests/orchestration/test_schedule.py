@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from cpfean.errors import ConfigError
-from orchestration.schedule import Schedule, last_fire_time, trigger_of
+from orchestration.schedule import Ended, Schedule, last_fire_time, trigger_of
 from orchestration.settings import ServiceError
 
 START = datetime(2026, 11, 24, 10, 7, tzinfo=UTC)
@@ -58,6 +58,19 @@ def hourly(folder: Path, clock: Clock) -> Schedule:
 def ignore(line: str) -> None: ...
 
 
+def end_all(schedule: Schedule, jobs: NotedJobs, how: Ended | None = "done") -> None:
+    """Ends the rounds that run; None: they are killed, and say nothing."""
+    for job in [job for job in jobs.commands if job not in jobs.ended]:
+        if how is not None:
+            schedule.ended(*job.split("-"), how)
+        jobs.ended.add(job)
+
+
+def journal(folder: Path) -> list[dict[str, str]]:
+    rows = [json.loads(line) for line in (folder / "schedule.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["slot"]]
+
+
 def test_every_slot_is_submitted_once(tmp_path: Path) -> None:
     clock, jobs = Clock(), NotedJobs()
     schedule = hourly(tmp_path, clock)
@@ -66,7 +79,7 @@ def test_every_slot_is_submitted_once(tmp_path: Path) -> None:
     for minutes in range(0, 200, 10):
         clock.now = START + timedelta(minutes=minutes)
         schedule.fire_all(jobs, ignore)
-        jobs.ended = set(jobs.commands)
+        end_all(schedule, jobs)
     slots = [f"nightly-20261124T{hour}0000Z" for hour in (11, 12, 13)]
     assert list(jobs.commands) == slots
     assert jobs.commands[slots[0]] == (
@@ -80,6 +93,50 @@ def test_after_a_pause_over_three_slots_one_is_caught_up_with(tmp_path: Path) ->
     clock.now = START + timedelta(hours=3)
     schedule_of(tmp_path, clock).fire_all(jobs, ignore)  # as after a restart
     assert list(jobs.commands) == ["nightly-20261124T130000Z"]
+    assert [(row["slot"], row["what"]) for row in journal(tmp_path)] == [
+        ("20261124T110000Z", "missed"),
+        ("20261124T120000Z", "missed"),
+        ("20261124T130000Z", "submitted"),
+    ]
+
+
+def test_a_long_pause_does_not_flood_the_journal(tmp_path: Path) -> None:
+    clock, jobs = Clock(), NotedJobs()
+    schedule = schedule_of(tmp_path, clock)
+    schedule.add("often", cron="* * * * *", arguments=())
+    clock.now = START + timedelta(days=7)
+    schedule.fire_all(jobs, ignore)
+    missed = [row["slot"] for row in journal(tmp_path) if row["what"] == "missed"]
+    assert (len(missed), missed[-1]) == (100, "20261201T100600Z")
+    assert list(jobs.commands) == ["often-20261201T100700Z"]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_jumps_an_hour_and_back_runs_no_slot_twice(tmp_path: Path, hours: int) -> None:
+    clock, jobs = Clock(), NotedJobs()
+    schedule = hourly(tmp_path, clock)
+    right = [START + timedelta(minutes=minutes) for minutes in range(0, 360, 10)]
+    wrong = [
+        now + timedelta(hours=hours) if 100 <= 10 * i < 160 else now for i, now in enumerate(right)
+    ]
+    for clock.now in wrong:
+        schedule.fire_all(jobs, ignore)
+        end_all(schedule, jobs)
+    slots = [f"nightly-20261124T{hour}0000Z" for hour in (11, 12, 13, 14, 15)]
+    # The clock that was ahead brings 12 and 13 o'clock forward, the other one is late.
+    assert list(jobs.commands) == slots
+    assert all(row["what"] != "missed" for row in journal(tmp_path))
+
+
+def test_a_slot_that_a_wrong_clock_noted_years_ahead_does_not_end_a_suite(tmp_path: Path) -> None:
+    clock, jobs = Clock(), NotedJobs()
+    schedule = hourly(tmp_path, clock)
+    clock.now = START.replace(year=2036)
+    schedule.fire_all(jobs, ignore)
+    end_all(schedule, jobs)
+    clock.now = START + timedelta(hours=1)
+    schedule.fire_all(jobs, ignore)
+    assert list(jobs.commands)[1:] == ["nightly-20261124T110000Z"]
 
 
 def test_a_slot_is_skipped_for_good_while_the_one_before_it_runs(tmp_path: Path) -> None:
@@ -89,14 +146,17 @@ def test_a_slot_is_skipped_for_good_while_the_one_before_it_runs(tmp_path: Path)
     schedule.fire_all(jobs, lines.append)
     clock.now += timedelta(hours=1)
     schedule.fire_all(jobs, lines.append)
-    jobs.ended = set(jobs.commands)
+    end_all(schedule, jobs)
     schedule.fire_all(jobs, lines.append)
     assert lines == [
         "nightly-20261124T110000Z: submitted",
         "nightly-20261124T120000Z: skipped, nightly-20261124T110000Z still runs",
         "nothing is due.",
     ]
-    assert schedule.last("nightly")["what"] == "skipped"
+    standing = schedule.standing("nightly")
+    assert (standing.last["slot"], standing.last["what"]) == ("20261124T110000Z", "done")
+    assert standing.not_run["slot"] == "20261124T120000Z"
+    assert standing.not_run["why"] == "nightly-20261124T110000Z still runs"
     clock.now += timedelta(hours=1)
     schedule.fire_all(jobs, lines.append)
     assert list(jobs.commands) == ["nightly-20261124T110000Z", "nightly-20261124T130000Z"]
@@ -133,59 +193,219 @@ def test_a_second_scheduler_finds_that_the_cluster_has_the_job(tmp_path: Path) -
     (tmp_path / "schedule.jsonl").unlink()
     schedule.fire(suite, jobs, lines.append)
     assert len(jobs.commands) == 1
-    assert lines[1] == "nightly-20261124T110000Z: the cluster has it already"
+    assert lines[1] == "nightly-20261124T110000Z: known, another scheduler had submitted it"
 
 
+def every_hour(
+    schedule: Schedule, clock: Clock, jobs: NotedJobs, *ends: Ended | None
+) -> list[list[str]]:
+    """Slots one after another, whose rounds end so; the jobs that each slot led to."""
+    led_to = []
+    for how in ends:
+        known = set(jobs.commands)
+        clock.now += timedelta(hours=1)
+        schedule.fire_all(jobs, ignore)
+        led_to.append([job for job in jobs.commands if job not in known])
+        end_all(schedule, jobs, how)
+    return led_to
+
+
+def test_a_suite_is_paused_after_three_failed_rounds_until_it_is_resumed(tmp_path: Path) -> None:
+    clock, jobs = Clock(), NotedJobs()
+    schedule = hourly(tmp_path, clock)
+    # Killed ones failed; stopped ones say nothing; one that is done starts the count anew.
+    ends: list[Ended | None] = ["failed", None, "changed", "failed", None, "stopped", "failed"]
+    assert all(every_hour(schedule, clock, jobs, *ends))
+    assert not schedule.standing("nightly").is_paused
+    assert every_hour(schedule, clock, jobs, "done", "done") == [[], []]
+    standing = schedule.standing("nightly")
+    assert standing.is_paused
+    assert standing.last["what"] == "failed"
+    assert standing.not_run["slot"] == "20261124T190000Z"
+    assert "the last 3 rounds failed, nightly-20261124T170000Z" in standing.not_run["why"]
+    assert "schedule.py resume nightly" in standing.not_run["why"]
+    schedule.resume("nightly")
+    assert not schedule.standing("nightly").is_paused
+    assert every_hour(schedule, clock, jobs, "failed", "failed", "done") == [
+        [f"nightly-20261124T{hour}0000Z"] for hour in (20, 21, 22)
+    ]
+
+
+def test_a_suite_that_is_added_again_is_not_paused_any_more(tmp_path: Path) -> None:
+    clock, jobs = Clock(), NotedJobs()
+    schedule = hourly(tmp_path, clock)
+    every_hour(schedule, clock, jobs, "failed", "failed", "failed", "done")
+    schedule.remove("nightly")
+    hourly(tmp_path, clock)
+    assert every_hour(schedule, clock, jobs, "done") == [["nightly-20261124T150000Z"]]
+
+
+def test_no_scheduler_pauses_a_suite_for_a_round_that_still_runs(tmp_path: Path) -> None:
+    clock, jobs = Clock(), NotedJobs()
+    schedule = hourly(tmp_path, clock)
+    every_hour(schedule, clock, jobs, "failed", "failed")
+    clock.now += timedelta(hours=1)
+    schedule.fire_all(jobs, ignore)
+    clock.now += timedelta(hours=1)
+    schedule.fire_all(jobs, ignore)
+    assert schedule.standing("nightly").not_run["what"] == "skipped"
+    assert not schedule.standing("nightly").is_paused
+
+
+def test_resuming_what_is_not_there_names_what_is(tmp_path: Path) -> None:
+    schedule = hourly(tmp_path, Clock())
+    with pytest.raises(ConfigError, match="no suite 'other'; there are: nightly"):
+        schedule.resume("other")
+
+
+# Real processes; a job is a file that can be made once, as an id can be taken once.
 DRIVER = """
-import sys, threading, time
+import sys, time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+import orchestration.schedule
 from orchestration.schedule import Schedule
+
+folder, me, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 class Jobs:
     def running(self, prefix):
+        if what == "once":  # nobody goes on before all have looked
+            (folder / f"looked-{me}").touch()
+            wait_for(lambda: len(list(folder.glob("looked-*"))) == int(sys.argv[4]))
         return []
     def submit(self, job, command):
         try:
-            (Path(sys.argv[1]) / job).touch(exist_ok=False)
+            (folder / job).touch(exist_ok=False)
         except FileExistsError:
             return False
-        with (Path(sys.argv[1]) / "by").open("a") as file:
-            file.write(f"{sys.argv[2]} {job}\\n")
+        with (folder / "by").open("a") as file:
+            file.write(f"{me} {job}\\n")
+        schedule.ended(*job.split("-"), "done")
         return True
 
-Schedule(Path(sys.argv[1]), script=Path("/x"), python="python").run(Jobs(), print)
+if what == "once":
+    schedule = Schedule(folder, script=Path("/x"), python="python",
+                        now=lambda: datetime.fromisoformat(sys.argv[5]))
+    schedule.fire_all(Jobs(), print)
+elif what == "round":
+    schedule = Schedule(folder, script=Path("/x"), python="python")
+    with schedule.only_round("nightly", me, print) as is_ours:
+        (folder / f"round-{me}-{is_ours}").touch()
+        wait_for(lambda: (folder / "end").exists() or not is_ours)
+else:
+    orchestration.schedule._LOOK = timedelta(seconds=1)
+    schedule = Schedule(folder, script=Path("/x"), python="python")
+    orchestration.schedule._look = (folder / f"awake-{me}").touch
+    schedule.run(Jobs(), print)
 """
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), *words],
+        cwd=Path.cwd(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_schedulers_that_look_at_the_same_instant_submit_a_slot_once(tmp_path: Path) -> None:
+    """Four processes, none of which submits before all have seen that nothing runs."""
+    hourly(tmp_path, Clock())
+    now = (START + timedelta(hours=1)).isoformat()
+    names = ("one", "two", "three", "four")
+    schedulers = [start(tmp_path, name, "once", "4", now) for name in names]
+    said = [scheduler.communicate(timeout=90)[0] for scheduler in schedulers]
+    assert [scheduler.returncode for scheduler in schedulers] == [0] * 4
+    assert len((tmp_path / "by").read_text().splitlines()) == 1
+    assert sum("submitted\n" in text for text in said) == 1
+    assert sum("known, another" in text for text in said) == 3
+    noted = [row["what"] for row in journal(tmp_path)]
+    assert sorted(noted) == ["done", "known", "known", "known", "submitted"]
+
+
+def test_a_late_round_finds_that_another_one_of_its_suite_runs_and_the_dead_hold_nothing(
+    tmp_path: Path,
+) -> None:
+    """As when a scheduler is halted between looking and submitting."""
+    hourly(tmp_path, Clock())
+    first = start(tmp_path, "20261124T120000Z", "round")
+    wait_until((tmp_path / "round-20261124T120000Z-True").exists)
+    late = start(tmp_path, "20261124T110000Z", "round")
+    assert "nightly-20261124T120000Z still runs" in late.communicate(timeout=60)[0]
+    assert (tmp_path / "round-20261124T110000Z-False").exists()
+    (row,) = journal(tmp_path)
+    assert (row["slot"], row["what"]) == ("20261124T110000Z", "skipped")
+    first.kill()
+    first.wait()
+    (tmp_path / "end").touch()
+    again = start(tmp_path, "20261124T110000Z", "round")
+    assert again.wait(timeout=60) == 0
+    assert (tmp_path / "round-20261124T110000Z-True").exists()
+
+
+def test_a_suite_that_is_added_while_a_scheduler_runs_is_looked_after(tmp_path: Path) -> None:
+    schedule = Schedule(tmp_path, script=Path("/x"), python="python")
+    scheduler = start(tmp_path, "one", "run")
+    try:
+        wait_until((tmp_path / "awake-one").exists)
+        schedule.add("quick", cron="* * * * * *", arguments=())
+        wait_until((tmp_path / "by").exists)
+    finally:
+        scheduler.kill()
+        scheduler.wait()
+
+
+def test_a_suite_that_is_removed_just_when_it_is_due_does_not_end_a_scheduler(
+    tmp_path: Path,
+) -> None:
+    schedule = hourly(tmp_path, Clock())
+    with schedule._store() as scheduler:
+        job = scheduler.get_job("nightly")
+        scheduler.remove_job("nightly")
+        scheduler._jobstores["default"].update_job(job)
+    assert schedule.suites() == []
 
 
 def test_two_schedulers_at_once_one_of_them_killed_run_every_slot_once(tmp_path: Path) -> None:
     """Real processes with the real clock; a slot every two seconds."""
     schedule = Schedule(tmp_path, script=Path("/x"), python="python")
     schedule.add("quick", cron="*/2 * * * * *", arguments=())
-    drivers = [
-        subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), name], cwd=Path.cwd())
-        for name in ("one", "two")
-    ]
+    drivers = [start(tmp_path, name, "run") for name in ("one", "two")]
     by = tmp_path / "by"
+
+    def count() -> int:
+        return len(by.read_text().splitlines()) if by.exists() else 0
+
     try:
-        deadline = time.monotonic() + 60
-        while not (by.exists() and len(by.read_text().splitlines()) >= 3):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: count() >= 3)
         drivers[0].kill()
-        count = len(by.read_text().splitlines())
-        while len(by.read_text().splitlines()) < count + 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        before = count()
+        wait_until(lambda: count() >= before + 3)
     finally:
         for driver in drivers:
             driver.kill()
             driver.wait()
     jobs = {line.split()[1] for line in by.read_text().splitlines()}
-    journal = [json.loads(line) for line in (tmp_path / "schedule.jsonl").read_text().splitlines()]
-    submitted = [f"quick-{row['slot']}" for row in journal if row["what"] == "submitted"]
+    rows = journal(tmp_path)
+    submitted = [f"quick-{row['slot']}" for row in rows if row["what"] == "submitted"]
     assert len(submitted) == len(set(submitted))
     # One that was killed may have submitted a slot and not noted it; the other one then has.
-    noted = {f"quick-{row['slot']}" for row in journal}
+    noted = {f"quick-{row['slot']}" for row in rows}
     assert set(submitted) <= jobs <= noted
     assert len(jobs - set(submitted)) <= 1
 
@@ -235,8 +455,9 @@ def test_a_journal_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     schedule.fire_all(jobs, ignore)
     with (tmp_path / "schedule.jsonl").open("a") as file:
         file.write('{"time": "2026-')
-    assert schedule.last("nightly")["what"] == "submitted"
-    assert json.loads((tmp_path / "schedule.jsonl").read_text().splitlines()[0])["slot"]
+    assert schedule.standing("nightly").last["what"] == "submitted"
+    schedule.ended("nightly", "20261124T110000Z", "done")
+    assert schedule.standing("nightly").last["what"] == "done"
 
 
 def test_the_store_is_the_owners_alone(tmp_path: Path) -> None:

@@ -16,6 +16,31 @@ from cpfean.errors import ConfigError
 from orchestration.server import PASSWORD, ServerPlan, check_password
 
 GOOD = "tulip-orbit-58-Zebra"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "tracking_server.py"
+# Every kind of door that MLflow has: pages, records, files, accounts, traces, jobs, models, chats.
+DOORS = (
+    ("GET", "/"),
+    ("GET", "/docs"),
+    ("GET", "/metrics"),
+    ("POST", "/graphql"),
+    ("GET", "/api/2.0/mlflow/experiments/search?max_results=1"),
+    ("GET", "/ajax-api/2.0/mlflow/experiments/search?max_results=1"),
+    ("POST", "/api/2.0/mlflow/experiments/create"),
+    ("POST", "/api/2.0/mlflow/runs/search"),
+    ("POST", "/api/2.0/mlflow/runs/log-batch"),
+    ("POST", "/api/2.0/mlflow/runs/delete"),
+    ("GET", "/api/2.0/mlflow-artifacts/artifacts"),
+    ("PUT", "/api/2.0/mlflow-artifacts/artifacts/0/planted.txt"),
+    ("GET", "/get-artifact?run_uuid=1&path=a"),
+    ("GET", "/api/2.0/mlflow/users/get?username=admin"),
+    ("POST", "/api/2.0/mlflow/users/create"),
+    ("GET", "/signup"),
+    ("POST", "/v1/traces"),
+    ("POST", "/ajax-api/3.0/jobs/"),
+    ("POST", "/gateway/mlflow/v1/chat/completions"),
+    ("POST", "/ajax-api/3.0/mlflow/assistant/message"),
+    ("GET", "/api/3.0/mlflow/mcp-servers"),
+)
 
 
 def plan_of(folder: Path, **fields) -> ServerPlan:
@@ -47,6 +72,33 @@ def test_weak_passwords_are_refused(password: str, message: str | None) -> None:
     else:
         with pytest.raises(ConfigError, match=message):
             check_password(password)
+
+
+@pytest.mark.parametrize(
+    ("password", "message"),
+    [
+        (None, "needs the password of the user 'admin'"),
+        ("Zebra-58-or", "11 characters; 12 are the least"),
+        ("password1234", "tried first"),
+    ],
+)
+def test_a_server_does_not_start_with_a_weak_password(
+    tmp_path: Path, password: str | None, message: str
+) -> None:
+    port = free_port()
+    mine = {name: value for name, value in os.environ.items() if name != PASSWORD}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--output", str(tmp_path), "--port", str(port), "--auth"],
+        env=mine | ({} if password is None else {PASSWORD: password}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert password is None or password not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_network_gets_in_with_a_password_only(tmp_path: Path) -> None:
@@ -83,16 +135,24 @@ def test_the_password_is_in_no_file_and_no_command_line(tmp_path: Path) -> None:
     assert PASSWORD not in plan_of(tmp_path).environment({PASSWORD: GOOD})
 
 
-def status(url: str, *, user: str = "", host: str = "", write: bool = False) -> int:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def ask(
+    url: str, *, method: str = "GET", user: str = "", host: str = "", body: bytes = b"{}"
+) -> int:
+    """The status that a request gets; 0 if nobody answers."""
     headers = {"Content-Type": "application/json"}
     if user:
         headers["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
     if host:
         headers["Host"] = host
-    path = "/api/2.0/mlflow/experiments/" + ("create" if write else "search?max_results=1")
-    body = f'{{"name": "{time.time()}"}}'.encode() if write else None
+    data = None if method == "GET" else body
     try:
-        request = urllib.request.Request(url + path, data=body, headers=headers)
+        request = urllib.request.Request(url, data=data, headers=headers, method=method)
         return urllib.request.urlopen(request, timeout=20).status
     except urllib.error.HTTPError as error:
         return error.code
@@ -102,14 +162,11 @@ def status(url: str, *, user: str = "", host: str = "", write: bool = False) -> 
 
 @pytest.mark.slow
 def test_a_server_with_passwords_answers_nobody_without_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).resolve().parents[2] / "experiments" / "tracking_server.py"
+    port = free_port()
     words = ["--output", str(tmp_path), "--port", str(port), "--auth"]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, script, *words],
+            [sys.executable, SCRIPT, *words],
             env=os.environ | {PASSWORD: GOOD},
             stdout=log,
             stderr=log,
@@ -118,14 +175,19 @@ def test_a_server_with_passwords_answers_nobody_without_one(tmp_path: Path) -> N
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 180
-        while status(url, user=f"admin:{GOOD}") != 200:
+        search = url + "/api/2.0/mlflow/experiments/search?max_results=1"
+        create = url + "/api/2.0/mlflow/experiments/create"
+        while ask(search, user=f"admin:{GOOD}") != 200:
             assert server.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        assert status(url) == status(url, write=True) == 401
-        assert status(url, user="admin:password1234") == 401
-        assert status(url, user=f"admin:{GOOD}", write=True) == 200
-        assert status(url, user=f"admin:{GOOD}", host="elsewhere.example") == 403
+        answers = {door: ask(url + door[1], method=door[0]) for door in DOORS}
+        assert answers == dict.fromkeys(DOORS, 401)
+        assert not list(tmp_path.rglob("planted.txt"))
+        assert ask(search, user="admin:password1234") == 401
+        new = b'{"name": "new"}'
+        assert ask(create, method="POST", body=new, user=f"admin:{GOOD}") == 200
+        assert ask(search, user=f"admin:{GOOD}", host="elsewhere.example") == 403
         assert GOOD not in (tmp_path / "log").read_text()
         assert (tmp_path / "mlflow.db").stat().st_size > 0
         # It listens on loopback alone.

@@ -15,8 +15,10 @@ from ray.tune.schedulers import TrialScheduler
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
+from orchestration.budget import SPENT, Budget, Price, Prices
 from orchestration.doctor import versions
-from orchestration.records import RunFolder
+from orchestration.records import RunFolder, read_json
+from orchestration.room import Node, Room
 from orchestration.search import Range, SearchSpace
 from orchestration.settings import ServiceError, Settings
 from orchestration.study import (
@@ -36,21 +38,23 @@ SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1
 
 
 class NoTracker:
-    """Takes everything, like a tracker that is away."""
-
-    def update(self, record: Any) -> None: ...
-
-
-class TakesNotes(NoTracker):
-    """Keeps what it is told of the whole."""
+    """Takes everything, like a tracker that is away; keeps what it is told of the whole."""
 
     def __init__(self) -> None:
         self.parent: list[tuple[str, dict[str, float], dict[str, str]]] = []
 
-    def update_parent(self, *news: Any) -> None:
-        self.parent.append(news)
+    def start(self) -> None: ...
 
-    def close(self, *, seconds: float) -> bool:
+    def update(self, record: Any) -> None: ...
+
+    def update_parent(
+        self, state: str, metrics: dict[str, float], tags: dict[str, str] | None = None
+    ) -> None:
+        self.parent.append((state, metrics, tags or {}))
+
+    def keep_files(self, files: list[Path], record: Any = None) -> None: ...
+
+    def close(self, *, seconds: float = 60.0) -> bool:
         return True
 
 
@@ -72,6 +76,7 @@ def study(
     *,
     trials: int = 4,
     fixed: bool = False,
+    budget: Budget | None = None,
     allow_drift: bool = False,
     address: str | None = None,
 ) -> tuple[Driven, list[str]]:
@@ -89,6 +94,7 @@ def study(
         trials=trials,
         space=None if fixed else SPACE,
         fixed=plans if fixed else (),
+        budget=budget or Budget(),
         allow_drift=allow_drift,
     )
     folder = RunFolder(tmp_path / "s")
@@ -246,10 +252,11 @@ def test_a_trial_that_was_stopped_early_is_told_as_pruned_and_its_early_luck_doe
     best = best_of(records)
     assert best is not None
     assert (best.number, best.best_rsum) == (2, 50.0)
-    tracker = TakesNotes()
+    tracker = NoTracker()
     driven._tracker = tracker
     driven._close("interrupted")
-    assert tracker.parent == [("interrupted", {"best/val_rsum": 50.0}, {})]
+    ((state, metrics, _),) = tracker.parent
+    assert (state, metrics["best/val_rsum"]) == ("interrupted", 50.0)
 
 
 def test_a_study_that_is_told_to_stop_does_not_wait_for_a_ray_that_hangs(
@@ -257,7 +264,7 @@ def test_a_study_that_is_told_to_stop_does_not_wait_for_a_ray_that_hangs(
 ) -> None:
     driven, said = study(tmp_path)
     report(driven, begin(driven), 10.0)
-    tracker = TakesNotes()
+    tracker = NoTracker()
     driven._tracker = tracker
     left = threading.Event()
     codes: list[int] = []
@@ -276,7 +283,7 @@ def test_a_study_that_is_told_to_stop_does_not_wait_for_a_ray_that_hangs(
         signal.signal(signal.SIGUSR1, before)
     assert driven.interrupted
     assert codes == [128 + signal.SIGTERM]
-    assert tracker.parent == [("interrupted", {}, {})]
+    assert [state for state, _, _ in tracker.parent] == ["interrupted"]
     assert [record.state for record in RunFolder(tmp_path / "s").records()] == ["interrupted"]
     assert "Stopped; continue with `sweep.py --resume --name s`" in said[-1]
 
@@ -318,10 +325,11 @@ def test_nodes_that_come_later_with_other_versions_are_refused_unless_allowed(
         assert driven.error is None
         second = begin(driven)
         assert [r.drift for r in RunFolder(tmp_path / "s").records()] == ["", drift]
-        tracker = TakesNotes()
+        tracker = NoTracker()
         driven._tracker = tracker
         driven._close("failed")
-        assert tracker.parent == [("failed", {}, {"cpfean.drift": drift})]
+        ((state, _, tags),) = tracker.parent
+        assert (state, tags["cpfean.drift"]) == ("failed", drift)
         assert second != first
 
 
@@ -332,12 +340,7 @@ def test_a_head_that_is_lost_ends_the_study_and_fails_no_trial(
     monkeypatch.setattr("orchestration.study._LOOK_SECONDS", 0.01)
     monkeypatch.setattr("orchestration.study._STOP_SECONDS", 0.01)
     codes: list[int] = []
-
-    def leave(code: int) -> None:
-        codes.append(code)
-        raise SystemExit  # which ends the thread
-
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", codes.append)
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         driven, said = study(tmp_path, address=address)
@@ -353,7 +356,7 @@ def test_a_head_that_is_lost_ends_the_study_and_fails_no_trial(
     if tune_ends:
         driven._left_cluster.set()
     else:
-        driven._tracker = TakesNotes()  # type: ignore[assignment]
+        driven._tracker = NoTracker()  # type: ignore[assignment]
     watch.join(timeout=60)
     assert not watch.is_alive()
     assert driven.interrupted
@@ -415,6 +418,7 @@ class KeepsFiles(NoTracker):
     """Takes note of files."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.kept: list[tuple[list[Path], Any]] = []
 
     def keep_files(self, files: list[Path], record: Any = None) -> None:
@@ -451,3 +455,135 @@ def test_the_summary_tells_the_commit_at_the_start(
     study(tmp_path)
     folder = RunFolder(tmp_path / "s")
     assert summary(StudyResult(folder=folder.path, records=()))["commit"] == "at the start"
+
+
+def finish(driven: Driven, number: int) -> None:
+    report(driven, number, 10.0, 20.0, ended=True)
+    driven.ended(number, pruned=False)
+
+
+def one_dollar_an_hour() -> Prices:
+    return Prices(file=Path("p.toml"), nodes={"other": Price(dollars=1.0, on_demand=1.0)})
+
+
+@pytest.mark.parametrize("limit", ["max_hours", "max_cost"])
+def test_a_budget_that_is_used_up_begins_no_new_trial_and_lets_the_running_ones_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(Driven, "_test", lambda self, best: None)
+    budget = Budget(**{limit: 0.1}, prices=one_dollar_an_hour())
+    driven, said = study(tmp_path, budget=budget)
+    driven.tick()
+    first, second = begin(driven), begin(driven)
+    now = 0.099 * 3600
+    driven.tick()
+    finish(driven, first)
+    third = begin(driven)
+    now = 0.101 * 3600
+    driven.tick()
+    assert not driven.interrupted
+    assert driven.next_trial() is None
+    assert f"--{limit.replace('_', '-')} 0.1 is used up" in said[-1]
+    assert "1 trial(s) are not begun, 2 running go on" in said[-1]
+    assert driven.next_trial() is None
+    assert sum("is used up" in line for line in said) == 1
+    finish(driven, second)
+    finish(driven, third)
+    result = driven._conclude()
+    driven._close("finished")
+    assert result.exit_code == 0
+    assert "a larger limit goes on with `sweep.py --resume --name s`" in result.used_up
+    assert [record.state for record in result.records] == ["finished"] * 3
+
+    # The records and the tracker's parent tell of it; `--resume` without a name finds the study.
+    assert (read_json(tmp_path / "s" / "summary.json"))["used_up"] == result.used_up
+    assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "s"
+    (_, metrics, tags) = driven._tracker.parent[-1]
+    assert metrics["study/hours"] == pytest.approx(0.101)
+    assert metrics["study/cost"] == pytest.approx(0.101)
+    assert "is used up" in tags["cpfean.used_up"]
+
+
+def test_a_used_up_study_goes_on_with_a_larger_limit_and_counts_what_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(Driven, "_test", lambda self, best: None)
+    first, _ = study(tmp_path, trials=2, budget=Budget(max_hours=1.0))
+    finish(first, begin(first))
+    cut_off = begin(first)
+    report(first, cut_off, 5.0)
+    now = 3600.0
+    assert first.next_trial() is None  # both are begun: nothing is kept from anybody
+    assert first._used_up == ""
+    first._close("interrupted")
+    assert read_json(tmp_path / "s" / SPENT)["seconds"] == 3600.0
+
+    now = 1e6  # another process, another day
+    second, said = study(tmp_path, trials=2, budget=Budget(max_hours=1.0))
+    result = second.run()  # ends without Ray: no trial may be begun, the cut-off one neither
+    assert "1 trial(s) are not begun" in said[-1]
+    assert [record.state for record in result.records] == ["finished", "interrupted"]
+    assert result.used_up
+
+    third, _ = study(tmp_path, trials=2, budget=Budget(max_hours=1.5))
+    now += 0.4 * 3600
+    again = third.next_trial()
+    assert again is not None
+    assert again.number == cut_off
+    third.started(cut_off)
+    finish(third, cut_off)
+    result = third._conclude()
+    third._close("finished")
+    assert result.used_up == ""
+    assert third._tracker.parent[-1][2] == {"cpfean.used_up": "no"}
+    assert third._tracker.parent[-1][1]["study/hours"] == pytest.approx(1.4)
+    with pytest.raises(CpfeanError, match="nothing to resume"):
+        RunFolder.newest_unfinished(tmp_path, "sweep")
+
+
+def room(driven: Driven, *, workers: int, grows: bool | None) -> None:
+    there = Room(workers=workers, cpus=1, use_gpu=False, nodes=[Node(cpus=2, gpus=0)], grows=grows)
+    driven._room = lambda: there
+
+
+@pytest.mark.parametrize(
+    ("workers", "grows", "begun", "ends"),
+    [
+        (4, False, False, True),
+        (4, None, False, False),  # nobody can tell
+        (4, True, False, False),
+        (2, False, False, False),  # others are in the way
+        (4, False, True, False),  # a lost node may come back
+    ],
+)
+def test_what_can_never_fit_is_told_with_its_numbers_after_a_minute_and_ended(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    grows: bool | None,
+    begun: bool,
+    ends: bool,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    driven, said = study(tmp_path)
+    room(driven, workers=workers, grows=grows)
+    number = begin(driven)
+    if begun:
+        driven.begun(number)
+    now = 59.0
+    driven.tick()
+    assert not driven.interrupted
+    now = 61.0
+    driven.tick()
+    assert f"asked for: {workers} worker(s) of 1 CPU(s)" in said[-1]
+    assert "1 node(s) with 2 CPUs and 0 GPUs, room for 2" in said[-1]
+    assert driven.interrupted == ends
+    if ends:
+        assert driven.error is not None
+        assert driven.error.exit_code == 5
+        assert "Lower --workers" in str(driven.error)

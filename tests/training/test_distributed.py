@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
 from cpfean.losses.triplet import triplet_loss
 from cpfean.processes import place
-from cpfean.training.global_batch import GlobalBatchLoss
+from cpfean.training.checkpoint import Checkpoint
+from cpfean.training.global_batch import GlobalBatchLoss, data_parallel, find_gradients
+from cpfean.training.loop import EpochReport, fit
 from cpfean.training.setup import open_experiment
+from cpfean.training.sharding import whole
 from tests.training.test_evaluation import evaluations, refusals
 from tests.training.tiny import tiny_experiment
 
@@ -24,16 +29,21 @@ CPU = torch.device("cpu")
 
 
 def one_step(
-    config: ExperimentConfig, folder: Path, cache: Path, mining: Literal["hardest", "all"]
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """This process's share of a step's loss, and the gradients of the whole."""
+    config: ExperimentConfig,
+    folder: Path,
+    cache: Path,
+    mining: Literal["hardest", "all"],
+    *,
+    clip_norm: float = 1e9,
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """This process's share of a step's loss, norm and gradients of the whole."""
     rank, world_size = place()
     experiment = open_experiment(config, data_folder=folder, cache_dir=cache, device=CPU)
     # Without dropout: what processes draw inside the model is their own.
     model = experiment.model.double().eval()
-    step: torch.nn.Module = GlobalBatchLoss(model, margin=config.loss.margin)
-    if world_size > 1:
-        step = DistributedDataParallel(step, broadcast_buffers=False)
+    step = data_parallel(
+        GlobalBatchLoss(model, margin=config.loss.margin), CPU, sharding=config.optim.sharding
+    )
     batches = GlobalBatches(
         len(experiment.train),
         config.optim.batch_size,
@@ -45,36 +55,111 @@ def one_step(
     loss = step(
         experiment.train.training_batch(next(iter(batches))), mining, config.optim.batch_size
     )
-    (loss * world_size).backward()
+    norm = find_gradients(step, loss, model.parameters(), clip_norm=clip_norm)
     gradients = {
-        name: parameter.grad
+        name: whole(parameter.grad)
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return loss.item(), gradients
+    return loss.item(), norm.item(), gradients
+
+
+def weights_held(config: ExperimentConfig, folder: Path, cache: Path) -> tuple[int, int]:
+    """Numbers that this process holds of a sharded model, outside of steps, and all there are."""
+    experiment = open_experiment(config, data_folder=folder, cache_dir=cache, device=CPU)
+    model = experiment.model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    data_parallel(GlobalBatchLoss(model, margin=0.2), CPU, sharding="full")
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(parameter.numel() for parameter in own), total
 
 
 def everything(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str, Any]:
     """All that is compared; in one go, because starting processes takes the most time."""
+    sharded = config.with_overrides({"optim.sharding": "full"})
     return {
         "hardest": one_step(config, folder, cache, "hardest"),
         "all": one_step(config, folder, cache, "all"),
+        "hardest, sharded": one_step(sharded, folder, cache, "hardest"),
+        "hardest, clipped": one_step(config, folder, cache, "hardest", clip_norm=0.01),
+        "hardest, sharded, clipped": one_step(sharded, folder, cache, "hardest", clip_norm=0.01),
+        "weights": weights_held(config, folder, cache),
         "evaluations": evaluations(config, folder, cache),
         "refusals": refusals(config, folder, cache),
     }
 
 
+class Keeper:
+    """Keeps the checkpoint of every epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
+        assert (checkpoint is not None) == (place()[0] == 0)
+        if checkpoint is not None:
+            checkpoint.save(self.folder / f"epoch-{report.epoch}")
+
+
+def train(
+    config: ExperimentConfig, data: Path, out: Path, *, resume_from: Path | None = None
+) -> list[tuple[float, float]]:
+    """Loss and rSum of each epoch, in double precision and without dropout."""
+    with pytest.MonkeyPatch.context() as patch:
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        # Not the name `transformers`, which may stand for the module as it was before it loaded.
+        encoders = importlib.import_module("transformers")
+        patch.setattr(encoders, "BertConfig", partial(encoders.BertConfig, **still))
+        torch.set_default_dtype(torch.float64)
+        try:
+            result = fit(
+                config,
+                data_folder=data,
+                cache_dir=out / "cache",
+                reporter=Keeper(out),
+                device=CPU,
+                resume_from=resume_from,
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return [(row["train/loss"], row["val/rsum"]) for row in result.history]
+
+
+def trainings(config: ExperimentConfig, folder: Path, out: Path) -> dict[str, Any]:
+    """What several processes make of a training that one has begun; and the other way round."""
+    found = {}
+    for sharding in ("none", "full"):
+        one = config.with_overrides({"optim.sharding": sharding})
+        found[sharding] = train(one, folder, out / sharding, resume_from=out / "alone" / "epoch-1")
+    begun = config.with_overrides({"optim.sharding": "full", "optim.epochs": 1})
+    train(begun, folder, out / "begun")
+    return found
+
+
 def in_worker(
-    rank: int, world_size: int, meeting: str, config: dict[str, Any], folder: Path, cache: Path
+    rank: int, world_size: int, meeting: str, config: dict[str, Any], folder: Path, out: Path
 ) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
     )
-    found = everything(ExperimentConfig.from_dict(config), folder, cache)
+    found = everything(ExperimentConfig.from_dict(config), folder, out)
+    found["trainings"] = trainings(training_config(), folder, out)
     torch.save(found, f"{meeting}.{rank}")
     distributed.destroy_process_group()
+
+
+def training_config() -> ExperimentConfig:
+    return tiny_experiment().with_overrides(
+        {
+            "model.regions.dropout": 0.0,
+            "model.text.scratch_layers": 2,
+            "optim.epochs": 3,
+            "optim.decay_epoch": 1,
+            "optim.clip_norm": 0.5,
+        }
+    )
 
 
 Found = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -88,23 +173,52 @@ def alone_and_shared(
     world_size, tmp_path = request.param, tmp_path_factory.mktemp("meeting")
     arguments = (tiny_experiment().to_dict(), data_folder, tmp_path)
     meeting = str(tmp_path / "meeting")
+    config = training_config()
+    trained = {"uninterrupted": train(config, data_folder, tmp_path / "alone")}
     multiprocessing.spawn(in_worker, (world_size, meeting, *arguments), nprocs=world_size)
     shared = [torch.load(f"{meeting}.{rank}", weights_only=True) for rank in range(world_size)]
-    return everything(tiny_experiment(), data_folder, tmp_path), shared
+    begun = tmp_path / "begun" / "epoch-1"
+    trained["resumed"] = train(config, data_folder, tmp_path / "on", resume_from=begun)
+    alone = everything(tiny_experiment(), data_folder, tmp_path)
+    return alone | {"trainings": trained}, shared
 
 
-@pytest.mark.parametrize("mining", ["hardest", "all"])
-def test_shared_step_equals_one_process(alone_and_shared: Found, mining: str) -> None:
+@pytest.mark.parametrize(
+    "step", ["hardest", "all", "hardest, sharded", "hardest, clipped", "hardest, sharded, clipped"]
+)
+def test_shared_step_equals_one_process(alone_and_shared: Found, step: str) -> None:
     alone, shared = alone_and_shared
-    loss, gradients = alone[mining]
+    loss, norm, gradients = alone[step]
     assert loss > 0
-    assert sum(found[mining][0] for found in shared) == pytest.approx(loss, abs=1e-8)
+    assert sum(found[step][0] for found in shared) == pytest.approx(loss, abs=1e-8)
     for found in shared:
-        _, of_shared = found[mining]
+        _, of_shared_norm, of_shared = found[step]
+        assert of_shared_norm == pytest.approx(norm, abs=1e-8)
         assert of_shared.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(of_shared[name], gradient, atol=1e-8, rtol=0)
-    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-4
+
+
+def test_a_sharded_model_is_spread_over_the_processes(alone_and_shared: Found) -> None:
+    _, shared = alone_and_shared
+    (_, total), *_ = [found["weights"] for found in shared]
+    for found in shared:
+        assert found["weights"][0] < 1.1 * total / len(shared)
+    assert sum(found["weights"][0] for found in shared) >= total
+
+
+def test_training_goes_on_the_same_with_another_number_of_processes(
+    alone_and_shared: Found,
+) -> None:
+    alone, shared = alone_and_shared
+    expected = alone["trainings"]["uninterrupted"]
+    assert len({loss for loss, _ in expected}) == len(expected) == 3
+    found = [of["trainings"][sharding] for of in shared for sharding in ("none", "full")]
+    for history in [*found, alone["trainings"]["resumed"]]:
+        for (loss, rsum), (of_alone, rsum_alone) in zip(history, expected, strict=True):
+            assert loss == pytest.approx(of_alone, abs=1e-7)
+            assert rsum == pytest.approx(rsum_alone, abs=1e-7)
 
 
 def test_shared_evaluation_equals_one_process(alone_and_shared: Found) -> None:
@@ -121,7 +235,7 @@ def test_sparse_gradient_of_the_hardest_equals_the_dense_one(
     data_folder: Path, tmp_path: Path
 ) -> None:
     config = tiny_experiment()
-    _, sparse = one_step(config, data_folder, tmp_path, "hardest")
+    _, _, sparse = one_step(config, data_folder, tmp_path, "hardest")
     experiment = open_experiment(config, data_folder=data_folder, cache_dir=tmp_path, device=CPU)
     model = experiment.model.double().eval()
     request = next(iter(GlobalBatches(len(experiment.train), 10, seed=0, epoch=1)))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cpfean.config import ExperimentConfig
-from cpfean.errors import CheckpointError, DivergedError
+from cpfean.errors import CheckpointError, DivergedError, StoppedError
 from cpfean.model.cpfean import Cpfean
 from cpfean.training import loop
 from cpfean.training.checkpoint import Checkpoint, newest_valid, read_state
@@ -80,6 +80,86 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         of_resumed = load_file(tmp_path / "epoch-4" / name)
         assert of_whole.keys() == of_resumed.keys()
         assert all(torch.equal(of_whole[key], of_resumed[key]) for key in of_whole), name
+
+
+class Notified(Recorder):
+    """Is given notice when it is asked for the so-manieth time."""
+
+    def __init__(self, folder: Path, *, asked: int) -> None:
+        super().__init__(folder)
+        self.left = asked
+
+    def given(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        assert checkpoint is not None
+        checkpoint.save(self.folder / "stopped")
+
+
+# It is asked before each epoch and, here, after each of its eight steps.
+@pytest.mark.parametrize(
+    ("asked", "moment"),
+    [
+        (1, (0, 0)),
+        (2, (0, 1)),
+        (9 + 1 + 5, (1, 5)),
+        (9 + 9, (2, 0)),  # all steps are done: the epoch is ended first
+        (3 * 9 + 8, (3, 7)),
+    ],
+)
+def test_stopped_at_any_step_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path,
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: tuple[FitResult, Recorder, ExperimentConfig],
+    asked: int,
+    moment: tuple[int, int],
+) -> None:
+    whole, recorder, config = uninterrupted
+    monkeypatch.setattr(loop, "_LOOK_STEPS", 1)
+    stopped = Notified(tmp_path / "before", asked=asked)
+    with pytest.raises(StoppedError, match=f"step {moment[1]} of epoch|after epoch {moment[0]}"):
+        fit(
+            config,
+            data_folder=data_folder,
+            cache_dir=tmp_path / "cache",
+            reporter=stopped,
+            device=CPU,
+            notice=stopped,
+        )
+    left_behind = list(stopped.folder.glob("*"))
+    newest = newest_valid(left_behind)
+    assert (read_state(newest).progress if newest else (0, 0)) == moment
+    resumed, _ = train(config, data_folder, tmp_path, newest)
+    assert timeless(resumed.history) == timeless(whole.history)
+    for name in ("model.safetensors", "optimizer.safetensors", "best/model.safetensors"):
+        of_whole = load_file(recorder.folder / "epoch-4" / name)
+        of_resumed = load_file(tmp_path / "epoch-4" / name)
+        assert all(torch.equal(of_whole[key], of_resumed[key]) for key in of_whole), name
+
+
+def test_notice_that_comes_in_the_last_step_does_not_spoil_the_end(
+    tmp_path: Path,
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: tuple[FitResult, Recorder, ExperimentConfig],
+) -> None:
+    whole, _, config = uninterrupted
+    monkeypatch.setattr(loop, "_LOOK_STEPS", 1)
+    late = Notified(tmp_path, asked=4 * 9)
+    result = fit(
+        config,
+        data_folder=data_folder,
+        cache_dir=tmp_path / "cache",
+        reporter=late,
+        device=CPU,
+        notice=late,
+    )
+    assert late.left == 0
+    assert timeless(result.history) == timeless(whole.history)
+    assert not (tmp_path / "stopped").exists()
 
 
 def test_training_learns(uninterrupted: tuple[FitResult, Recorder, ExperimentConfig]) -> None:
@@ -184,7 +264,7 @@ def test_loss_that_is_not_finite_stops_the_run(
                 checkpoint.model.word_projection.weight.fill_(float("nan"))
 
     with pytest.raises(
-        DivergedError, match=r"loss is nan at step 8 of epoch 2: learning rates \[1\.0\]"
+        DivergedError, match=r"loss is nan at step \d of epoch 2: learning rates \[1\.0\]"
     ):
         fit(
             hopeless,

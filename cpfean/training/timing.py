@@ -1,0 +1,290 @@
+"""How long a training of a configuration takes and how large its checkpoints are, before it is run.
+
+A few steps are trained for real, on the real data, and thrown away. Of several workers one is
+played: it has its share of the batch, and copies of its own captions stand in for those of the
+others, so that it encodes and scores as much as a worker does. What workers exchange is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.batch import Batch
+from cpfean.data.dataset import BatchRequest, GlobalBatches, RetrievalDataset, WordFeatures
+from cpfean.data.prefetch import prefetched
+from cpfean.data.split import open_split
+from cpfean.data.tokens import CaptionTokenizer
+from cpfean.losses.triplet import triplet_loss
+from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
+from cpfean.model.embeddings import CaptionEmbeddings
+from cpfean.model.text_encoder import TextBackbone
+from cpfean.training.evaluation import COCO_FOLD, evaluate
+from cpfean.training.loop import autocast
+from cpfean.training.optimizer import build_optimizer
+from cpfean.training.setup import open_experiment
+
+_WARM_UP = 2  # steps that compile, allocate and open files
+_LEAST, _MOST = 10, 100
+_ENOUGH_SECONDS, _LONG_SECONDS = 5.0, 30.0  # with the least of steps, and without
+_PART = 128  # dev images that validation is timed on; the rest is extrapolated
+_LABEL_PIECES = 8  # of the longest label; the table of them is small whatever it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What was timed.
+
+    Attributes:
+        step_seconds: median of a training step of one worker.
+        timed: how many steps were timed.
+        steps: of an epoch.
+        validation_seconds: of an epoch; extrapolated if dev has more images than are timed.
+    """
+
+    step_seconds: float
+    timed: int
+    steps: int
+    validation_seconds: float
+
+
+def time_training(
+    config: ExperimentConfig,
+    *,
+    data_folder: Path,
+    cache_dir: Path,
+    device: torch.device,
+    workers: int,
+    threads: int,
+) -> Timing:
+    """Times a few steps and a part of a validation, in this process.
+
+    Args:
+        config: the experiment.
+        data_folder: a checked folder in the native format.
+        cache_dir: for what can be made again.
+        device: where to compute.
+        workers: processes that would share the batch.
+        threads: of each.
+
+    Raises:
+        ConfigError, DataError: what is asked for does not fit the data.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # A frozen encoder goes over all captions once before the first step, which is not timed.
+        some = config
+        if config.model.text.encoder != "scratch" and not config.model.text.trainable:
+            some = config.with_overrides({"data.train_images": _few_images(config, data_folder)})
+        experiment = open_experiment(
+            some, data_folder=data_folder, cache_dir=cache_dir, device=device
+        )
+        step_seconds, timed = _time_steps(
+            experiment.model, experiment.train, config, device=device, workers=workers
+        )
+        validation = _time_validation(
+            experiment.model,
+            experiment.dev,
+            experiment.tokenizer,
+            config,
+            data_folder=data_folder,
+            device=device,
+        )
+    finally:
+        torch.set_num_threads(before)
+    pairs = open_split(
+        data_folder,
+        "train",
+        num_regions=config.data.num_regions,
+        num_images=config.data.train_images,
+    ).num_captions
+    return Timing(
+        step_seconds=step_seconds,
+        timed=timed,
+        steps=pairs // min(config.optim.batch_size, pairs),
+        validation_seconds=validation / workers,
+    )
+
+
+def checkpoint_bytes(config: ExperimentConfig, *, data_folder: Path) -> int:
+    """Bytes of a checkpoint, from the shapes of the model; nothing of it is computed.
+
+    Weights, the best epoch's weights, and AdamW's two moments of what is trained. The vocabulary of
+    a text encoder from scratch is taken to be as large as it may become.
+
+    Raises:
+        ConfigError, DataError: what is asked for does not fit the data.
+    """
+    split = open_split(data_folder, "train", num_regions=config.data.num_regions, num_images=1)
+    names = split.label_names if config.model.regions.prior else None
+    text = config.model.text
+    with torch.device("meta"):
+        if text.encoder == "scratch":
+            backbone = TextBackbone.build(text, vocab_size=text.scratch_vocabulary, pad_id=0)
+            labels = {"pieces": torch.zeros(len(names or ()), _LABEL_PIECES, dtype=torch.int64)}
+        else:
+            backbone = TextBackbone.of_shape(text)
+            labels = {"vectors": torch.zeros(len(names or ()), backbone.text_dim)}
+        model = Cpfean(
+            config.model,
+            inputs=ModelInputs(
+                feature_dim=split.regions.feature_dim,
+                has_boxes=split.regions.geometry is not None,
+                label_names=None if names is None else tuple(names),
+            ),
+            backbone=backbone,
+            labels=None if names is None else LabelEmbeddings(**labels),
+        )
+    kept = sum(_bytes(tensor) for tensor in model.own_state().values())
+    moments = sum(2 * _bytes(p) for p in model.parameters() if p.requires_grad)
+    return 2 * kept + moments
+
+
+def _few_images(config: ExperimentConfig, data_folder: Path) -> int:
+    """Training images that make a few batches."""
+    num_images = open_split(
+        data_folder,
+        "train",
+        num_regions=config.data.num_regions,
+        num_images=config.data.train_images,
+    ).num_images
+    return min(num_images, config.optim.batch_size)
+
+
+def _time_steps(
+    model: Cpfean,
+    dataset: RetrievalDataset,
+    config: ExperimentConfig,
+    *,
+    device: torch.device,
+    workers: int,
+) -> tuple[float, int]:
+    """Median seconds of a step, and of how many."""
+    optimizer = build_optimizer(model, config.optim)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = min(config.optim.batch_size, len(dataset))
+    on_gpu = device.type == "cuda"
+    model.train()
+    times: list[float] = []
+    requests = _requests(len(dataset), config, workers=workers)
+    with prefetched(map(dataset.training_batch, requests), pin=on_gpu) as gathered:
+        for number in range(_WARM_UP + _MOST):
+            # A batch that is not ready is waited for, as in training.
+            started = time.monotonic()
+            batch = next(gathered).to(device, non_blocking=on_gpu)
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(config.optim.precision, device):
+                loss = _share_of_loss(model, batch, config, total=total)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            optimizer.step()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            if number >= _WARM_UP:
+                times.append(time.monotonic() - started)
+                enough = _ENOUGH_SECONDS if len(times) >= _LEAST else _LONG_SECONDS
+                if sum(times) >= enough:
+                    break
+    return statistics.median(times), len(times)
+
+
+def _requests(num_pairs: int, config: ExperimentConfig, *, workers: int) -> Iterator[BatchRequest]:
+    """The first worker's rows of one batch after another, epoch after epoch."""
+    return chain.from_iterable(
+        GlobalBatches(
+            num_pairs,
+            config.optim.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            rank=0,
+            world_size=workers,
+        )
+        for epoch in count(1)
+    )
+
+
+def _share_of_loss(model: Cpfean, batch: Batch, config: ExperimentConfig, *, total: int) -> Tensor:
+    """What `GlobalBatchLoss` computes on one of several workers, from this one's captions alone."""
+    images = model.encode_images(**batch.images._asdict())
+    captions = model.encode_captions(**batch.captions._asdict())
+    rows = torch.arange(total, device=captions.pooled.device) % len(captions.pooled)
+    everybody = CaptionEmbeddings(
+        words=captions.words[rows], mask=captions.mask[rows], pooled=captions.pooled[rows]
+    )
+    scores = model.score(images, everybody)
+    image_ids = torch.arange(total, device=scores.device)
+    return triplet_loss(
+        scores, image_ids, margin=config.loss.margin, mining=config.loss.mining, first=0
+    )
+
+
+def _time_validation(
+    model: Cpfean,
+    dev: RetrievalDataset,
+    tokenizer: CaptionTokenizer,
+    config: ExperimentConfig,
+    *,
+    data_folder: Path,
+    device: torch.device,
+) -> float:
+    """Seconds of one process for all of dev.
+
+    Encoding grows with the images n, scoring with n^2: a n + c n^2 through two timed sizes.
+    """
+
+    def timed(num_images: int) -> float:
+        part = _first_images(dev, tokenizer, num_images, config, data_folder=data_folder)
+        started = time.monotonic()
+        evaluate(
+            model,
+            part,
+            protocol="full",
+            batch_size=config.evaluation.batch_size,
+            device=device,
+            products=config.evaluation.products,
+        )
+        return time.monotonic() - started
+
+    whole = dev.split.num_images
+    large = min(whole, _PART)
+    small = max(1, large // 2)
+    timed(small)  # compiles and opens what is compiled and opened once
+    for_large = timed(large)
+    if large == whole:
+        return for_large
+    for_small = timed(small)
+    scoring = max(0.0, (for_large / large - for_small / small) / (large - small))
+    encoding = for_large / large - scoring * large
+    fold = COCO_FOLD if config.evaluation.protocol == "coco-1k" else whole
+    return whole / fold * (encoding * fold + scoring * fold**2)
+
+
+def _first_images(
+    dev: RetrievalDataset,
+    tokenizer: CaptionTokenizer,
+    num_images: int,
+    config: ExperimentConfig,
+    *,
+    data_folder: Path,
+) -> RetrievalDataset:
+    split = open_split(
+        data_folder, "dev", num_regions=config.data.num_regions, num_images=num_images
+    )
+    features = dev.word_features
+    if features is not None:
+        features = WordFeatures(features.values, features.offsets[: split.num_captions + 1])
+    tokens = tokenizer.encode(split.captions)
+    return RetrievalDataset(split, tokens, tokenizer, word_features=features)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,300 @@
+"""What goes wrong around a study, done to the real thing: connections, servers, disks."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from orchestration.server import ServerPlan
+
+Fault = Literal["none", "refuse", "hang", "reset", "lose"] | int
+_POSTGRES = os.pathsep.join(
+    [os.environ.get("PATH", ""), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))]
+)
+_VERBS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"PATCH ", b"DELETE ")
+
+
+class Proxy:
+    """Stands before a server on this host, and does what networks and servers do.
+
+    Attributes:
+        fault: "refuse" connections, let them "hang", "reset" them, "lose" the answer to a request
+            that was handed on, or answer with a status; "none" hands everything on.
+        only: which requests, by their head, the fault is for.
+        body: of an answer with a status.
+        delay: seconds before a request is handed on.
+        met: how many requests have met the fault.
+    """
+
+    def __init__(self, upstream: int) -> None:
+        self.upstream = upstream
+        self.only: Callable[[bytes], bool] = lambda head: True
+        self.body = b'{"error_code": "BAD_REQUEST", "message": "the proxy says no"}'
+        self.delay = 0.0
+        self.met = 0
+        self._fault: Fault = "none"
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def fault(self) -> Fault:
+        return self._fault
+
+    @fault.setter
+    def fault(self, fault: Fault) -> None:
+        before, self._fault = self._fault, fault
+        if fault == "refuse" != before:
+            self.close()
+        if before == "refuse" != fault:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for each in [self._listener, *self._open]:
+            _reset(each)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """Hands on what a client sends; every request in it may meet the fault."""
+        server = socket.create_connection(("127.0.0.1", self.upstream))
+        ends = {client, server}
+        self._open |= ends
+        lost = threading.Event()
+        threading.Thread(target=self._answer, args=(server, client, lost), daemon=True).start()
+        with suppress(OSError):
+            while data := client.recv(65536):
+                if data.startswith(_VERBS) and self._fault != "none" and self.only(data):
+                    self.met += 1
+                    if self._fault == "lose":
+                        lost.set()
+                    else:
+                        self._fail(client)
+                        break
+                time.sleep(self.delay)
+                server.sendall(data)
+        self._open -= ends
+        for each in ends:
+            _reset(each)
+
+    def _fail(self, client: socket.socket) -> None:
+        if isinstance(self._fault, int):
+            head = (
+                f"HTTP/1.1 {self._fault} So\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
+            )
+            client.sendall(head.encode() + self.body)
+            client.shutdown(socket.SHUT_WR)
+        if self._fault != "reset":
+            while client.recv(65536):
+                pass
+
+    def _answer(self, server: socket.socket, client: socket.socket, lost: threading.Event) -> None:
+        with suppress(OSError):
+            while data := server.recv(65536):
+                if lost.is_set():
+                    _reset(client)
+                    break
+                client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+
+
+def _reset(end: socket.socket) -> None:
+    with suppress(OSError):
+        if end.type == socket.SOCK_STREAM and _is_connected(end):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            end.shutdown(socket.SHUT_RD)
+        end.close()
+
+
+def _is_connected(end: socket.socket) -> bool:
+    try:
+        end.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+class TrackingServer:
+    """An MLflow server that is killed and started again."""
+
+    def __init__(self, folder: Path, *, store: str | None = None) -> None:
+        self.port = free_port()
+        self.log = folder / "server.log"
+        self._plan = ServerPlan(
+            store=store or f"sqlite:///{folder / 'served.db'}",
+            artifacts=str(folder / "artifacts"),
+            folder=folder / "server",
+            port=self.port,
+            allowed_hosts=("127.0.0.1:*",),  # clients come through a proxy's port
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._plan.command(), "--workers", "1"],
+                env=self._plan.environment(os.environ),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(self._answers, seconds=180, what=f"{self.log}")
+
+    def kill(self) -> None:
+        """Without a chance to tidy up."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, 9)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log.read_text()
+        try:
+            return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+
+class Postgres:
+    """A PostgreSQL of its own on loopback; skips where its programs are not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        found = [shutil.which(name, path=_POSTGRES) for name in ("initdb", "postgres")]
+        if None in found:
+            pytest.skip("no PostgreSQL: install Debian's postgresql")
+        pytest.importorskip("psycopg", reason="pip install 'cpfean[postgres]'")
+        initdb, postgres = map(str, found)
+        self.port = free_port()
+        # It refuses to be run by root, and nobody cannot pass through pytest's folders.
+        self._folder = Path(tempfile.mkdtemp(prefix="cpfean-pg-", dir="/tmp"))
+        user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            shutil.chown(self._folder, nobody.pw_uid, nobody.pw_gid)
+            user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        data = str(self._folder / "db")
+        init = [initdb, "-D", data, "-U", "mlflow", "--auth=trust", "--no-sync"]
+        subprocess.run(init, cwd="/tmp", check=True, capture_output=True, **user)
+        own = ["-k", str(self._folder), "-c", "fsync=off", "-h", "127.0.0.1", "-p", str(self.port)]
+        with (folder / "postgres.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [postgres, "-D", data, *own], cwd="/tmp", stdout=log, stderr=log, **user
+            )
+        wait_for(self._answers, seconds=60, what="PostgreSQL")
+
+    @property
+    def uri(self) -> str:
+        return f"postgresql://mlflow@127.0.0.1:{self.port}/postgres"
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait()
+        shutil.rmtree(self._folder)
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        assert self._process.poll() is None
+        try:
+            psycopg.connect(self.uri).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+class ObjectStore:
+    """An S3 of this host, by moto's server; skips where that is not installed.
+
+    `make moto` installs it, in an environment of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        beside = Path(__file__).resolve().parents[1] / ".venv-moto" / "bin" / "moto_server"
+        found = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
+        if not found and not beside.exists():
+            pytest.skip("no moto_server: `make moto` installs it")
+        self.port = free_port()
+        with (folder / "moto.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [found or str(beside), "-p", str(self.port)], stdout=log, stderr=log
+            )
+        wait_for(self._answers, seconds=60, what="moto")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def make_bucket(self, name: str) -> None:
+        request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
+        urllib.request.urlopen(request, timeout=10)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.url}/moto-api/data.json", timeout=5).status == 200
+        except OSError:
+            return False
+
+
+@contextmanager
+def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
+    """A file system of its own; skips where none can be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a small disk is mounted by root")
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

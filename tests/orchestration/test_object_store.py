@@ -1,0 +1,219 @@
+"""Data and checkpoints in a real S3 server, which fails behind a proxy."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from cpfean.config import DataConfig
+from cpfean.data.sources import resolve_data
+from cpfean.data.split import data_fingerprint
+from cpfean.training.checkpoint import Checkpoint, read_state
+from cpfean.training.loop import fit
+from orchestration import storage
+from orchestration.checkpoints import CheckpointFolder
+from orchestration.settings import ServiceError
+from tests.faults import Fault, ObjectStore, Proxy
+from tests.orchestration.samples import TINY
+from tests.orchestration.test_checkpoints import Saver, Trained
+
+pytestmark = pytest.mark.slow
+
+OLD, NEW = "AKIAOLDOLDOLDOLD0000", "AKIANEWNEWNEWNEW0000"
+EXPIRED = (
+    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>ExpiredToken</Code>'
+    b"<Message>The provided token has expired: canary-token</Message></Error>"
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    store = ObjectStore(tmp_path_factory.mktemp("moto"))
+    yield store
+    store.stop()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    cache = tmp_path_factory.mktemp("cache")
+    trained = Trained()
+    fit(
+        TINY.with_overrides({"optim.epochs": 1}),
+        data_folder=resolve_data(TINY.data, cache_dir=cache),
+        cache_dir=cache,
+        reporter=trained,
+        device=torch.device("cpu"),
+    )
+    return trained.checkpoint
+
+
+@pytest.fixture
+def proxy(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What stands before the store; clients know no other address."""
+    proxy = Proxy(store.port)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    be_known_as(OLD, tmp_path)
+    monkeypatch.setitem(
+        storage._S3,
+        "config_kwargs",
+        storage._S3["config_kwargs"] | {"connect_timeout": 1, "read_timeout": 1},
+    )
+    monkeypatch.setattr(storage, "_ANSWER", 5.0)
+    yield proxy
+    proxy.close()
+
+
+def be_known_as(key: str, folder: Path) -> None:
+    (folder / "credentials").write_text(
+        f"[default]\naws_access_key_id = {key}\naws_secret_access_key = canary-secret\n"
+        "aws_session_token = canary-token\n"
+    )
+
+
+@pytest.fixture
+def saver(store: ObjectStore, proxy: Proxy, checkpoint: Checkpoint, tmp_path: Path) -> Saver:
+    bucket = tmp_path.name.replace("_", "-").lower()[:60].strip("-")
+    store.make_bucket(bucket)
+    return Saver(CheckpointFolder(f"s3://{bucket}/runs/trial"), checkpoint)
+
+
+def first(line: bytes) -> str:
+    return line.split(b"\r\n")[0].decode()
+
+
+def test_checkpoints_are_kept_and_found(saver: Saver) -> None:
+    assert saver.folder.newest_valid() is None
+    saver.save(1, 2, 3)
+    assert saver.folder.names() == ["epoch-0002", "epoch-0003"]
+    assert saver.folder.newest_valid() == "epoch-0003"
+    with saver.folder.opened("epoch-0003") as folder:
+        assert read_state(folder).epoch == 3
+
+
+def test_the_manifest_is_sent_last_and_without_it_nothing_is_seen(
+    saver: Saver, proxy: Proxy
+) -> None:
+    sent: list[str] = []
+
+    def noted(head: bytes) -> bool:
+        if head.startswith(b"PUT "):
+            sent.append(first(head).split()[1].split("?")[0].rsplit("/", 1)[-1])
+        return False
+
+    proxy.fault, proxy.only = 500, noted
+    saver.save(1)
+    assert len(sent) > 4
+    assert sent.index("manifest.json") == len(sent) - 1
+    proxy.fault = "none"
+    saver.save(2)
+    # A store that is slow to show what it has taken.
+    proxy.fault, proxy.body = 404, b""
+    proxy.only = lambda head: "epoch-0002/manifest.json" in first(head)
+    assert saver.folder.newest_valid() == "epoch-0001"
+    proxy.fault = "none"
+    assert saver.folder.newest_valid() == "epoch-0002"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        503,
+        "lose",
+        "refuse",
+        *(pytest.param(more, marks=pytest.mark.drill) for more in (500, 429, "reset", "hang")),
+    ],
+)
+def test_a_store_that_fails_for_a_while_delays_an_upload_and_no_more(
+    saver: Saver,
+    proxy: Proxy,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
+) -> None:
+    times = 4
+    sent: list[str] = []
+
+    def early(head: bytes) -> bool:
+        line = first(head)
+        if line.startswith("PUT "):
+            sent.append(line)
+        return "best/model.safetensors" in line and proxy.met < times
+
+    def back(seconds: float) -> None:
+        proxy.fault = "none"
+
+    saver.save(1)
+    proxy.fault, proxy.only, proxy.body = fault, early, b"<Error><Code>Odd</Code></Error>"
+    if fault == "refuse":
+        monkeypatch.setattr("orchestration.storage.time.sleep", back)
+    saver.save(2)
+    assert saver.folder.newest_valid() == "epoch-0002"
+    told = [entry.getMessage() for entry in caplog.records if "delayed" in entry.getMessage()]
+    assert len(told) <= 1
+    if fault != "refuse":
+        assert proxy.met == times
+        others = [line for line in sent if "best/model.safetensors" not in line]
+        assert len(others) == len(set(others))  # what has arrived is not sent again
+
+
+def test_a_store_that_stays_away_ends_the_attempt_in_time_and_takes_nothing_with_it(
+    saver: Saver,
+    proxy: Proxy,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saver.save(1)
+    monkeypatch.setattr("orchestration.storage._PATIENCE", 2.0)
+    proxy.fault, proxy.body = 503, b"<Error><Code>SlowDown</Code></Error>"
+    proxy.only = lambda head: "epoch-0002/model.safetensors" in first(head)
+    with pytest.raises(ServiceError, match=r"epoch-0002/model.safetensors: .*for 2 s \(SlowDown\)"):
+        saver.save(2)
+    told = [entry.getMessage() for entry in caplog.records if "delayed" in entry.getMessage()]
+    assert len(told) == 1
+    assert told[0].endswith("epoch-0002/model.safetensors: delayed, the store says SlowDown")
+    proxy.fault = "none"
+    assert saver.folder.newest_valid() == "epoch-0001"
+
+
+def test_credentials_that_expire_are_read_anew(
+    saver: Saver, proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver.save(1)
+    proxy.fault, proxy.body = 403, EXPIRED
+    proxy.only = lambda head: OLD.encode() in head
+    with pytest.raises(ServiceError, match=r"refuses our credentials .*ExpiredToken") as failure:
+        saver.save(2)
+    be_known_as(NEW, tmp_path)
+    saver.save(2)
+    assert saver.folder.newest_valid() == "epoch-0002"
+    told = " ".join([str(failure.value), *(entry.getMessage() for entry in caplog.records)])
+    for secret in ("canary", OLD, NEW):
+        assert secret not in told
+
+
+def test_a_bucket_that_is_not_there_is_named(proxy: Proxy, checkpoint: Checkpoint) -> None:
+    saver = Saver(CheckpointFolder("s3://no-such-bucket/trial"), checkpoint)
+    assert saver.folder.newest_valid() is None
+    with pytest.raises(ServiceError, match="no such bucket"):
+        saver.save(1)
+
+
+def test_data_are_fetched_as_they_are(store: ObjectStore, proxy: Proxy, tmp_path: Path) -> None:
+    local = resolve_data(TINY.data, cache_dir=tmp_path / "made")
+    store.make_bucket("data-of-a-test")
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.put(str(local), "data-of-a-test/set", recursive=True)
+    remote = replace(DataConfig(), path="s3://data-of-a-test/set")
+    proxy.fault = "reset"
+    proxy.only = lambda head: "_ims.npy" in first(head) and proxy.met < 2
+    fetched = resolve_data(remote, cache_dir=tmp_path / "fetched")
+    assert proxy.met == 2
+    assert data_fingerprint(fetched) == data_fingerprint(local)

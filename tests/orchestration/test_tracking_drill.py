@@ -1,0 +1,199 @@
+"""Real sweeps on Ray: the tracking server killed for a third of the time, S3, full disks."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestration.records import RunFolder
+from orchestration.tracking import open_store
+from tests.faults import ObjectStore, TrackingServer, small_disk, wait_for
+from tests.orchestration.samples import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(1800)]
+
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "sweep.py"
+TRIALS, EPOCHS = 4, 9
+
+
+class Sweep:
+    """One `sweep.py`, from its start to its end."""
+
+    def __init__(self, home: Path, name: str, *, tracking: str, **environment: str) -> None:
+        self.home = home
+        self.folder = RunFolder(home / "runs" / name)
+        self.log = home / f"{name}.log"
+        # Steps that take long enough for the middle third to last some seconds.
+        config = TINY.with_overrides(
+            {
+                "optim.epochs": EPOCHS,
+                "data.synthetic.train_images": 400,
+                "loss.warmup_epochs": 0,
+            }
+        )
+        (home / "tiny.toml").write_text(config.to_toml())
+        self._words = ["--config", "tiny.toml", "--name", name, "--trials", str(TRIALS)]
+        # One trial at a time: which ones are stopped early does not depend on chance.
+        self._words += ["--tracking-uri", tracking, "--workers", "2"]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+        self._environment = clean | {"CPFEAN_CACHE": str(home / "cache")} | environment
+
+    def start(self, *more: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, str(SCRIPT), *self._words, *more],
+                cwd=self.home,
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def epochs(self) -> int:
+        return sum(record.epochs for record in self.folder.records())
+
+    @property
+    def training_seconds(self) -> float:
+        """What the trials took, as their records tell."""
+        return sum(record.seconds for record in self.folder.records())
+
+
+def disturbed(sweep: Sweep, server: TrackingServer, *, epochs: int) -> None:
+    """Runs it, and has the server away from a third to two thirds of its epochs."""
+    driver = sweep.start()
+    killed = started = False
+    back = threading.Thread(target=server.start)
+    while driver.poll() is None:
+        if not killed and sweep.epochs >= epochs / 3:
+            server.kill()
+            killed = True
+        if killed and not started and sweep.epochs >= 2 * epochs / 3:
+            back.start()
+            started = True
+        time.sleep(0.1)
+    assert started, sweep.log.read_text()
+    back.join()
+    assert driver.wait() == 0, sweep.log.read_text()
+
+
+def check_complete(sweep: Sweep, uri: str) -> None:
+    """Every point is in MLflow once, and every run is closed in its true state."""
+    client, experiment = open_store(uri)
+    records = sweep.folder.records()
+    assert len(records) == TRIALS
+    runs = client.search_runs([experiment], f"tags.`cpfean.id` = '{sweep.folder.id}'")
+    assert len(runs) == TRIALS + 1
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if run.data.tags["cpfean.role"] == "trial":
+            record = records[int(run.data.tags["cpfean.trial"])]
+            assert run.data.tags["cpfean.state"] == record.state
+            points = MlflowClient(uri).get_metric_history(run.info.run_id, "val/rsum")
+            assert [(point.step, point.value) for point in points] == [
+                (row["epoch"], row["val/rsum"]) for row in record.history
+            ]
+
+
+def test_a_server_that_is_away_for_the_middle_third_costs_less_than_five_percent(
+    tmp_path: Path,
+) -> None:
+    server = TrackingServer(tmp_path)
+    server.start()
+    took: dict[str, list[float]] = {"undisturbed": [], "disturbed": []}
+    try:
+        for number in range(2):
+            clean = Sweep(tmp_path, f"clean-{number}", tracking=server.url)
+            assert clean.start().wait() == 0, clean.log.read_text()
+            check_complete(clean, server.url)
+            took["undisturbed"].append(clean.training_seconds)
+            hurt = Sweep(tmp_path, f"hurt-{number}", tracking=server.url)
+            disturbed(hurt, server, epochs=clean.epochs)
+            again = hurt.start("--resume")  # ends at once, with what was not sent before the end
+            assert again.wait() == 0, hurt.log.read_text()
+            check_complete(hurt, server.url)
+            told = [line for line in hurt.log.read_text().splitlines() if "numbers" in line]
+            assert len(told) == 1, told
+            took["disturbed"].append(hurt.training_seconds)
+            assert hurt.epochs == clean.epochs
+    finally:
+        server.kill()
+    ratio = min(took["disturbed"]) / min(took["undisturbed"])
+    print(f"seconds of training: {took}; ratio of the fastest {ratio:.3f}")
+    assert ratio <= 1.05
+
+
+def test_a_sweep_has_its_data_and_checkpoints_in_an_object_store(tmp_path: Path) -> None:
+    import fsspec
+
+    from cpfean.data.sources import resolve_data
+
+    store = ObjectStore(tmp_path)
+    access = {
+        "AWS_ENDPOINT_URL": store.url,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    try:
+        store.make_bucket("bucket")
+        made = resolve_data(TINY.data, cache_dir=tmp_path / "made")
+        filesystem = fsspec.filesystem(
+            "s3", key="a", secret="b", endpoint_url=store.url, skip_instance_cache=True
+        )
+        filesystem.put(str(made), "bucket/data", recursive=True)
+        uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+        sweep = Sweep(
+            tmp_path, "s", tracking=uri, CPFEAN_STORAGE="s3://bucket/checkpoints", **access
+        )
+        driver = sweep.start("--data", "s3://bucket/data")
+        assert driver.wait() == 0, sweep.log.read_text()
+        check_complete(sweep, uri)
+        for record in sweep.folder.records():
+            assert record.checkpoint.startswith(f"s3://bucket/checkpoints/{sweep.folder.id}/")
+            kept = filesystem.ls(record.checkpoint.removeprefix("s3://").rpartition("/")[0])
+            assert len(kept) == 2
+            assert filesystem.exists(f"{record.checkpoint}/manifest.json")
+        assert (sweep.folder.path / "best_model" / "config.toml").exists()
+    finally:
+        store.stop()
+
+
+@pytest.mark.parametrize("full", ["storage", "records"])
+def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with small_disk(tmp_path / "disk", kilobytes=8192) as disk:
+        storage = tmp_path / "storage" if full == "records" else disk
+        storage.mkdir(exist_ok=True)
+        sweep = Sweep(tmp_path, "s", tracking=uri, CPFEAN_STORAGE=str(storage))
+        if full == "records":
+            (tmp_path / "runs").symlink_to(disk)
+        driver = sweep.start()
+        wait_for(lambda: sweep.epochs >= 2, seconds=300, what="two epochs")
+        with (disk / "filler").open("wb", buffering=0) as filler:
+            filler.write(bytes(shutil.disk_usage(disk).free))
+        code = driver.wait(timeout=600)
+        told = sweep.log.read_text()
+        assert "disk full" in told
+        assert "Traceback" not in told
+        if full == "records":
+            assert code == 5, told
+        else:
+            assert code == 4, told
+            failed = [r for r in sweep.folder.records() if r.state == "failed"]
+            assert {record.failure for record in failed} == {"infra"}
+            assert "needed" in failed[0].message
+        (disk / "filler").unlink()
+        assert sweep.start("--resume").wait(timeout=600) in (0, 4), sweep.log.read_text()
+    check_closed(uri)
+
+
+def check_closed(uri: str) -> None:
+    client, experiment = open_store(uri)
+    assert "RUNNING" not in {run.info.status for run in client.search_runs([experiment])}
