@@ -841,13 +841,15 @@ class _Study:
         """Ends the process from another thread, as the main thread hangs in Ray."""
         if self._closing.locked():
             return
+        outcome: State = "interrupted"
+        code, text = 128 + self._signal, f"Stopped; continue with {self._resume_line()}"
         if self._error is not None:
-            self._say(str(self._error))
-            self._close("failed", seconds=STOPPED_SECONDS)
-            os._exit(self._error.exit_code)
-        self._say(f"Ray takes its time. Stopped; continue with {self._resume_line()}")
-        self._close("interrupted")
-        os._exit(128 + self._signal)
+            outcome, code, text = "failed", self._error.exit_code, str(self._error)
+        try:
+            self._say(text)
+            self._close(outcome, seconds=STOPPED_SECONDS)
+        finally:
+            os._exit(code)
 
     def _give_up(self, error: CpfeanError) -> None:
         self._error = self._error or error

@@ -340,12 +340,7 @@ def test_a_head_that_is_lost_ends_the_study_and_fails_no_trial(
     monkeypatch.setattr("orchestration.study._LOOK_SECONDS", 0.01)
     monkeypatch.setattr("orchestration.study._STOP_SECONDS", 0.01)
     codes: list[int] = []
-
-    def leave(code: int) -> None:
-        codes.append(code)
-        raise SystemExit  # which ends the thread
-
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", codes.append)
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         driven, said = study(tmp_path, address=address)
