@@ -205,11 +205,10 @@ class Postgres:
     """A PostgreSQL of its own on loopback; skips where its programs are not installed."""
 
     def __init__(self, folder: Path) -> None:
-        found = [shutil.which(name, path=_POSTGRES) for name in ("initdb", "postgres")]
-        if None in found:
+        initdb, postgres = postgres_program("initdb"), postgres_program("postgres")
+        if not initdb or not postgres:
             pytest.skip("no PostgreSQL: install Debian's postgresql")
         pytest.importorskip("psycopg", reason="pip install 'cpfean[postgres]'")
-        initdb, postgres = map(str, found)
         self.port = free_port()
         # It refuses to be run by root, and nobody cannot pass through pytest's folders.
         self._folder = Path(tempfile.mkdtemp(prefix="cpfean-pg-", dir="/tmp"))
@@ -248,6 +247,18 @@ class Postgres:
         return True
 
 
+def moto_program() -> str:
+    """moto's server, where `make moto` or MOTO_SERVER has it; empty if nowhere."""
+    beside = Path(__file__).resolve().parents[1] / ".venv-moto" / "bin" / "moto_server"
+    found = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
+    return found or (str(beside) if beside.exists() else "")
+
+
+def postgres_program(name: str) -> str:
+    """A program of PostgreSQL's; empty if it is not installed."""
+    return shutil.which(name, path=_POSTGRES) or ""
+
+
 class ObjectStore:
     """An S3 of this host, by moto's server; skips where that is not installed.
 
@@ -255,14 +266,13 @@ class ObjectStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        beside = Path(__file__).resolve().parents[1] / ".venv-moto" / "bin" / "moto_server"
-        found = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
-        if not found and not beside.exists():
+        program = moto_program()
+        if not program:
             pytest.skip("no moto_server: `make moto` installs it")
         self.port = free_port()
         with (folder / "moto.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [found or str(beside), "-p", str(self.port)], stdout=log, stderr=log
+                [program, "-p", str(self.port)], stdout=log, stderr=log
             )
         wait_for(self._answers, seconds=60, what="moto")
 

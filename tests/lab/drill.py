@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.records import RunFolder, TrialRecord
+from tests.faults import moto_program, postgres_program
 from tests.lab.hosts import Lab, address, wait_until
 from tests.orchestration.samples import TINY
 
@@ -170,21 +169,21 @@ class Drill:
     def _services(self) -> str:
         """Starts a database and an object store on the head; returns the server's flags."""
         head = address("head")
-        postgres = _postgres()
+        initdb, postgres, createdb = map(postgres_program, ("initdb", "postgres", "createdb"))
         as_nobody = "cd /tmp && setpriv --reuid=nobody --regid=nogroup --clear-groups"
         self.lab.run("head", "install -d -o nobody -g nogroup /tmp/pg")
-        self.lab.run("head", f"{as_nobody} {postgres}/initdb -D /tmp/pg/data -A trust -U mlflow")
+        self.lab.run("head", f"{as_nobody} {initdb} -D /tmp/pg/data -A trust -U mlflow")
         serve = "-D /tmp/pg/data -k /tmp/pg -c listen_addresses=127.0.0.1"
         log = self.shared / "postgres.log"
-        self.lab.start("head", f"{as_nobody} {postgres}/postgres {serve}", log=log)
-        create = f"{postgres}/createdb -h 127.0.0.1 -U mlflow mlflow"
+        self.lab.start("head", f"{as_nobody} {postgres} {serve}", log=log)
+        create = f"{createdb} -h 127.0.0.1 -U mlflow mlflow"
         wait_until(
             lambda: self.lab.run("head", create, check=False).returncode == 0,
             seconds=60,
             what="PostgreSQL",
         )
         store = self.lab.start(
-            "head", f"exec {_moto()} -H {head} -p 5555", log=self.shared / "store.log"
+            "head", f"exec {moto_program()} -H {head} -p 5555", log=self.shared / "store.log"
         )
         given = {
             "AWS_ENDPOINT_URL": f"http://{head}:5555",
@@ -320,29 +319,13 @@ print(json.dumps([{{
 def missing_services() -> str:
     """What this machine lacks for a drill with services; empty if nothing."""
     absent = []
-    if not _moto():
-        absent.append("moto_server (pip install 'moto[server]' into an environment of its own)")
-    if not _postgres():
+    if not moto_program():
+        absent.append("moto_server (make moto)")
+    if not postgres_program("createdb"):
         absent.append("PostgreSQL (Debian: postgresql)")
     if importlib.util.find_spec("psycopg") is None:
-        absent.append("psycopg (pip install 'psycopg[binary]')")
+        absent.append("psycopg (pip install 'cpfean[postgres]')")
     return ", ".join(absent)
-
-
-def _moto() -> str:
-    return os.environ.get("MOTO_SERVER") or shutil.which("moto_server") or ""
-
-
-def _postgres() -> str:
-    """The folder of PostgreSQL's programs."""
-    found = shutil.which("initdb")
-    # Debian links some of them into the path, and keeps all in a folder of the version's.
-    places = (
-        [Path(found).resolve()]
-        if found
-        else sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    )
-    return str(places[-1].parent) if places else ""
 
 
 def _told(records: list[TrialRecord]) -> str:
