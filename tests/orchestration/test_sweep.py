@@ -227,8 +227,10 @@ class Saves:
     def times_saved(self) -> dict[str, Counter[int]]:
         """For each trial, how often each of its epochs was saved."""
         counted: dict[str, Counter[int]] = {}
-        for trial, epoch, _ in self.seen:
-            counted.setdefault(trial, Counter())[int(epoch.removeprefix("epoch-"))] += 1
+        for trial, name, _ in self.seen:
+            # epoch-0004.2 is what the second attempt saved.
+            epoch, _, _ = name.removeprefix("epoch-").partition(".")
+            counted.setdefault(trial, Counter())[int(epoch)] += 1
         return counted
 
 
