@@ -423,11 +423,13 @@ class Tracker:
         if self._parent_id and run.data.tags.get(_PARENT_TAG) != self._parent_id:
             client.set_tag(run_id, _PARENT_TAG, self._parent_id)
         steps = client.get_metric_history(run_id, "val/rsum")
+        # Tag and status are two calls, and a driver may be killed between them.
+        state = run.data.tags.get("cpfean.state", "")
         return _Known(
             run_id=run_id,
             start=_start(run),
             last_step=max((point.step for point in steps), default=0),
-            state=run.data.tags.get("cpfean.state", ""),
+            state=state if run.info.status == _STATUS.get(state) else "",
             tested=any(name.startswith("test/") for name in run.data.metrics),
             described="seed" in run.data.params,
             has_config=_CONFIG_TAG in run.data.tags,

@@ -103,6 +103,16 @@ def test_a_restarted_driver_writes_on_in_the_same_runs_and_sends_no_step_twice(u
     assert {run.info.status for run in by_number.values()} == {"FINISHED"}
 
 
+@pytest.mark.parametrize("state", ["finished", "failed", "interrupted"])
+def test_a_driver_killed_between_tag_and_status_leaves_no_run_running(uri: str, state: Any) -> None:
+    track(uri, record(0, 10.0, state=state), end="finished")
+    (child,) = runs(uri, role="trial")
+    MlflowClient(uri).update_run(child.info.run_id, status="RUNNING")  # as it was before that call
+    track(uri, record(0, 10.0, state=state), end="finished")
+    (again,) = runs(uri, role="trial")
+    assert again.info.status == child.info.status != "RUNNING"
+
+
 def test_an_interrupted_trial_is_running_again_when_it_goes_on(uri: str) -> None:
     track(uri, record(0, 10.0, state="interrupted"), end="interrupted")
     track(uri, record(0, 10.0, state="running"))
