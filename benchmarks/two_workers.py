@@ -103,6 +103,17 @@ def _worker(
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers
     )
+    # In a function of its own, so that the wrapped step is gone before the group: the other way
+    # round, torch now and then waits for itself at the end of the process.
+    results.put(_taken(rank, workers=workers, folder=folder, arguments=arguments))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _taken(
+    rank: int, *, workers: int, folder: Path, arguments: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds of this worker in every step and in the evaluation."""
     split = open_split(folder, "test", num_regions=36)
     dataset, tokenizer = as_dataset(split, text_dim=arguments.text_dim)
     config = ExperimentConfig().with_overrides(
@@ -136,10 +147,7 @@ def _worker(
     distributed.barrier()
     started = time.perf_counter()
     evaluate(model, dataset, protocol="full", batch_size=128, device=torch.device("cpu"))
-    taken["evaluation"] = [time.perf_counter() - started]
-    results.put(taken)
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return taken | {"evaluation": [time.perf_counter() - started]}
 
 
 if __name__ == "__main__":
