@@ -190,6 +190,7 @@ def simulate(folder: Path, *, trials: int) -> None:
     from ray import tune
 
     from cpfean.config import ExperimentConfig
+    from cpfean.data.sources import resolve_data
     from experiments.search_spaces import SEARCH_SPACES
     from orchestration import tuner
     from orchestration.study import StudyPlan, run_study
@@ -219,15 +220,27 @@ def simulate(folder: Path, *, trials: int) -> None:
             return told | saved | {"ended": ended, "done": ended}
 
     tuner._Trial = Trivial  # type: ignore[assignment, misc]
+    # Next to nothing, as a study makes sure at its start that the checkpoints of all trials fit.
+    base = ExperimentConfig().with_overrides(
+        {
+            "optim.epochs": _SIMULATED_EPOCHS,
+            "model.dim": 16,
+            "model.text.scratch_dim": 16,
+            "data.num_regions": 24,
+            "data.synthetic.train_images": 16,
+            "data.synthetic.dev_images": 10,
+            "data.synthetic.test_images": 10,
+        }
+    )
     plan = StudyPlan(
         kind="ablations",  # which tests no model in the end: there is none
         name="simulated",
-        base=ExperimentConfig().with_overrides({"optim.epochs": _SIMULATED_EPOCHS}),
+        base=base,
         trials=trials,
         workers=len(os.sched_getaffinity(0)),  # one trial at a time: as fast as processes start
         space=SEARCH_SPACES["default"],
         grace=3,
-        data_folder=folder,
+        data_folder=resolve_data(base.data, cache_dir=folder / "cache"),
         data_fingerprint="0",
     )
     settings = Settings.resolve(output=folder, address="local")

@@ -10,6 +10,7 @@ import os
 # Before the libraries that read them are imported; Ray's workers inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # whatever token this user has for clusters
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -392,18 +393,25 @@ def _memory_watched(
         ):
             raise
         on_gpu = device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated(device) / 2**30
-            if on_gpu
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        )
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_of_process()
         raise NoMemoryError(
             f"out of memory in epoch {epoch}, with optim.batch_size = {config.optim.batch_size} "
-            f"over {place()[1]} process(es), at a peak of {peak:.2f} GiB of "
+            f"over {place()[1]} process(es), at a peak of {peak / 2**30:.2f} GiB of "
             f"{'GPU' if on_gpu else 'main'} memory in this one. Lower optim.batch_size or "
             "evaluation.batch_size, or take more --workers for a trial: each has a smaller share, "
             f"and fewer trials run at a time. ({_first_line(error)})"
         ) from error
+
+
+def _peak_of_process() -> int:
+    """The most bytes of main memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would tell the peak of the parent, if that was higher when this one was started.
+        kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), flags=re.MULTILINE)
+        if kilobytes:
+            return int(kilobytes[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, where this is
 
 
 def _first_line(error: Exception) -> str:

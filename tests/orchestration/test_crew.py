@@ -206,7 +206,7 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
         tuner.disconnect()
     expected = ["finished", "finished", "finished", "diverged", "finished"]
     assert script.outcomes == list(enumerate(expected))
-    assert "the loss is nan at step 2 of epoch 1" in script.messages[3]
+    assert "the loss is nan at step 1 of epoch 1" in script.messages[3]
     assert records[3].history == []
     ((number, note),) = script.notes
     assert number == 2

@@ -172,6 +172,8 @@ def test_a_store_that_stays_away_ends_the_attempt_in_time_and_takes_nothing_with
 ) -> None:
     saver.save(1)
     monkeypatch.setattr("orchestration.storage._PATIENCE", 2.0)
+    # The client's own tries take some seconds, and what is to be told is their outcome.
+    monkeypatch.setattr("orchestration.storage._ANSWER", 60.0)
     proxy.fault, proxy.body = 503, b"<Error><Code>SlowDown</Code></Error>"
     proxy.only = lambda head: "epoch-0002/model.safetensors" in first(head)
     with pytest.raises(ServiceError, match=r"epoch-0002/model.safetensors: .*for 2 s \(SlowDown\)"):
