@@ -30,6 +30,7 @@ def examined(
     """Runs the command against a cluster that is well; the state and text of each line."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("CPFEAN_CACHE", str(shared / "cache"))
     monkeypatch.setenv("CPFEAN_STORAGE", str(tmp_path / "storage"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared / 'mlflow.db'}")
