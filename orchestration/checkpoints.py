@@ -81,7 +81,7 @@ class CheckpointFolder:
                 else:
                     self._store.put(marker, MARKER)
             except OSError as error:
-                raise cannot_write(marker, error) from error
+                raise cannot_write(marker, error, needed=len(str(attempt))) from error
         return attempt
 
     def check_current(self) -> None:
