@@ -21,7 +21,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.batch import Batch
 from cpfean.data.dataset import BatchRequest, GlobalBatches, RetrievalDataset, WordFeatures
 from cpfean.data.prefetch import prefetched
-from cpfean.data.split import open_split
+from cpfean.data.split import Split, open_split
 from cpfean.data.tokens import CaptionTokenizer
 from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
@@ -101,12 +101,7 @@ def time_training(
         )
     finally:
         torch.set_num_threads(before)
-    pairs = open_split(
-        data_folder,
-        "train",
-        num_regions=config.data.num_regions,
-        num_images=config.data.train_images,
-    ).num_captions
+    pairs = _training_split(config, data_folder).num_captions
     return Timing(
         step_seconds=step_seconds,
         timed=timed,
@@ -149,14 +144,19 @@ def checkpoint_bytes(config: ExperimentConfig, *, data_folder: Path) -> int:
     return 2 * kept + moments
 
 
-def _few_images(config: ExperimentConfig, data_folder: Path) -> int:
-    """Training images that make a few batches."""
-    num_images = open_split(
+def _training_split(config: ExperimentConfig, data_folder: Path) -> Split:
+    """What the configuration trains on."""
+    return open_split(
         data_folder,
         "train",
         num_regions=config.data.num_regions,
         num_images=config.data.train_images,
-    ).num_images
+    )
+
+
+def _few_images(config: ExperimentConfig, data_folder: Path) -> int:
+    """Training images that make a few batches."""
+    num_images = _training_split(config, data_folder).num_images
     return min(num_images, config.optim.batch_size)
 
 

@@ -37,6 +37,11 @@ def plan_of(config: ExperimentConfig, where: Settings, name: str) -> StudyPlan:
     )
 
 
+def stop_after_the_first_epoch(line: str) -> None:
+    if line.startswith("epoch 1/"):
+        raise KeyboardInterrupt
+
+
 def curve(result: StudyResult) -> list[float]:
     return [row["val/rsum"] for row in result.records[0].history]
 
@@ -44,10 +49,6 @@ def curve(result: StudyResult) -> list[float]:
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_happened(where: Settings) -> None:
     plan = plan_of(TINY, where, "stopped")
     open_store(where.tracking_uri)
-
-    def stop_after_the_first_epoch(line: str) -> None:
-        if line.startswith("epoch 1/"):
-            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
@@ -135,10 +136,6 @@ def test_a_training_goes_on_under_other_versions_only_if_allowed_and_tells(
     results = where.output / "results"
     plan = replace(plan_of(TINY, where, "drifted"), results=results)
     open_store(where.tracking_uri)
-
-    def stop_after_the_first_epoch(line: str) -> None:
-        if line.startswith("epoch 1/"):
-            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
