@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pytest
 
 from orchestration.server import ServerPlan
+from tests.lab.hosts import wait_until
 
 Fault = Literal["none", "refuse", "hang", "reset", "lose"] | int
 _POSTGRES = os.pathsep.join(
@@ -147,13 +148,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
-
-
 class TrackingServer:
     """An MLflow server that is killed and started again."""
 
@@ -182,7 +176,7 @@ class TrackingServer:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_for(self._answers, seconds=180, what=f"{self.log}")
+        wait_until(self._answers, seconds=180, what=f"{self.log}")
 
     def kill(self) -> None:
         """Without a chance to tidy up."""
@@ -225,7 +219,7 @@ class Postgres:
             self._process = subprocess.Popen(
                 [postgres, "-D", data, *own], cwd="/tmp", stdout=log, stderr=log, **user
             )
-        wait_for(self._answers, seconds=60, what="PostgreSQL")
+        wait_until(self._answers, seconds=60, what="PostgreSQL")
 
     @property
     def uri(self) -> str:
@@ -274,7 +268,7 @@ class ObjectStore:
             self._process = subprocess.Popen(
                 [program, "-p", str(self.port)], stdout=log, stderr=log
             )
-        wait_for(self._answers, seconds=60, what="moto")
+        wait_until(self._answers, seconds=60, what="moto")
 
     @property
     def url(self) -> str:

@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 
 from orchestration.records import RunFolder
 from orchestration.tracking import open_store
-from tests.faults import ObjectStore, TrackingServer, small_disk, wait_for
+from tests.faults import ObjectStore, TrackingServer, small_disk
+from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(1800)]
@@ -198,7 +199,7 @@ def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None
         if full == "records":
             (tmp_path / "runs").symlink_to(disk)
         driver = sweep.start()
-        wait_for(lambda: sweep.epochs >= 2, seconds=300, what="two epochs")
+        wait_until(lambda: sweep.epochs >= 2, seconds=300, what="two epochs")
         with (disk / "filler").open("wb", buffering=0) as filler:
             filler.write(bytes(shutil.disk_usage(disk).free))
         code = driver.wait(timeout=600)

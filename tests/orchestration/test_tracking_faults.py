@@ -20,7 +20,8 @@ from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import ServiceError, Settings
 from orchestration.study import StudyPlan, run_study
 from orchestration.tracking import TrackedRun, Tracker, open_store
-from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk, wait_for
+from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
+from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record
 from tests.orchestration.test_local import plan_of
 from tests.orchestration.test_study import SPACE
@@ -106,11 +107,11 @@ def test_whatever_a_server_does_nothing_waits_for_it_and_every_point_is_there_on
         study.update(record(0, *range(epochs), state="running"))
     study.update(record(1, 1.0, 2.0, state="finished", test={"rsum": 3.0}))
     if fault == "refuse":
-        wait_for(lambda: study.said != [], seconds=20, what="the warning")
+        wait_until(lambda: study.said != [], seconds=20, what="the warning")
     else:
-        wait_for(lambda: proxy.met >= 2, seconds=20, what="two tries")
+        wait_until(lambda: proxy.met >= 2, seconds=20, what="two tries")
     proxy.fault = "none"
-    wait_for(study.tracker._done, seconds=30, what="what was waiting is sent")
+    wait_until(study.tracker._done, seconds=30, what="what was waiting is sent")
     study.update(record(0, *range(6), state="finished"))
     assert study.end(), study.said
     assert study.slowest < 0.05
@@ -136,7 +137,7 @@ def test_a_request_whose_answer_is_lost_counts_once(
     proxy.only = lambda head: verb in head.split(b"\r\n")[0]
     proxy.fault = "lose"
     study.update(record(0, 1.0, 2.0, 3.0, state="running"))
-    wait_for(lambda: proxy.met >= 2, seconds=30, what="two lost answers")
+    wait_until(lambda: proxy.met >= 2, seconds=30, what="two lost answers")
     proxy.fault = "none"
     study.update(record(0, 1.0, 2.0, 3.0, 4.0, state="finished"))
     assert study.end(), study.said
@@ -166,7 +167,7 @@ def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
     proxy.fault = fault
     study = Tracked(proxy.url, f"end-{fault}")
     study.update(record(0, 1.0, 2.0, state="finished"))
-    wait_for(lambda: study.said != [], seconds=20, what="the warning")
+    wait_until(lambda: study.said != [], seconds=20, what="the warning")
     began = time.monotonic()
     assert not study.end()
     assert time.monotonic() - began < 4.0
@@ -186,8 +187,8 @@ def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
     study = Tracked(proxy.url, "deleted")
     study.update(record(0, 1.0, state="running"))
     study.update(record(1, 1.0, state="running"))
-    wait_for(lambda: len(study.runs(server.url, role="trial")) == 2, seconds=30, what="two runs")
-    wait_for(study.tracker._done, seconds=30, what="all sent")
+    wait_until(lambda: len(study.runs(server.url, role="trial")) == 2, seconds=30, what="two runs")
+    wait_until(study.tracker._done, seconds=30, what="all sent")
     (gone,) = study.runs(server.url, trial="0")
     MlflowClient(server.url).delete_run(gone.info.run_id)
     requests = 0
@@ -200,7 +201,7 @@ def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
     proxy.only, proxy.fault = counted, 500
     for epochs in range(2, 30):
         study.update(record(0, *range(epochs), state="running"))
-        wait_for(lambda: not study.tracker._pending, seconds=30, what="the record taken")
+        wait_until(lambda: not study.tracker._pending, seconds=30, what="the record taken")
     assert requests <= 2  # it is asked once, and not again for every epoch
     study.update(record(1, 1.0, 2.0, state="finished"))
     study.update(record(0, *range(30), state="finished"))
@@ -363,7 +364,7 @@ def test_a_locked_database_is_named_and_stalls_nobody(
     held.execute("BEGIN EXCLUSIVE")
     study = Tracked(uri, "locked")
     study.update(record(0, 1.0, 2.0, state="finished"))
-    wait_for(lambda: study.said != [], seconds=40, what="the warning")
+    wait_until(lambda: study.said != [], seconds=40, what="the warning")
     assert study.slowest < 0.05
     assert str(file) in study.said[0]
     assert f"locked by another process, see `fuser {file}`" in study.said[0]
