@@ -12,6 +12,7 @@ from cpfean.errors import CpfeanError
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.drift import since_start
+from orchestration.failures import known_failure
 from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
@@ -164,8 +165,8 @@ class _Here:
             raise
         # The record has to tell of any failure, whoever raises what.
         except Exception as error:
-            record.state, record.failure = "failed", type(error).__name__
-            record.message = str(error)
+            failure, message = known_failure([error]) or ("bug", f"{type(error).__name__}: {error}")
+            record.state, record.failure, record.message = "failed", failure, message
             if len(self._records) == 1 or not isinstance(error, CpfeanError):
                 raise
             self._say(f"{record.name}: failed: {error}")

@@ -26,17 +26,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cpfean.errors import (
-    CpfeanError,
-    DataError,
-    DivergedError,
-    LostPartnerError,
-    NoMemoryError,
-    StoppedError,
-)
+from cpfean.errors import LostPartnerError, StoppedError
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
+from orchestration.failures import known_failure
 from orchestration.records import TrialRecord
 from orchestration.room import Node, Room, places
 from orchestration.search import METRIC
@@ -46,17 +40,6 @@ _RETRIED = ("infra", "preempted")
 _MAX_RETRIES = 3
 _CLOSE_SECONDS = 10.0
 _ELASTIC_START_SECONDS = 30
-
-_CLASSES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
-    (DivergedError, "diverged"),
-    (DataError, "data"),
-    (NoMemoryError, "oom"),
-    (StoppedError, "preempted"),
-    (LostPartnerError, "infra"),
-    (ServiceError, "infra"),
-    (CpfeanError, "config"),
-    ((OutOfMemoryError, MemoryError), "oom"),
-)
 
 
 class Hooks(Protocol):
@@ -481,12 +464,11 @@ def classify(error: BaseException) -> tuple[str, str]:
     Classes: preempted, infra (something was lost), oom, diverged, data, config, bug.
     """
     causes = list(_causes(error))
-    for kinds, failure in _CLASSES:
-        for cause in causes:
-            if isinstance(cause, kinds):
-                return failure, _tail(str(cause))
+    if known := known_failure(causes):
+        failure, message = known
+        return failure, _tail(message)
     for cause in causes:
-        if "out of memory" in str(cause).lower() or "can't allocate memory" in str(cause):
+        if isinstance(cause, OutOfMemoryError):  # Ray has ended a process before the system would
             return "oom", _tail(str(cause))
     if any(_is_preemption(cause) for cause in causes):
         return "preempted", _tail(str(error))

@@ -10,7 +10,9 @@ numbers whichever trials its workers have trained before.
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack, suppress
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +60,11 @@ def work(job: dict[str, Any]) -> None:
     number = 0
     while (order := ray.get(job["post"].order.remote(after=number))) is not None:
         number, trial = order
-        with suppress(_Abandoned), partners_watched(where=host):
+        reporter = RayReporter(job["post"], number, trial)
+        with suppress(_Abandoned), partners_watched(where=host), warnings_noted(reporter):
             _train(
                 trial,
-                RayReporter(job["post"], number, trial),
+                reporter,
                 cache_dir=Path(job["cache_dir"]),
                 is_watched=not job["is_local"],
             )
@@ -160,6 +163,27 @@ def this_device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextmanager
+def warnings_noted(reporter: RayReporter) -> Iterator[None]:
+    """What is logged as a warning reaches the user, who does not look into workers' logs."""
+    handler = _Notes(reporter)
+    logger = logging.getLogger("cpfean")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, reporter: RayReporter) -> None:
+        super().__init__(logging.WARNING)
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reporter.noted(record.getMessage())
+
+
 class _Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)
     """The trial is not wanted any more; raised in all workers after the same epoch."""
 
@@ -209,6 +233,10 @@ class RayReporter:
                 wanted = ray.get(self._post.verdict.remote(self._number, report.epoch))
         if not metrics["ended"] and not broadcast_from_rank_zero(wanted):
             raise _Abandoned
+
+    def noted(self, line: str) -> None:
+        """Tells what the user is to read."""
+        self._tell({"note": line})
 
     def begun(self) -> None:
         """Tells that the workers are there, and of their placement group.

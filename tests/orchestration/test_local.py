@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, NoMemoryError
 from orchestration import drift
 from orchestration.local import run_here
 from orchestration.records import RunFolder
-from orchestration.settings import Settings
+from orchestration.settings import ServiceError, Settings
 from orchestration.study import Interrupted, StudyPlan, StudyResult, TrialPlan
 from orchestration.tracking import open_store
 from tests.orchestration.samples import TINY
@@ -153,14 +153,25 @@ def test_a_training_goes_on_under_other_versions_only_if_allowed_and_tells(
     assert not results.exists()  # it is a result of neither
 
 
-def test_a_failed_training_is_recorded_with_its_reason(where: Settings) -> None:
+@pytest.mark.parametrize(
+    ("error", "failure", "message"),
+    [
+        (RuntimeError("the plug was pulled"), "bug", "RuntimeError: the plug was pulled"),
+        (NoMemoryError("batches of 40 do not fit"), "oom", "batches of 40 do not fit"),
+        (ServiceError("disk full"), "infra", "disk full"),
+    ],
+)
+def test_a_failed_training_is_recorded_with_its_reason(
+    where: Settings, error: Exception, failure: str, message: str
+) -> None:
     def fail(line: str) -> None:
         if line.startswith("epoch 1/"):
-            raise RuntimeError("the plug was pulled")
+            raise error
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(type(error)):
         run_here(plan_of(TINY, where, "failed"), where, resume=False, say=fail)
     client, experiment = open_store(where.tracking_uri)
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FAILED"
-    assert run.data.tags["cpfean.message"] == "the plug was pulled"
+    assert run.data.tags["cpfean.failure"] == failure
+    assert run.data.tags["cpfean.message"] == message

@@ -184,7 +184,14 @@ def test_a_sweep_that_is_killed_stopped_and_killed_ends_as_if_it_had_not_been(
     settled = {record.number for record in driver.snapshots[-1] if record.settled}
     assert settled
     attempts = driver.attempts()
+    # What has the name of a checkpoint and is none is passed over, and the user hears of it.
+    (cut_off,) = [record for record in driver.snapshots[-1] if record.state == "running"]
+    foreign = driver.folder.path / "train" / f"s-{cut_off.number:03d}" / "epoch-9999"
+    foreign.mkdir()
     assert driver.start("--resume").wait(timeout=600) == 0, driver.log.read_text()
+    said = driver.log.read_text()
+    assert f"{cut_off.name}: {foreign} is passed over: " in said
+    assert re.search(rf"{cut_off.name}: {foreign.parent}/epoch-000\S+ is used instead", said)
 
     check_the_three_records_agree(driver)
     # Tune's: what was settled was not run again.
