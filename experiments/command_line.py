@@ -143,6 +143,11 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
         "newest unfinished one",
     )
     where.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="with --resume: run trials that failed once more, from their newest checkpoints",
+    )
+    where.add_argument(
         "--allow-drift",
         action="store_true",
         help="resume with other versions than those at the start, or run on nodes that have other "
@@ -353,11 +358,16 @@ def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
     Raises:
         ConfigError: a name that cannot be one, or nothing to resume.
     """
+    if arguments.retry_failed and not arguments.resume:
+        raise ConfigError("--retry-failed goes with --resume: a new run has no failed trials.")
     if arguments.name is not None:
         return check_name(arguments.name)
     if arguments.resume:
         kinds = (kind, "tuning") if kind == "comparison" else (kind,)
-        name = RunFolder.newest_unfinished(where.output, *kinds).name.removesuffix(TUNING)
+        newest = RunFolder.newest_unfinished(
+            where.output, *kinds, with_failed=arguments.retry_failed
+        )
+        name = newest.name.removesuffix(TUNING)
         say(f"resuming {name}")
         return name
     return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -468,6 +478,7 @@ def comparison_plan(
         results=results,
         budget=may_take,
         allow_drift=arguments.allow_drift,
+        retry_failed=arguments.retry_failed,
     )
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
 

@@ -44,7 +44,7 @@ everything anew; add --results DIR to the flags to take over what is known.
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
 6 (of a round) rSum changed beyond the interval, 130 or 143 stopped.
 """
-_OURS = ("--name", "--output", "--resume")
+_OURS = ("--name", "--output", "--resume", "--retry-failed")
 
 
 def main() -> None:

@@ -81,6 +81,7 @@ def body(arguments: argparse.Namespace) -> int:
         data_fingerprint=fingerprint,
         budget=budget,
         allow_drift=arguments.allow_drift,
+        retry_failed=arguments.retry_failed,
     )
     if arguments.dry_run:
         return command_line.print_dry_run([plan], where)

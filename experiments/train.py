@@ -54,6 +54,7 @@ def body(arguments: argparse.Namespace) -> int:
         data_fingerprint=fingerprint,
         budget=command_line.budget(arguments),
         allow_drift=arguments.allow_drift,
+        retry_failed=arguments.retry_failed,
     )
     if arguments.dry_run:
         return command_line.print_dry_run([plan], where, in_process=workers == 0)

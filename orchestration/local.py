@@ -26,6 +26,7 @@ from orchestration.study import (
     meter_of,
     opened_folder,
     planned_record,
+    reopen_failed,
     resume_line,
     stop_here,
     stopped_by_signals,
@@ -58,6 +59,7 @@ def run_here(
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock(), stopped_by_signals(stop_here, say):
         drift = since_start(folder, allowed=plan.allow_drift)
+        reopen_failed(plan, folder, say)
         tracker = _tracker(plan, settings, folder, say)
         return _Here(plan, settings, folder, tracker, say, drift=drift).run()
 

@@ -37,7 +37,8 @@ class TrialRecord:
         name: for people.
         overrides: what makes it differ from the base configuration, by dotted path.
         config: the whole configuration as plain data.
-        state: "finished", "pruned" and "failed" are for good; the others are run by a resume.
+        state: "finished", "pruned" and, unless it is asked for again, "failed" are for good; the
+            others are run by a resume.
         history: the metrics of every epoch, in order, those before a restart included.
         seconds: spent on it, over all attempts.
         checkpoint: folder or URL of the newest checkpoint.
@@ -180,6 +181,14 @@ class RunFolder:
             raise cannot_write(folder, error) from error
         write_json(folder / "record.json", asdict(record))
 
+    def reopen_failed(self) -> int:
+        """Makes trials that failed wait to be run once more; returns how many."""
+        failed = [record for record in self.records() if record.state == "failed"]
+        for record in failed:
+            record.state, record.failure, record.message = "waiting", "", ""
+            self.write(record)
+        return len(failed)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps a second driver out; the system lets go of the lock when its holder dies.
@@ -207,8 +216,11 @@ class RunFolder:
             return True
 
     @staticmethod
-    def newest_unfinished(output: Path, *kinds: str) -> RunFolder:
+    def newest_unfinished(output: Path, *kinds: str, with_failed: bool = False) -> RunFolder:
         """The run of one of these kinds that was started last and has not been completed.
+
+        Args:
+            with_failed: a run of which a trial failed counts as not completed.
 
         Raises:
             ConfigError: there is none.
@@ -217,8 +229,11 @@ class RunFolder:
         for file in output.glob("*/sweep.json"):
             identity = read_json(file)
             # Tuning is half of a comparison: it is done with when that is.
-            whole = file.parent.with_name(file.parent.name.removesuffix(TUNING))
-            if identity and identity.get("kind") in kinds and not RunFolder(whole).is_complete:
+            whole = RunFolder(file.parent.with_name(file.parent.name.removesuffix(TUNING)))
+            is_open = not whole.is_complete or (
+                with_failed and any(r.state == "failed" for r in RunFolder(file.parent).records())
+            )
+            if identity and identity.get("kind") in kinds and is_open:
                 candidates.append((file.stat().st_mtime, file.parent))
         if not candidates:
             raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.")

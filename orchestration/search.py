@@ -265,7 +265,14 @@ class Proposals:
     def tell(self, record: TrialRecord) -> None:
         """Tells the study of a settled trial; telling it twice changes nothing."""
         trial = self._find(record.number)
-        if trial is None or trial.state.is_finished():
+        if trial is None:
+            return
+        if trial.state == self._states.FAIL and record.state in ("finished", "pruned"):
+            # It was tried once more, and what has failed cannot be told of again.
+            self._add(record)
+            trial = self._find(record.number)
+            assert trial is not None
+        if trial.state.is_finished():
             return
         live = self._live(trial)
         for row in record.history:
@@ -279,23 +286,27 @@ class Proposals:
 
     def _rebuild(self, records: Sequence[TrialRecord]) -> int:
         """Adds the trials that the study does not know; returns how many."""
-        import optuna
-
         known = {trial.user_attrs.get("number") for trial in self._study.get_trials(deepcopy=False)}
         lost = [record for record in records if record.number not in known]
         for record in lost:
-            point = optuna.trial.FixedTrial(record.overrides)
-            self._draw(point)
-            trial = optuna.trial.create_trial(
-                state=self._states.RUNNING,
-                params=point.params,
-                distributions=point.distributions,
-                user_attrs={"number": record.number},
-            )
-            self._study.add_trial(trial)
+            self._add(record)
             if record.settled:
                 self.tell(record)
         return len(lost)
+
+    def _add(self, record: TrialRecord) -> None:
+        """Adds a trial as one that runs."""
+        import optuna
+
+        point = optuna.trial.FixedTrial(record.overrides)
+        self._draw(point)
+        trial = optuna.trial.create_trial(
+            state=self._states.RUNNING,
+            params=point.params,
+            distributions=point.distributions,
+            user_attrs={"number": record.number},
+        )
+        self._study.add_trial(trial)
 
     def _draw(self, trial: optuna.trial.BaseTrial) -> dict[str, Plain]:
         drawn: dict[str, Plain] = {}
@@ -318,7 +329,8 @@ class Proposals:
             self._study.tell(trial, state=self._states.FAIL)
 
     def _find(self, number: int) -> optuna.trial.FrozenTrial | None:
-        for trial in self._study.get_trials(deepcopy=False):
+        """The last one, if it was tried more than once."""
+        for trial in reversed(self._study.get_trials(deepcopy=False)):
             if trial.user_attrs.get("number") == number:
                 return trial
         return None

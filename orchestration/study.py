@@ -72,6 +72,7 @@ class StudyPlan:
         data_fingerprint: of the data.
         budget: what it may take; a resume may ask for another one.
         allow_drift: go on where versions are not those of the start, or differ between nodes.
+        retry_failed: a resume runs trials that failed once more.
     """
 
     kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
@@ -90,6 +91,7 @@ class StudyPlan:
     tags: Mapping[str, str] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
     allow_drift: bool = False
+    retry_failed: bool = False
 
     @property
     def tested(self) -> Literal["best", "all", "none"]:
@@ -128,6 +130,7 @@ class StudyResult:
         best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
         test: its metrics on the test split.
         used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
+        failed: how many trials failed with what, and how to run them again; empty if none did.
     """
 
     folder: Path
@@ -135,6 +138,7 @@ class StudyResult:
     best: TrialRecord | None = None
     test: Mapping[str, float] = field(default_factory=dict)
     used_up: str = ""
+    failed: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -217,6 +221,7 @@ def run_study(
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
         drift = since_start(folder, allowed=plan.allow_drift)
+        reopen_failed(plan, folder, say)
         tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
         study = _Study(plan, settings, folder, tracker, say, drift=drift)
         return study.run()
@@ -234,6 +239,12 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
     else:
         folder.create(plan.identity(), commit=git_commit(), versions=versions())
     return folder
+
+
+def reopen_failed(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Of a plan that asks for it, lets trials that failed run once more."""
+    if plan.retry_failed and (number := folder.reopen_failed()):
+        say(f"{number} trial(s) that failed are run once more.")
 
 
 def num_open(plan: StudyPlan, settings: Settings) -> int:
@@ -481,7 +492,8 @@ class _Study:
         ):
             self._error = StudyError(
                 f"the first {_SAME_FAILURES} trials failed alike ({failure}), so the rest is not "
-                f"tried:\n{message}"
+                f"tried:\n{message}\nOnce that is mended, continue with "
+                f"{resume_line(self._plan, more='--retry-failed')}"
             )
             self._interrupt_tune()
 
@@ -913,8 +925,8 @@ class _Clock:
         return eta((self._last - self._start) / self._epochs * epochs_left)
 
 
-def resume_line(plan: StudyPlan) -> str:
-    """What to type to go on."""
+def resume_line(plan: StudyPlan, *, more: str = "") -> str:
+    """What to type to go on, with another flag if need be."""
     scripts = {
         "sweep": "sweep.py",
         "ablations": "run_ablations.py",
@@ -923,7 +935,7 @@ def resume_line(plan: StudyPlan) -> str:
         "comparison": "compare.py",
     }
     name = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
-    return f"`{scripts[plan.kind]} --resume --name {name}` with the same flags."
+    return f"`{scripts[plan.kind]} --resume {more}{more and ' '}--name {name}` with the same flags."
 
 
 def _tune_listens() -> bool:
@@ -977,12 +989,15 @@ def conclude(
     if plan.report is not None:
         tracker.keep_files(plan.report(records))
     metrics = {} if best is None else best.test
+    failed = _failures(records)
     result = StudyResult(
         folder=folder.path,
         records=records,
         best=best,
         test=metrics,
         used_up=used_up and f"{used_up}; a larger limit goes on with {resume_line(plan)}",
+        failed=failed
+        and f"{failed}; to run them once more: {resume_line(plan, more='--retry-failed')}",
     )
     write_json(folder.path / "summary.json", summary(result))
     return result
@@ -1054,9 +1069,7 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
     """Where everything is."""
     lines = [f"records         {result.folder}"]
     if result.best is None:
-        counted = Counter(record.failure for record in result.records)
-        classes = ", ".join(f"{count} {failure}" for failure, count in counted.items())
-        lines.append(f"best            none: no trial finished ({classes})")
+        lines.append("best            none: no trial finished")
     else:
         lines += [
             f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
@@ -1066,9 +1079,17 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         lines.append(f"test rSum       {result.test['rsum']:.1f}")
         model = result.folder / "best_model"
         lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
+    if result.failed:
+        lines.append(f"failed          {result.failed}")
     if result.used_up:
         lines.append(f"budget          {result.used_up}")
     return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
+
+
+def _failures(records: Sequence[TrialRecord]) -> str:
+    """How many trials failed with what."""
+    counted = Counter(record.failure for record in records if record.state == "failed")
+    return ", ".join(f"{count} {failure}" for failure, count in counted.items())
 
 
 def _kind_of_failure(record: TrialRecord) -> tuple[str, str]:

@@ -373,6 +373,8 @@ class Tracker:
                 tags["cpfean.drift"] = record.drift
             if record.failure:
                 tags |= {"cpfean.failure": record.failure, "cpfean.message": record.message[-4000:]}
+            elif known.state == "failed":  # and is tried once more
+                tags |= {"cpfean.failure": "", "cpfean.message": ""}
             self._log(known.run_id, tags=tags)
             self._set_status(known.run_id, record.state)
             known.state = record.state

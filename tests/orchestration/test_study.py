@@ -29,6 +29,7 @@ from orchestration.study import (
     _Study,
     best_of,
     closing_lines,
+    reopen_failed,
     summary,
 )
 from orchestration.tuner import EarlyStopping, _Halving
@@ -227,7 +228,41 @@ def test_a_study_without_anything_but_failures_says_so_and_exits_with_4(tmp_path
     result = driven._conclude()
     assert (result.best, result.exit_code) == (None, 4)
     where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
-    assert any("none: no trial finished (2 diverged)" in s for s in closing_lines(result, where))
+    closing = "\n".join(closing_lines(result, where))
+    assert "none: no trial finished" in closing
+    assert "2 diverged; to run them once more: `sweep.py --resume --retry-failed" in closing
+
+
+def test_a_trial_that_failed_is_run_once_more_if_that_is_asked_for(tmp_path: Path) -> None:
+    driven, _ = study(tmp_path, trials=2)
+    failed = begin(driven)
+    report(driven, failed, 10.0)
+    driven.failed(failed, "infra", "disk full")
+    good = begin(driven)
+    report(driven, good, 10.0, 20.0, ended=True)
+    driven.ended(good, pruned=False)
+
+    asked: Any = SimpleNamespace(retry_failed=False)
+    said: list[str] = []
+    reopen_failed(asked, RunFolder(tmp_path / "s"), said.append)
+    again, _ = study(tmp_path, trials=2)
+    assert again.next_trial() is None  # it is settled until somebody asks
+    asked.retry_failed = True
+    reopen_failed(asked, RunFolder(tmp_path / "s"), said.append)
+    assert said == ["1 trial(s) that failed are run once more."]
+    again, _ = study(tmp_path, trials=2)
+    assert begin(again) == failed
+    assert again.next_trial() is None
+    report(again, failed, 10.0, 30.0, ended=True)
+    again.ended(failed, pruned=False)
+    record = RunFolder(tmp_path / "s").records()[failed]
+    assert (record.state, record.failure, record.message) == ("finished", "", "")
+    # Optuna keeps the failure, and knows what came of it.
+    assert proposed(tmp_path) == {failed: "COMPLETE", good: "COMPLETE"}
+    once_more, _ = study(tmp_path, trials=2)
+    assert once_more.next_trial() is None
+    kept = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}")
+    assert [trial.state.name for trial in kept.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_a_trial_that_was_stopped_early_is_told_as_pruned_and_its_early_luck_does_not_make_it_best(

@@ -120,6 +120,15 @@ def test_an_interrupted_trial_is_running_again_when_it_goes_on(uri: str) -> None
     assert child.info.status == "RUNNING"
 
 
+def test_of_a_trial_that_failed_and_was_run_once_more_the_failure_is_not_told(uri: str) -> None:
+    track(uri, record(0, 10.0, state="failed", failure="infra", message="disk full"))
+    track(uri, record(0, 10.0, state="running"), record(0, 10.0, 20.0, state="finished"))
+    (child,) = runs(uri, role="trial")
+    assert child.info.status == "FINISHED"
+    assert {child.data.tags["cpfean.failure"], child.data.tags["cpfean.message"]} == {""}
+    assert steps(uri, child) == [(1, 10.0), (2, 20.0)]
+
+
 def test_the_end_closes_children_that_no_record_speaks_for(uri: str) -> None:
     track(uri, record(7, 1.0, state="running"))
     other = TrackedRun(id="0815", name="my-sweep", kind="sweep")
