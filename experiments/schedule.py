@@ -45,6 +45,7 @@ Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 clus
 6 (of a round) rSum changed beyond the interval, 130 or 143 stopped.
 """
 _OURS = ("--name", "--output", "--resume", "--retry-failed")
+_PATHS = ("--config", "--data", "--prices", "--results")
 
 
 def main() -> None:
@@ -94,7 +95,7 @@ def _add(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) ->
     if not arguments.cron:
         raise ConfigError("add needs --cron, e.g. --cron '0 2 * * *' for every night at two, UTC.")
     _checked(given)
-    suite = schedule.add(arguments.names[0], cron=arguments.cron, arguments=given)
+    suite = schedule.add(arguments.names[0], cron=arguments.cron, arguments=_from_anywhere(given))
     (row,) = [row for row in _rows(schedule) if row[0] == suite.name]
     print(f"{suite.name}: first due {row[2]}. `schedule.py run` has to be running then.")
     return 0
@@ -250,6 +251,26 @@ def _checked(given: list[str]) -> None:
     command_line.budget(asked)
     command_line.chosen(asked.only, ABLATIONS, flag="--only", what="ablation")
     command_line.configuration(asked)
+
+
+def _from_anywhere(given: list[str]) -> list[str]:
+    """The flags with absolute paths: a round starts in another folder."""
+    words: list[str] = []
+    for word in given:
+        flag, equals, value = word.partition("=")
+        if equals and flag in _PATHS:
+            words.append(f"{flag}={_absolute(flag, value)}")
+        else:
+            before = words[-1] if words else ""
+            words.append(_absolute(before, word) if before in _PATHS else word)
+    return words
+
+
+def _absolute(flag: str, value: str) -> str:
+    # What is no path is the name of a configuration, the generated data or a URL.
+    path = Path(value).expanduser()
+    is_path = path.exists() or (flag == "--results" and "://" not in value)
+    return str(path.absolute()) if is_path else value
 
 
 def _rows(schedule: Schedule) -> list[tuple[str, ...]]:

@@ -37,6 +37,13 @@ def name_of(progress: tuple[int, int], *, attempt: int) -> str:
     return f"{name}.{attempt}" if attempt > 1 else name
 
 
+def epoch_of(name: str) -> int:
+    """How many epochs a checkpoint of that name has finished."""
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1])
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """The names of checkpoints among these, oldest moment first; of one moment the last attempt."""
     moments = {}

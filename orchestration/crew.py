@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -38,6 +39,7 @@ class Post:
         self._trial: dict[str, Any] = {}
         self._allowed = 0
         self._closed = False
+        self._gone = False
         self._hosts: dict[int, str] = {}
 
     async def give(self, trial: dict[str, Any]) -> None:
@@ -60,10 +62,16 @@ class Post:
         return await self._news.get()
 
     async def close(self) -> None:
-        """No more trials."""
+        """No more trials; what is underway is saved where it is."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    async def stop(self) -> None:
+        """Closes, and waits until workers that are there have saved and gone."""
+        await self.close()
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._gone or not self._hosts)
 
     async def hosts(self) -> dict[int, str]:
         """Where each worker is, by rank."""
@@ -72,6 +80,17 @@ class Post:
     async def arrived(self, rank: int, host: str) -> None:
         """For workers: where they are."""
         self._hosts[rank] = host
+
+    async def told_to_stop(self) -> None:
+        """For workers: waits until nothing more is wanted of them."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed)
+
+    async def gone(self) -> None:
+        """For the first worker: it has saved what there was and takes no more orders."""
+        async with self._changed:
+            self._gone = True
+            self._changed.notify_all()
 
     async def order(self, *, after: int) -> tuple[int, dict[str, Any]] | None:
         """For workers: number and trial that follow that number; None at the end; waits."""
@@ -100,17 +119,18 @@ class Crew:
         job: "workers", at most and "min_workers" at least, "cpus" of each, "use_gpu", "cache_dir"
             on their nodes, "storage", whether hosts may be taken away ("is_local": no), and
             "silence": seconds to wait for a worker that does not answer.
-        name: of the Train run; no other may have it.
+        name: of the Train run and of the post; no other may have it.
     """
 
     def __init__(self, job: dict[str, Any], *, name: str) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer  # the driver does without torch
 
         least_and_most = (job["min_workers"], job["workers"])
+        self.name = name
         self._group = ""
         self._post = (
             ray.remote(Post)
-            .options(num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
+            .options(name=name, num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
             .remote()
         )
         self._trainer = TorchTrainer(
@@ -187,6 +207,16 @@ class Crew:
         # It is raised where somebody waits for news.
         except Exception as error:
             self._error = error
+
+
+def stop_all(names: Iterable[str], *, seconds: float) -> None:
+    """Lets the workers of crews save where they are and go; waits for that so long at most."""
+    told = []
+    for name in names:
+        with suppress(ValueError, RayError):  # a crew that has gone already
+            told.append(ray.get_actor(name).stop.remote())
+    if told:
+        ray.wait(told, num_returns=len(told), timeout=seconds)
 
 
 def free(group: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestration.budget import OTHER, Estimate, Prices, cost_line, eta, free_bytes, size
-from orchestration.settings import Settings
+from orchestration.settings import Settings, usable_cpus
 from orchestration.study import StudyPlan, disk_of, num_open, storage_of
 from orchestration.worker import this_device
 
@@ -33,7 +32,7 @@ def dry_run(
     trials = [num_open(plan, settings) for plan in plans]
     total = sum(plan.trials for plan in plans)
     if in_process:
-        cpus, gpus = len(os.sched_getaffinity(0)), device.type == "cuda"
+        cpus, gpus = usable_cpus(), device.type == "cuda"
         at_a_time, types, there = 1, [OTHER], "this machine, in one process"
     else:
         from orchestration import tuner

@@ -37,8 +37,8 @@ class Guarded:
     def started(self, number: int) -> None:
         self._guarded(self._hooks.started, number)
 
-    def begun(self, number: int) -> None:
-        self._guarded(self._hooks.begun, number)
+    def begun(self, number: int, crew: str) -> None:
+        self._guarded(self._hooks.begun, number, crew)
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         self._guarded(self._hooks.reported, number, metrics)

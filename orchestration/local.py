@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpfean.errors import CpfeanError
+from cpfean.errors import CpfeanError, StoppedError
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.drift import since_start
@@ -16,6 +20,7 @@ from orchestration.failures import known_failure
 from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
+    SAVE_SECONDS,
     STOPPED_SECONDS,
     Interrupted,
     StudyPlan,
@@ -28,7 +33,6 @@ from orchestration.study import (
     planned_record,
     reopen_failed,
     resume_line,
-    stop_here,
     stopped_by_signals,
     tracked_run,
 )
@@ -57,11 +61,12 @@ def run_here(
     check_room_for_checkpoints(plan, settings)
     plan.budget.check_prices([OTHER])
     folder = opened_folder(plan, settings, resume=resume)
-    with folder.lock(), stopped_by_signals(stop_here, say):
+    stop = _Stop()
+    with folder.lock(), stopped_by_signals(stop.tell, say):
         drift = since_start(folder, allowed=plan.allow_drift)
         reopen_failed(plan, folder, say)
         tracker = _tracker(plan, settings, folder, say)
-        return _Here(plan, settings, folder, tracker, say, drift=drift).run()
+        return _Here(plan, settings, folder, tracker, say, stop=stop, drift=drift).run()
 
 
 def _tracker(
@@ -74,6 +79,55 @@ def _tracker(
     tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
     tracker.start()
     return tracker
+
+
+class _Stop:
+    """A signal, which a training hears of before its next step, so that it can save."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._checkpoints: CheckpointFolder | None = None
+        self._timer: threading.Timer | None = None
+
+    def tell(self, number: int) -> None:
+        """Ends the work of this process: where it is, or once the training has saved.
+
+        Raises:
+            Interrupted: nothing is being trained.
+        """
+        self.signal = number
+        if self._checkpoints is None:
+            raise Interrupted(number)
+        # It may be long before there is a next step: after this time it ends where it is.
+        signal.signal(signal.SIGUSR1, self._end)
+        self._timer = threading.Timer(SAVE_SECONDS, os.kill, (os.getpid(), signal.SIGUSR1))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end(self, _number: int, _frame: object) -> None:
+        if self._checkpoints is not None:
+            raise Interrupted(self.signal)
+
+    @contextmanager
+    def heard(self, checkpoints: CheckpointFolder) -> Iterator[None]:
+        """A training that asks for notice, and where it saves."""
+        self._checkpoints = checkpoints
+        try:
+            yield
+        except StoppedError:
+            raise Interrupted(self.signal) from None
+        finally:
+            self._checkpoints = None
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def given(self) -> bool:
+        return self.signal != 0
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        assert self._checkpoints is not None
+        if checkpoint is not None:
+            self._checkpoints.save(checkpoint)
 
 
 class _NoTracker:
@@ -102,8 +156,10 @@ class _Here:
         tracker: Tracker | _NoTracker,
         say: Callable[[str], None],
         *,
+        stop: _Stop,
         drift: str,
     ) -> None:
+        self._stop = stop
         self._plan = plan
         self._settings = settings
         self._folder = folder
@@ -194,14 +250,16 @@ class _Here:
         )
         if newest is not None:
             self._say(f"resuming from {checkpoints.at(newest)}")
-        fit(
-            record.experiment,
-            data_folder=self._plan.data_folder,
-            cache_dir=self._settings.cache_dir,
-            reporter=_LocalReporter(record, self._write_and_count, checkpoints, self._say),
-            resume_from=None if newest is None else Path(checkpoints.at(newest)),
-            device=this_device(),
-        )
+        with self._stop.heard(checkpoints):
+            fit(
+                record.experiment,
+                data_folder=self._plan.data_folder,
+                cache_dir=self._settings.cache_dir,
+                reporter=_LocalReporter(record, self._write_and_count, checkpoints, self._say),
+                resume_from=None if newest is None else Path(checkpoints.at(newest)),
+                device=this_device(),
+                notice=self._stop,
+            )
 
     def _test(self, record: TrialRecord, keep: Path) -> None:
         if record.test:

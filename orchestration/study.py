@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError
 from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, eta, free_bytes
 from orchestration.checkpoints import KEPT, CheckpointFolder
-from orchestration.doctor import ask_nodes, versions
+from orchestration.doctor import ask_nodes, missing_workers, versions
 from orchestration.drift import among_nodes, since_start
 from orchestration.guard import Guarded
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
@@ -36,11 +36,16 @@ from orchestration.settings import ServiceError, Settings
 from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
 from orchestration.worker import test_metrics, this_device
 
+if TYPE_CHECKING:
+    from orchestration.tuner import Cluster
+
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
+_JOIN_SECONDS = 600.0  # for workers that are to be there at least
 _LOOK_SECONDS = 5.0  # between two looks at whether the cluster's head still answers
 _LOOKS = 3  # in vain: the head is gone
-_STOP_SECONDS = 6.0  # that Tune and Ray have to end when a study is told to stop
+SAVE_SECONDS = 4.0  # that trials have to save where they are when a study is told to stop
+_STOP_SECONDS = 7.0  # that Tune and Ray have to end, those included
 STOPPED_SECONDS = 9.0  # after which it has stopped; what the tracker lacks by then waits
 
 
@@ -192,11 +197,6 @@ def stopped_by_signals(stop: Callable[[int], None], say: Callable[[str], None]) 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def stop_here(number: int) -> NoReturn:
-    """Ends the work of this process where it is."""
-    raise Interrupted(number)
 
 
 def run_study(
@@ -365,6 +365,7 @@ class _Study:
         self._used_up = ""
         self._unpriced: set[str] = set()
         self._running: dict[int, float] = {}
+        self._crews: dict[int, str] = {}
         self._failures: list[tuple[str, str]] = []
         self._drift = drift
         self._known_nodes: set[str] = set()
@@ -409,7 +410,7 @@ class _Study:
     def next_trial(self) -> TrialRecord | None:
         """The next trial to run: one that was cut off first, then a new one."""
         number = next((n for n in range(self._plan.trials) if n not in self._records), None)
-        if not self._waiting and number is None:
+        if self._signal or (not self._waiting and number is None):
             return None
         if self._is_used_up():
             return None
@@ -438,7 +439,8 @@ class _Study:
         self._set_state(record, "running")
         self._clock.news()
 
-    def begun(self, number: int) -> None:
+    def begun(self, number: int, crew: str) -> None:
+        self._crews[number] = crew
         self._clock.begun()
         if self._known_nodes:  # of a cluster, which may have got others for these workers
             try:
@@ -478,6 +480,8 @@ class _Study:
 
     def failed(self, number: int, failure: str, message: str) -> None:
         record = self._records[number]
+        if self._signal:
+            return  # its workers have gone because we are to stop
         if failure in ("infra", "preempted") and not self._head_answers():
             self._give_up_cluster()
             return  # it was not the trial that failed
@@ -610,6 +614,7 @@ class _Study:
         try:
             if not cluster.is_local:
                 threading.Thread(target=self._watch_head, name="head", daemon=True).start()
+                cluster = self._with_its_workers(cluster)
                 self._look_at_nodes()
             resources = tuner.share_out(
                 cluster,
@@ -667,6 +672,27 @@ class _Study:
         left_out = {record.number for record in self._waiting} if self._used_up else set()
         if any(not r.settled and r.number not in left_out for r in self._records.values()):
             raise ServiceError(f"the cluster was lost; continue with {self._resume_line()}")
+
+    def _with_its_workers(self, cluster: Cluster) -> Cluster:
+        """The cluster once the workers that it is to have at least are there.
+
+        Whether trials have GPUs, and how many run at a time, is settled by what is there when they
+        start, and `ray up` returns when the head is up.
+        """
+        from orchestration import tuner
+
+        end = time.monotonic() + _JOIN_SECONDS
+        told = False
+        while missing := missing_workers(len(cluster.nodes) - 1):
+            if time.monotonic() > end:
+                self._say(f"{missing[0]}: starting with what is there.")
+                break
+            if not told:
+                told = True
+                self._say(f"{missing[0]}: waiting for the others, ten minutes at most.")
+            time.sleep(1.0)
+            cluster = tuner.cluster_now(is_local=False)
+        return cluster
 
     def _look_at_nodes(self) -> None:
         """Compares the versions of nodes that have not been asked with those here.
@@ -847,7 +873,16 @@ class _Study:
         self._leaving = threading.Timer(_STOP_SECONDS, self._leave)
         self._leaving.daemon = True
         self._leaving.start()
-        self._interrupt_tune()
+        # The main thread is in Tune, which goes on to pass news while trials are saved.
+        threading.Thread(target=self._save_and_stop, name="stop", daemon=True).start()
+
+    def _save_and_stop(self) -> None:
+        from orchestration.crew import stop_all
+
+        try:
+            stop_all(set(self._crews.values()), seconds=SAVE_SECONDS)
+        finally:
+            self._interrupt_tune()
 
     def _leave(self) -> None:
         """Ends the process from another thread, as the main thread hangs in Ray."""

@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,10 +37,11 @@ from orchestration.failures import known_failure
 from orchestration.records import TrialRecord
 from orchestration.room import Node, Room, places
 from orchestration.search import METRIC
-from orchestration.settings import ServiceError, Settings, prepare_environment
+from orchestration.settings import ServiceError, Settings, prepare_environment, usable_cpus
 
 _RETRIED = ("infra", "preempted")
 _MAX_RETRIES = 3
+_PAUSE_SECONDS = 2.0  # times the number of the retry, where a disk or a store has refused
 _CLOSE_SECONDS = 10.0
 _ELASTIC_START_SECONDS = 30
 
@@ -49,7 +53,7 @@ class Hooks(Protocol):
 
     def started(self, number: int) -> None: ...
 
-    def begun(self, number: int) -> None: ...
+    def begun(self, number: int, crew: str) -> None: ...
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None: ...
 
@@ -114,19 +118,21 @@ def connect(settings: Settings) -> Cluster:
         ServiceError: no cluster at the address, or Ray does not start.
     """
     settings.check_address()
-    cpus = len(os.sched_getaffinity(0))
+    cpus = usable_cpus()
     try:
-        if settings.address is None:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,  # ten processes that would start first
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=200 * 2**20,
-            )
-        else:
-            ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        with _sigterm_kept():
+            if settings.address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,  # ten processes that would start first
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=200 * 2**20,
+                )
+            else:
+                ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        if settings.address is not None:
             _check_actors_start()
     # Ray raises many kinds here, down to OSError and its own.
     except Exception as error:
@@ -139,20 +145,36 @@ def connect(settings: Settings) -> Cluster:
         raise ServiceError(f"Ray does not start or answer ({where}): {error}{hint}") from error
     # An instance that a neighbour started on this host must not be taken for ours.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    total = ray.cluster_resources()
+    return cluster_now(is_local=settings.address is None)
+
+
+def cluster_now(*, is_local: bool) -> Cluster:
+    """What the Ray that this process has joined or started has now."""
+    nodes = _nodes()
     return Cluster(
-        cpus=int(total.get("CPU", 0)),
-        gpus=int(total.get("GPU", 0)),
-        is_local=settings.address is None,
-        nodes=_nodes(),
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        is_local=is_local,
+        nodes=nodes,
     )
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Undoes what Ray does to SIGTERM as it starts: it would end this process without a word."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours or signal.SIG_DFL)
 
 
 def this_machine() -> Cluster:
     """What Ray would find here, without starting it."""
     import torch
 
-    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cpus, gpus = usable_cpus(), torch.cuda.device_count()
     return Cluster(cpus=cpus, gpus=gpus, is_local=True, nodes=(Node(cpus=cpus, gpus=gpus),))
 
 
@@ -165,14 +187,7 @@ def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
     settings.check_address()
     try:
         ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
-        nodes = _nodes()
-        cluster = Cluster(
-            cpus=sum(node.cpus for node in nodes),
-            gpus=sum(node.gpus for node in nodes),
-            is_local=False,
-            nodes=nodes,
-        )
-        return cluster, node_types()
+        return cluster_now(is_local=False), node_types()
     except Exception as error:  # Ray raises many kinds here
         raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
     finally:
@@ -389,20 +404,28 @@ class _Trial(tune.Trainable):
         self._given = False
         self._epoch = 0
         self._retries = 0
+        self._first_loss = ""
 
     def step(self) -> dict[str, Any]:
         try:
             return self._news()
-        except (TrainingFailedError, RayActorError) as error:
-            lost = self._lost(error)
+        except (TrainingFailedError, RayActorError, ServiceError) as error:
+            what = self._lost(error)
             self._dismiss()
+            if _has_waited(error):
+                return {"done": False}  # how long that may go on is for the study to say
             failure, message = classify(error)
             self._retries += failure == "infra"
             if failure not in _RETRIED or self._retries > _MAX_RETRIES:
+                if self._first_loss not in ("", what):
+                    message += f"\nIt began with: {self._first_loss}."
                 # As news and not as an error, which would cost this process as well.
                 return {"failure": failure, "message": message, "done": True}
             if failure == "infra":
-                line = f"{lost}; retry {self._retries}/{_MAX_RETRIES} from epoch {self._epoch}."
+                self._first_loss = self._first_loss or what
+                line = f"{what}; retry {self._retries}/{_MAX_RETRIES} from epoch {self._epoch}."
+                if _refusal(error):
+                    time.sleep(_PAUSE_SECONDS * self._retries)
             elif any(isinstance(cause, StoppedError) for cause in _causes(error)):
                 line = f"preempted: {message} It goes on there."
             else:
@@ -432,7 +455,9 @@ class _Trial(tune.Trainable):
             self._crew.train(trial)
             self._given = True
         news = self._crew.news()
-        self._epoch = int(news.get("epoch", self._epoch))
+        self._epoch = int(news.get("epoch", news.get("resumed", self._epoch)))
+        if "begun" in news:
+            news |= {"crew": self._crew.name}
         workers, most = news.get("workers", self._workers), self._job["workers"]
         if workers != self._workers:
             self._workers = workers
@@ -445,7 +470,12 @@ class _Trial(tune.Trainable):
         return bool(ray.available_resources().get(kind, 0) >= number)
 
     def _lost(self, error: BaseException) -> str:
-        """Who is lost, as far as it is known; what may come back of them is fenced."""
+        """Who is lost, as far as it is known, or what was refused by a disk or a store.
+
+        What may come back of those who are lost is fenced.
+        """
+        if refusal := _refusal(error):
+            return refusal
         silent, gone = lost_ranks(error)
         hosts = {} if self._crew is None else self._crew.hosts()
         what = "worker lost" if gone or not silent else f"node silent {self._job['silence']} s"
@@ -492,6 +522,21 @@ def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
                 elif _is_loss(failure):
                     gone.append(rank)
     return silent, gone
+
+
+def _refusal(error: BaseException) -> str:
+    """What a disk or a store has said, if that is what is wrong."""
+    for cause in _causes(error):
+        if isinstance(cause, ServiceError):
+            return str(cause).splitlines()[0].rstrip(".")
+    return ""
+
+
+def _has_waited(error: BaseException) -> bool:
+    """Whether workers were waited for in vain: there is no room for them, and no failure."""
+    return any(
+        type(cause).__name__.startswith("WorkerGroupStartupTimeout") for cause in _causes(error)
+    )
 
 
 def _is_preemption(error: BaseException) -> bool:
@@ -648,7 +693,7 @@ class _Watcher(tune.Callback):
             group = result["placement_group"]
             others = {n: known for n, known in self._groups.items() if known != group}
             self._groups = others | {number: group}
-            self._hooks.begun(number)
+            self._hooks.begun(number, result["crew"])
         elif "history" in result:
             self._hooks.reported(number, result)
 

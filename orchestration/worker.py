@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean.config import ExperimentConfig
+from orchestration.attempts import epoch_of
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.search import METRIC
 
@@ -52,36 +54,50 @@ def work(job: dict[str, Any]) -> None:
     import torch
     from ray.train import get_context
 
+    from cpfean.errors import StoppedError
     from cpfean.processes import partners_watched
 
     torch.set_num_threads(job["cpus"])
     host = ray.util.get_node_ip_address()
     job["post"].arrived.remote(get_context().get_world_rank(), host)
+    told_to_stop = threading.Event()
+    threading.Thread(target=_listen, args=(job["post"], told_to_stop), daemon=True).start()
     number = 0
     while (order := ray.get(job["post"].order.remote(after=number))) is not None:
         number, trial = order
         reporter = RayReporter(job["post"], number, trial)
-        with suppress(_Abandoned), partners_watched(where=host), warnings_noted(reporter):
-            _train(
-                trial,
-                reporter,
-                cache_dir=Path(job["cache_dir"]),
-                is_watched=not job["is_local"],
-            )
+        notice = _Notice(reporter.folder, told_to_stop, hosts_may_go=not job["is_local"])
+        try:
+            with suppress(_Abandoned), partners_watched(where=host), warnings_noted(reporter):
+                _train(trial, reporter, notice=notice, cache_dir=Path(job["cache_dir"]))
+        except StoppedError:
+            # Another worker may have heard of it first; if nobody does, a host is taken away.
+            if not told_to_stop.wait(1.0):
+                raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if get_context().get_world_rank() == 0:
+        ray.get(job["post"].gone.remote())
+
+
+def _listen(post: Any, told_to_stop: threading.Event) -> None:
+    """Waits in a thread of its own for the end of all orders."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):  # without a post there are no orders either
+        ray.get(post.told_to_stop.remote())
+    told_to_stop.set()
 
 
 def _train(
-    trial: dict[str, Any], reporter: RayReporter, *, cache_dir: Path, is_watched: bool
+    trial: dict[str, Any], reporter: RayReporter, *, notice: _Notice, cache_dir: Path
 ) -> None:
     """One trial: from its newest checkpoint, if it has any.
 
     Args:
         trial: "config" as plain data, the "folder" of its checkpoints, the number of this
             "attempt" at it, and whether to "test" its best epoch on the test split.
-        is_watched: Ray looks out for word that a host will be taken away.
     """
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
@@ -103,6 +119,8 @@ def _train(
     # One looks for all: they must not go on from different epochs.
     newest = folder.newest_valid(fits=fits) if reporter.is_first else None
     newest = broadcast_from_rank_zero(newest)
+    if newest is not None:
+        reporter.resumed(newest)
     with ExitStack() as stack:
         resume_from = None if newest is None else stack.enter_context(folder.opened(newest))
         result = fit(
@@ -112,7 +130,7 @@ def _train(
             reporter=reporter,
             resume_from=resume_from,
             device=get_device(),
-            notice=_HostNotice(folder) if is_watched else None,
+            notice=notice,
         )
     if trial["test"]:
         newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
@@ -188,16 +206,25 @@ class _Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)
     """The trial is not wanted any more; raised in all workers after the same epoch."""
 
 
-class _HostNotice:
-    """Word that a host of the crew will be taken away, which Ray passes on."""
+class _Notice:
+    """Word that nothing more is wanted, or that a host of the crew will be taken away.
 
-    def __init__(self, folder: CheckpointFolder) -> None:
+    Of the latter Ray tells, if it is so that hosts may go.
+    """
+
+    def __init__(
+        self, folder: CheckpointFolder, told_to_stop: threading.Event, *, hosts_may_go: bool
+    ) -> None:
         self._folder = folder
+        self._told_to_stop = told_to_stop
+        self._hosts_may_go = hosts_may_go
 
     def given(self) -> bool:
         from ray.train import get_preemption_info
 
-        return get_preemption_info() is not None
+        if self._told_to_stop.is_set():
+            return True
+        return self._hosts_may_go and get_preemption_info() is not None
 
     def save(self, checkpoint: Checkpoint | None) -> None:
         # However late it is: what is not whole by then is passed over.
@@ -254,6 +281,10 @@ class RayReporter:
                 "workers": get_context().get_world_size(),
             }
         )
+
+    def resumed(self, newest: str) -> None:
+        """Tells after which epoch the training goes on."""
+        self._tell({"resumed": epoch_of(newest)})
 
     def had_ended(self, history: tuple[dict[str, float], ...], newest: str) -> None:
         """Tells of a training that was at its end before, when its driver was lost."""

@@ -302,3 +302,22 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def train_workers(*, of: int) -> list[int]:
+    """The Ray Train workers that live among the descendants of a process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            named = b"RayTrainWorker" in (folder / "cmdline").read_bytes()
+            if named and _descends(int(folder.name), of):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def _descends(process: int, ancestor: int) -> bool:
+    while process not in (0, ancestor):
+        # "pid (name) state parent ...", and a name may hold spaces.
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+        process = int(stat.rpartition(")")[2].split()[1])
+    return process != 0

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 # Between two looks at whether the loss is finite and whether to stop: each waits for the device.
 _LOOK_STEPS = 20
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from cpfean.data.sources import resolve_data
 from orchestration.crew import Post
 from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import ENVIRONMENT, Settings
+from tests.faults import train_workers
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,24 @@ def test_a_trial_that_is_not_wanted_any_more_is_given_up(how: str) -> None:
     asyncio.run(script())
 
 
+def test_who_stops_a_crew_waits_until_workers_that_are_there_have_gone() -> None:
+    async def script() -> None:
+        idle = Post()
+        await idle.stop()  # nobody has come yet
+        post = Post()
+        await post.arrived(0, "10.0.0.1")
+        await post.give({})
+        told = await soon(post.told_to_stop())
+        stopping = await soon(post.stop())
+        await told
+        assert await post.order(after=0) is None
+        assert not stopping.done()
+        await post.gone()
+        await stopping
+
+    asyncio.run(script())
+
+
 def test_what_a_trial_left_behind_is_not_taken_for_news_of_the_next() -> None:
     async def script() -> None:
         post = Post()
@@ -104,9 +123,10 @@ class Script:
 
     def started(self, number: int) -> None: ...
 
-    def begun(self, number: int) -> None:
+    def begun(self, number: int, crew: str) -> None:
         # Each crew has one worker.
-        self.workers.setdefault(number, []).append(training_process())
+        (worker,) = train_workers(of=os.getpid())
+        self.workers.setdefault(number, []).append(worker)
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         self.records[number].history = metrics["history"]
@@ -125,24 +145,6 @@ class Script:
         self.notes.append((number, line))
 
     def tick(self) -> None: ...
-
-
-def training_process() -> int:
-    """The one Ray Train worker among our descendants."""
-    (found,) = (
-        int(folder.name)
-        for folder in Path("/proc").glob("[0-9]*")
-        if b"RayTrainWorker" in (folder / "cmdline").read_bytes() and is_ours(int(folder.name))
-    )
-    return found
-
-
-def is_ours(process: int) -> bool:
-    while process not in (0, os.getpid()):
-        # "pid (name) state parent ...", and a name may hold spaces.
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-        process = int(stat.rpartition(")")[2].split()[1])
-    return process != 0
 
 
 def spoilt_data(config: ExperimentConfig, folder: Path) -> Path:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,8 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError, NoMemoryError
-from orchestration import drift
-from orchestration.local import run_here
+from orchestration import drift, local
+from orchestration.local import _Stop, run_here
 from orchestration.records import RunFolder
 from orchestration.settings import ServiceError, Settings
 from orchestration.study import Interrupted, StudyPlan, StudyResult, TrialPlan
@@ -110,6 +111,56 @@ def test_a_signal_stops_a_training_and_leaves_it_to_be_resumed(
     (record,) = RunFolder(where.output / "stopped").records()
     assert (record.state, record.epochs) == ("interrupted", 1)
     assert run_here(plan, where, resume=True, say=print).records[0].epochs == 2
+
+
+def test_a_signal_in_the_middle_of_an_epoch_costs_none_of_its_steps(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TINY.with_overrides({"optim.batch_size": 10})
+    plan = plan_of(config, where, "stopped")
+    open_store(where.tracking_uri)
+    asked = 0
+    given = _Stop.given
+
+    def given_after_a_step(stop: _Stop) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 2:  # the first time is before the epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return given(stop)
+
+    monkeypatch.setattr(_Stop, "given", given_after_a_step)
+    with pytest.raises(Interrupted) as stopped:
+        run_here(plan, where, resume=False, say=print)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    folder = RunFolder(where.output / "stopped")
+    (record,) = folder.records()
+    assert (record.state, record.epochs) == ("interrupted", 0)
+    saved = [path.name for path in (folder.path / "checkpoints").glob("epoch-*")]
+    assert saved == ["epoch-0000-000001"]
+    resumed = run_here(plan, where, resume=True, say=print)
+    undisturbed = run_here(plan_of(config, where, "whole"), where, resume=False, say=print)
+    assert curve(resumed) == curve(undisturbed)
+    assert resumed.test == undisturbed.test
+
+
+def test_a_signal_in_a_step_that_takes_too_long_ends_the_training_where_it_is(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(where.tracking_uri)
+    monkeypatch.setattr(local, "SAVE_SECONDS", 0.1)
+
+    def hang(line: str) -> None:
+        if line.startswith("epoch 1/"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        run_here(plan_of(TINY, where, "stopped"), where, resume=False, say=hang)
+    assert time.monotonic() - began < 30
+    (record,) = RunFolder(where.output / "stopped").records()
+    assert (record.state, record.epochs) == ("interrupted", 1)
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:

@@ -15,6 +15,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
+from orchestration import study as study_module
+from orchestration import tuner
 from orchestration.budget import SPENT, Budget, Price, Prices
 from orchestration.doctor import versions
 from orchestration.records import RunFolder, read_json
@@ -32,7 +34,7 @@ from orchestration.study import (
     reopen_failed,
     summary,
 )
-from orchestration.tuner import EarlyStopping, _Halving
+from orchestration.tuner import Cluster, EarlyStopping, _Halving
 from tests.orchestration.samples import TINY, history, record
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
@@ -622,3 +624,31 @@ def test_what_can_never_fit_is_told_with_its_numbers_after_a_minute_and_ended(
         assert driven.error is not None
         assert driven.error.exit_code == 5
         assert "Lower --workers" in str(driven.error)
+
+
+def test_a_study_waits_for_the_workers_that_a_cluster_is_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, worker = Node(cpus=4, gpus=0), Node(cpus=4, gpus=1)
+    coming = [(head,), (head, worker), (head, worker, worker)]
+
+    def missing(there: int) -> list[str]:
+        return [f"{there} of 2 worker(s) have joined"] if there < 2 else []
+
+    def now(*, is_local: bool) -> Cluster:
+        nodes = coming.pop(0)
+        gpus = sum(node.gpus for node in nodes)
+        return Cluster(cpus=8, gpus=gpus, is_local=is_local, nodes=nodes)
+
+    monkeypatch.setattr(study_module, "missing_workers", missing)
+    monkeypatch.setattr(tuner, "cluster_now", now)
+    monkeypatch.setattr(study_module.time, "sleep", lambda seconds: None)
+    driven, said = study(tmp_path)
+    assert driven._with_its_workers(now(is_local=False)).gpus == 2
+    assert said == ["0 of 2 worker(s) have joined: waiting for the others, ten minutes at most."]
+
+    coming[:] = [(head,)] * 3
+    moments = iter([0.0, 1.0, 601.0])
+    monkeypatch.setattr(study_module.time, "monotonic", lambda: next(moments))
+    assert driven._with_its_workers(now(is_local=False)).gpus == 0
+    assert said[-1] == "0 of 2 worker(s) have joined: starting with what is there."

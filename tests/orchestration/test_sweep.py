@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mlflow import MlflowClient
 from cpfean.config import ExperimentConfig
 from orchestration.records import RunFolder, TrialRecord
 from orchestration.tracking import open_store
+from tests.faults import train_workers
 from tests.orchestration.samples import TINY
 
 # Three minutes on a quiet machine with two cores.
@@ -158,10 +160,10 @@ def test_a_sweep_that_is_killed_stopped_and_killed_ends_as_if_it_had_not_been(
     # Before Tune has taken note of anything, and before a trial is recorded.
     driver.kill(driver.start(), lambda: (driver.folder.path / "study.db").exists())
     assert driver.records() == []
-    # In the middle of the first trial, by Ctrl-C.
+    # In the middle of the first trial, by SIGTERM, on which Ray has a handler of its own.
     seconds = driver.stop(
         driver.start("--resume"),
-        signal.SIGINT,
+        signal.SIGTERM,
         lambda: any(record.epochs >= 1 for record in driver.records()),
     )
     print(f"stopped in {seconds:.1f} s")
@@ -275,23 +277,96 @@ def test_a_sweep_whose_driver_is_killed_at_five_random_points_ends_as_if_it_had_
 
 
 @pytest.mark.drill
-def test_a_second_signal_ends_a_sweep_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, config=LONGER, trials=2, workers=1)
+def test_a_second_signal_ends_a_sweep_at_once_and_the_first_saves_in_mid_epoch(
+    tmp_path: Path,
+) -> None:
+    config = LONGER.with_overrides({"optim.epochs": 3, "data.synthetic.train_images": 2000})
+    driver = Driver(tmp_path, config=config, trials=2, workers=1)
     process = driver.start()
     driver.wait_until(process, lambda: driver.epochs_recorded() >= 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     driver.wait_until(process, lambda: "once more to stop at once" in driver.log.read_text())
     asked = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 128 + signal.SIGINT
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
     print(f"stopped in {time.monotonic() - asked:.1f} s")
     driver.snapshots.append(driver.records())
     seconds = driver.stop(
         driver.start("--resume"),
-        signal.SIGTERM,
+        signal.SIGINT,
         lambda: driver.epochs_recorded() > sum(r.epochs for r in driver.snapshots[-1]),
     )
     print(f"stopped in {seconds:.1f} s")
     assert seconds <= 10
+    saved = [path.parent for path in driver.folder.path.glob("train/s-*/epoch-*-*/manifest.json")]
+    print("saved in mid-epoch:", *saved)
+    assert saved
     assert driver.start("--resume").wait(timeout=600) == 0, driver.log.read_text()
     check_the_three_records_agree(driver)
+
+
+@pytest.mark.drill
+def test_a_sweep_of_which_a_worker_is_killed_goes_on_and_the_records_agree(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, config=LONGER, trials=2, workers=2)
+    process = driver.start()
+    driver.wait_until(process, lambda: driver.epochs_recorded() >= 2)
+    driver.snapshots.append(driver.records())
+    os.kill(train_workers(of=process.pid)[-1], signal.SIGKILL)
+    assert process.wait(timeout=600) == 0, driver.log.read_text()
+    told = re.findall(r"trial-\d+: worker lost \(rank \d on .*", driver.log.read_text())
+    print(*told, sep="\n")
+    assert len(told) == 1
+    assert re.search(r"fenced; retry 1/3 from epoch [1-6]\.", told[0])
+    check_the_three_records_agree(driver)
+
+
+@pytest.mark.drill
+def test_a_trial_without_memory_fails_by_itself_and_is_not_tried_again(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, config=LONGER, trials=2, workers=2)
+    process = driver.start()
+    driver.wait_until(process, lambda: driver.epochs_recorded() >= 1)
+    for worker in train_workers(of=process.pid):
+        pages = int(Path(f"/proc/{worker}/statm").read_text(encoding="utf-8").split()[0])
+        room = pages * resource.getpagesize()
+        resource.prlimit(worker, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    assert process.wait(timeout=600) == 4, driver.log.read_text()
+    print(driver.log.read_text())
+    failed, finished = driver.records()
+    assert (failed.state, failed.failure, finished.state) == ("failed", "oom", "finished")
+    assert "Lower optim.batch_size" in failed.message
+    check_failures_are_told(driver)
+
+
+@pytest.mark.drill
+def test_a_sweep_whose_trials_all_diverge_stops_and_says_so(tmp_path: Path) -> None:
+    config = SHORT.with_overrides({"optim.learning_rate": 1e30, "optim.clip_norm": 1e30})
+    driver = Driver(tmp_path, config=config, trials=5, workers=2)
+    assert driver.start().wait(timeout=600) == 4, driver.log.read_text()
+    told = driver.log.read_text()
+    print(told)
+    assert "the first 3 trials failed alike (diverged)" in told
+    assert "Traceback" not in told
+    assert [record.failure for record in driver.records()] == ["diverged"] * 3
+    check_failures_are_told(driver)
+
+
+def check_failures_are_told(driver: Driver) -> None:
+    """MLflow has the records' states, classes and points, and nothing runs.
+
+    Raises:
+        AssertionError: something is not so.
+    """
+    client, runs = driver.tracked()
+    (parent,) = (run for run in runs if run.data.tags["cpfean.role"] == "parent")
+    assert parent.info.status != "RUNNING"
+    told = {int(run.data.tags["cpfean.trial"]): run for run in runs if run is not parent}
+    records = driver.records()
+    assert set(told) == {record.number for record in records}
+    for record in records:
+        run = told[record.number]
+        assert run.info.status == ("FAILED" if record.state == "failed" else "FINISHED")
+        assert run.data.tags.get("cpfean.failure", "") == record.failure
+        points = client.get_metric_history(run.info.run_id, "val/rsum")
+        assert [(point.step, point.value) for point in points] == [
+            (row["epoch"], row["val/rsum"]) for row in record.history
+        ]

@@ -1,6 +1,7 @@
 """Real sweeps on Ray: the tracking server killed for a third of the time, S3, full disks."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,16 +45,36 @@ class Sweep:
         self._words += ["--tracking-uri", tracking, "--workers", "2"]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
         self._environment = clean | {"CPFEAN_CACHE": str(home / "cache")} | environment
+        self._recorded: dict[tuple[int, int], float] = {}
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            return subprocess.Popen(
+            driver = subprocess.Popen(
                 [sys.executable, str(SCRIPT), *self._words, *more],
                 cwd=self.home,
                 env=self._environment,
                 stdout=log,
                 stderr=log,
             )
+        threading.Thread(target=self._look, args=(driver,), daemon=True).start()
+        return driver
+
+    def _look(self, driver: subprocess.Popen[bytes]) -> None:
+        """Takes note of when each epoch is recorded."""
+        while driver.poll() is None:
+            now = time.monotonic()
+            for epoch in self.seconds:
+                self._recorded.setdefault(epoch, now)
+            time.sleep(0.05)
+
+    @property
+    def between(self) -> dict[tuple[int, int], float]:
+        """Seconds from the record of one epoch to that of the next, whoever waits for what."""
+        return {
+            (trial, epoch): at - self._recorded[trial, epoch - 1]
+            for (trial, epoch), at in self._recorded.items()
+            if epoch > 1
+        }
 
     @property
     def epochs(self) -> int:
@@ -61,7 +82,7 @@ class Sweep:
 
     @property
     def seconds(self) -> dict[tuple[int, int], float]:
-        """What each epoch took, by trial and epoch."""
+        """What the steps of each epoch took, by trial and epoch."""
         return {
             (record.number, int(row["epoch"])): row["train/seconds"]
             for record in self.folder.records()
@@ -141,15 +162,16 @@ def test_a_server_that_is_away_for_the_middle_third_costs_less_than_five_percent
     # The fastest of two: what else the machine does is no part of it.
     epochs = away[0] & away[1]
     assert len(epochs) > len(clean[0].seconds) / 4
-    without = sum(min(sweep.seconds[epoch] for sweep in hurt) for epoch in epochs)
-    undisturbed = sum(min(sweep.seconds[epoch] for sweep in clean) for epoch in epochs)
-    ratio = without / undisturbed
     totals = {sweep.log.stem: round(sum(sweep.seconds.values()), 1) for sweep in clean + hurt}
-    print(
-        f"{len(epochs)} epochs without a server: {without:.1f} s, with: {undisturbed:.1f} s, "
-        f"ratio {ratio:.3f}; all epochs: {totals}"
-    )
-    assert ratio <= 1.05
+    print(f"{len(epochs)} epochs without a server; all epochs: {totals}")
+    ratios = {}
+    for what in ("seconds", "between"):  # of steps alone, and of all that a trial waits for
+        whole = {epoch for epoch in epochs if what == "seconds" or epoch[1] > 1}
+        without = sum(min(getattr(sweep, what)[epoch] for sweep in hurt) for epoch in whole)
+        undisturbed = sum(min(getattr(sweep, what)[epoch] for sweep in clean) for epoch in whole)
+        ratios[what] = without / undisturbed
+        print(f"{what}: {without:.1f} s, with one {undisturbed:.1f} s: {ratios[what]:.3f}")
+    assert max(ratios.values()) <= 1.05
 
 
 def test_a_sweep_has_its_data_and_checkpoints_in_an_object_store(tmp_path: Path) -> None:
@@ -212,12 +234,14 @@ def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None
             assert code == 4, told
             failed = [r for r in sweep.folder.records() if r.state == "failed"]
             assert {record.failure for record in failed} == {"infra"}
-            assert "needed" in failed[0].message
+            assert re.search(r"epoch-\d+: disk full: .* free, .* needed", failed[0].message)
+            assert re.search(r"epoch-\d+: disk full: .*; retry 1/3 from epoch", told)
+        before = sweep.folder.records()
+        assert any(record.epochs for record in before if record.state != "finished")
         (disk / "filler").unlink()
-        assert sweep.start("--resume").wait(timeout=600) in (0, 4), sweep.log.read_text()
-    check_closed(uri)
-
-
-def check_closed(uri: str) -> None:
-    client, experiment = open_store(uri)
-    assert "RUNNING" not in {run.info.status for run in client.search_runs([experiment])}
+        driver = sweep.start("--resume", "--retry-failed")
+        assert driver.wait(timeout=600) == 0, sweep.log.read_text()
+        # What was saved before was not trained again: its times are those of then.
+        after = sweep.folder.records()
+        assert all(after[old.number].history[: old.epochs] == old.history for old in before)
+    check_complete(sweep, uri)

@@ -10,6 +10,7 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
@@ -26,6 +27,7 @@ from cpfean.errors import (
     StoppedError,
 )
 from orchestration import tuner
+from orchestration.checkpoints import CheckpointFolder
 from orchestration.records import TrialRecord
 from orchestration.room import Node, Room, places
 from orchestration.settings import ServiceError, Settings
@@ -156,6 +158,7 @@ class ScriptedCrew:
     made = 0
 
     def __init__(self, job: dict[str, Any], *, name: str) -> None:
+        self.name = name
         type(self).made += 1
 
     def train(self, trial: dict[str, Any]) -> None:
@@ -241,14 +244,48 @@ def test_preemptions_do_not_use_up_the_retries(trained: Callable[..., list[dict]
     stopped = failure(StoppedError("told to stop, saved at step 3 of epoch 2."))
     away = failure(WorkerHealthCheckFailedError("gone", taken_away()))
     lost = failure(LostPartnerError("waited"))
-    told = trained(*[stopped] * 5, away, *[lost] * 3, epoch(2, ended=True))
+    told = trained(*[stopped] * 5, {"resumed": 1}, away, *[lost] * 3, epoch(2, ended=True))
     notes = [news.get("note", "") for news in told]
     assert notes[0] == ("preempted: told to stop, saved at step 3 of epoch 2. It goes on there.")
-    assert notes[5] == "preempted; goes on from epoch 0."
-    assert notes[8] == "worker lost, fenced; retry 3/3 from epoch 0."
+    assert notes[6] == "preempted; goes on from epoch 1."
+    assert notes[9] == "worker lost, fenced; retry 3/3 from epoch 1."
     assert told[-1]["done"]
     assert "failure" not in told[-1]
     assert ScriptedCrew.made == 10
+
+
+def test_a_disk_that_refuses_is_told_and_tried_again_also_where_the_driver_meets_it(
+    trained: Callable[..., list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(tuner.time, "sleep", pauses.append)
+    full = ServiceError("/d/epoch-0002: disk full: 0 B free, 9 MB needed. Free some.")
+    new_attempt = CheckpointFolder.new_attempt
+    refusals = [ServiceError("/d/attempt: disk full: 0 B free, 1 B needed. Free some.")] * 3
+
+    def refused_from_the_second_on(folder: CheckpointFolder) -> int:
+        if ScriptedCrew.given and refusals:
+            raise refusals.pop()
+        return new_attempt(folder)
+
+    monkeypatch.setattr(CheckpointFolder, "new_attempt", refused_from_the_second_on)
+    told = trained(epoch(1), failure(full), epoch(2), epoch(3, ended=True))
+    # The third refusal is one too many.
+    notes = [news.get("note", "") for news in told[1:4]]
+    assert notes == [
+        "/d/epoch-0002: disk full: 0 B free, 9 MB needed. Free some; retry 1/3 from epoch 1.",
+        "/d/attempt: disk full: 0 B free, 1 B needed. Free some; retry 2/3 from epoch 1.",
+        "/d/attempt: disk full: 0 B free, 1 B needed. Free some; retry 3/3 from epoch 1.",
+    ]
+    assert pauses == [2.0, 4.0, 6.0]
+    assert (told[4]["failure"], told[4]["done"]) == ("infra", True)
+    assert told[4]["message"].endswith(f"It began with: {str(full).rstrip('.')}.")
+
+
+def test_workers_that_are_waited_for_are_no_failure(trained: Callable[..., list[dict]]) -> None:
+    told = trained(*[failure(WorkerGroupStartupTimeoutError(2))] * 5, epoch(1, ended=True))
+    assert told[:5] == [{"done": False}] * 5
+    assert told[5]["done"]
 
 
 def test_what_no_repetition_mends_is_not_repeated(trained: Callable[..., list[dict]]) -> None:
