@@ -49,6 +49,9 @@ class Guarded:
     def failed(self, number: int, failure: str, message: str) -> None:
         self._guarded(self._hooks.failed, number, failure, message)
 
+    def lost(self, number: int, message: str) -> None:
+        self._guarded(self._hooks.lost, number, message)
+
     def noted(self, number: int, line: str) -> None:
         self._guarded(self._hooks.noted, number, line)
 

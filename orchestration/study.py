@@ -366,6 +366,7 @@ class _Study:
         self._unpriced: set[str] = set()
         self._running: dict[int, float] = {}
         self._crews: dict[int, str] = {}
+        self._losses: Counter[int] = Counter()
         self._failures: list[tuple[str, str]] = []
         self._drift = drift
         self._known_nodes: set[str] = set()
@@ -500,6 +501,21 @@ class _Study:
                 f"{resume_line(self._plan, more='--retry-failed')}"
             )
             self._interrupt_tune()
+
+    def lost(self, number: int, message: str) -> None:
+        """The process of a trial is gone; that of its workers is the trial's own business."""
+        from orchestration.tuner import MAX_RETRIES
+
+        self._losses[number] += 1
+        if self._signal or self._losses[number] > MAX_RETRIES or not self._head_answers():
+            self.failed(number, "infra", message)
+            return
+        record = self._records[number]
+        self._count_seconds(record)
+        self._running.pop(number, None)
+        self._set_state(record, "waiting")
+        self._waiting.append(record)
+        self.noted(number, f"its process was lost; retry {self._losses[number]}/{MAX_RETRIES}.")
 
     def noted(self, number: int, line: str) -> None:
         self._say(f"{self._records[number].name}: {line}")

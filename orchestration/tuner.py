@@ -40,7 +40,7 @@ from orchestration.search import METRIC
 from orchestration.settings import ServiceError, Settings, prepare_environment, usable_cpus
 
 _RETRIED = ("infra", "preempted")
-_MAX_RETRIES = 3
+MAX_RETRIES = 3
 _PAUSE_SECONDS = 2.0  # times the number of the retry, where a disk or a store has refused
 _CLOSE_SECONDS = 10.0
 _ELASTIC_START_SECONDS = 30
@@ -60,6 +60,8 @@ class Hooks(Protocol):
     def ended(self, number: int, *, pruned: bool) -> None: ...
 
     def failed(self, number: int, failure: str, message: str) -> None: ...
+
+    def lost(self, number: int, message: str) -> None: ...
 
     def noted(self, number: int, line: str) -> None: ...
 
@@ -356,7 +358,7 @@ def run_trials(
         tune_config=tune.TuneConfig(
             search_alg=_Source(hooks),
             scheduler=scheduler,
-            num_samples=num_trials,
+            num_samples=(1 + MAX_RETRIES) * num_trials,  # what is lost is a new trial to Tune
             max_concurrent_trials=resources.concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
@@ -416,14 +418,14 @@ class _Trial(tune.Trainable):
                 return {"done": False}  # how long that may go on is for the study to say
             failure, message = classify(error)
             self._retries += failure == "infra"
-            if failure not in _RETRIED or self._retries > _MAX_RETRIES:
+            if failure not in _RETRIED or self._retries > MAX_RETRIES:
                 if self._first_loss not in ("", what):
                     message += f"\nIt began with: {self._first_loss}."
                 # As news and not as an error, which would cost this process as well.
                 return {"failure": failure, "message": message, "done": True}
             if failure == "infra":
                 self._first_loss = self._first_loss or what
-                line = f"{what}; retry {self._retries}/{_MAX_RETRIES} from epoch {self._epoch}."
+                line = f"{what}; retry {self._retries}/{MAX_RETRIES} from epoch {self._epoch}."
                 if _refusal(error):
                     time.sleep(_PAUSE_SECONDS * self._retries)
             elif any(isinstance(cause, StoppedError) for cause in _causes(error)):
@@ -714,7 +716,11 @@ class _Watcher(tune.Callback):
     ) -> None:
         number = trial.config["number"]
         self._free(number)
-        self._hooks.failed(number, *classify(_error_of(trial)))
+        failure, message = classify(_error_of(trial))
+        if failure == "infra":
+            self._hooks.lost(number, message)
+        else:
+            self._hooks.failed(number, failure, message)
 
     def free_all(self) -> None:
         """At the end: crews that Tune has not let end by themselves."""

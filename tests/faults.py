@@ -304,12 +304,12 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def train_workers(*, of: int) -> list[int]:
-    """The Ray Train workers that live among the descendants of a process."""
+def actors(kind: str, *, of: int) -> list[int]:
+    """The processes of Ray actors of a class that live among the descendants of a process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            named = b"RayTrainWorker" in (folder / "cmdline").read_bytes()
+            named = (folder / "cmdline").read_bytes().startswith(f"ray::{kind}".encode())
             if named and _descends(int(folder.name), of):
                 found.append(int(folder.name))
     return sorted(found)

@@ -19,7 +19,7 @@ from cpfean.data.sources import resolve_data
 from orchestration.crew import Post
 from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import ENVIRONMENT, Settings
-from tests.faults import train_workers
+from tests.faults import actors
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ class Script:
 
     def begun(self, number: int, crew: str) -> None:
         # Each crew has one worker.
-        (worker,) = train_workers(of=os.getpid())
+        (worker,) = actors("RayTrainWorker", of=os.getpid())
         self.workers.setdefault(number, []).append(worker)
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
@@ -140,6 +140,9 @@ class Script:
     def failed(self, number: int, failure: str, message: str) -> None:
         self.outcomes.append((number, failure))
         self.messages[number] = message
+
+    def lost(self, number: int, message: str) -> None:
+        raise AssertionError(message)
 
     def noted(self, number: int, line: str) -> None:
         self.notes.append((number, line))

@@ -102,6 +102,9 @@ class Script:
     def failed(self, number: int, failure: str, message: str) -> None:
         self.outcomes.append(f"{failure}: {message}")
 
+    def lost(self, number: int, message: str) -> None:
+        raise AssertionError(message)
+
     def noted(self, number: int, line: str) -> None:
         self.notes[number].append(line)
 

@@ -175,6 +175,21 @@ def test_a_trial_that_ends_without_reaching_its_end_has_failed(tmp_path: Path) -
     assert (record.state, record.failure) == ("failed", "infra")
 
 
+def test_a_trial_whose_process_is_lost_is_run_again_three_times(tmp_path: Path) -> None:
+    driven, said = study(tmp_path, trials=2)
+    number = begin(driven)
+    report(driven, number, 10.0)
+    for retry in (1, 2, 3):
+        driven.lost(number, "the actor died")
+        assert said[-1] == f"trial-000: its process was lost; retry {retry}/3."
+        assert begin(driven) == number  # before what is new
+    driven.lost(number, "the actor died")
+    (record,) = RunFolder(tmp_path / "s").records()
+    assert (record.state, record.failure, record.epochs) == ("failed", "infra", 1)
+    assert begin(driven) == 1
+    assert driven.next_trial() is None
+
+
 def test_three_first_failures_alike_stop_the_sweep_and_say_why(tmp_path: Path) -> None:
     driven, _ = study(tmp_path, trials=6)
     for _ in range(3):
@@ -346,11 +361,11 @@ def test_nodes_that_come_later_with_other_versions_are_refused_unless_allowed(
     driven._look_at_nodes()
     assert said == ["two does not tell its versions: is silent"]
     first = begin(driven)
-    driven.begun(first)
+    driven.begun(first, "crew")
     assert driven.error is None
     nodes["three"] = versions() | {"torch": "1.0"}
-    driven.begun(first)
-    driven.begun(first)
+    driven.begun(first, "crew")
+    driven.begun(first, "crew")
     drift = f"three: torch 1.0 there, {versions()['torch']} here"
     if not allowed:
         assert driven.interrupted
@@ -438,7 +453,7 @@ def test_without_news_a_study_gives_up_sooner_where_it_knows_what_to_expect(
     driven, said = study(tmp_path)
     number = begin(driven)
     if "begun" in happened:
-        driven.begun(number)
+        driven.begun(number, "crew")
     if "reported" in happened:
         report(driven, number, 10.0)
     now = patience - 1.0
@@ -611,7 +626,7 @@ def test_what_can_never_fit_is_told_with_its_numbers_after_a_minute_and_ended(
     room(driven, workers=workers, grows=grows)
     number = begin(driven)
     if begun:
-        driven.begun(number)
+        driven.begun(number, "crew")
     now = 59.0
     driven.tick()
     assert not driven.interrupted

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from cpfean.config import ExperimentConfig
 from orchestration.records import RunFolder, TrialRecord
 from orchestration.tracking import open_store
-from tests.faults import train_workers
+from tests.faults import actors
 from tests.orchestration.samples import TINY
 
 # Three minutes on a quiet machine with two cores.
@@ -311,12 +311,18 @@ def test_a_sweep_of_which_a_worker_is_killed_goes_on_and_the_records_agree(tmp_p
     process = driver.start()
     driver.wait_until(process, lambda: driver.epochs_recorded() >= 2)
     driver.snapshots.append(driver.records())
-    os.kill(train_workers(of=process.pid)[-1], signal.SIGKILL)
+    os.kill(actors("RayTrainWorker", of=process.pid)[-1], signal.SIGKILL)
+    driver.wait_until(process, lambda: "retry 1/3" in driver.log.read_text())
+    (told,) = re.findall(r"trial-\d+: worker lost \(rank \d on .*", driver.log.read_text())
+    print(told)
+    assert re.search(r"fenced; retry 1/3 from epoch [1-6]\.", told)
+    # And the process that hands the trial on to workers.
+    driver.wait_until(process, lambda: driver.epochs_recorded() >= driver.epochs + 2)
+    driver.snapshots.append(driver.records())
+    (process_of_a_trial,) = actors("_Trial", of=process.pid)
+    os.kill(process_of_a_trial, signal.SIGKILL)
     assert process.wait(timeout=600) == 0, driver.log.read_text()
-    told = re.findall(r"trial-\d+: worker lost \(rank \d on .*", driver.log.read_text())
-    print(*told, sep="\n")
-    assert len(told) == 1
-    assert re.search(r"fenced; retry 1/3 from epoch [1-6]\.", told[0])
+    assert "trial-001: its process was lost; retry 1/3." in driver.log.read_text()
     check_the_three_records_agree(driver)
 
 
@@ -325,7 +331,7 @@ def test_a_trial_without_memory_fails_by_itself_and_is_not_tried_again(tmp_path:
     driver = Driver(tmp_path, config=LONGER, trials=2, workers=2)
     process = driver.start()
     driver.wait_until(process, lambda: driver.epochs_recorded() >= 1)
-    for worker in train_workers(of=process.pid):
+    for worker in actors("RayTrainWorker", of=process.pid):
         pages = int(Path(f"/proc/{worker}/statm").read_text(encoding="utf-8").split()[0])
         room = pages * resource.getpagesize()
         resource.prlimit(worker, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
