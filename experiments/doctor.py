@@ -11,7 +11,8 @@ from experiments import command_line
 
 _EPILOG = """\
 Looks at the token, the cluster and each of its nodes (versions, storage), storage, disks, data, the
-tracking server, and runs that nobody runs any more. Nothing is changed; --repair closes such runs.
+tracking server, and runs that nobody runs any more. Nothing is changed; --repair closes such runs,
+after it has watched them for three minutes for a sign of life.
 
   python experiments/doctor.py
   python experiments/doctor.py --address HOST:6379 --data s3://BUCKET/flickr30k
@@ -67,7 +68,7 @@ def body(arguments: argparse.Namespace) -> int:
         ),
         "data": check_data,
         "tracking": lambda: doctor.check_tracking(where),
-        "runs": lambda: doctor.check_runs(where, repair=arguments.repair),
+        "runs": lambda: doctor.check_runs(where, repair=arguments.repair, say=command_line.say),
     }
     healthy = True
     for finding in doctor.examine(checks):

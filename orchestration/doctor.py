@@ -10,20 +10,28 @@ import json
 import os
 import platform
 import shutil
+import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpfean.errors import CpfeanError
 from orchestration.records import RunFolder, read_json
 from orchestration.settings import Settings
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 _LIBRARIES = ("ray", "torch", "transformers", "numpy", "mlflow", "optuna")
 _DISK_GB = 5.0  # below this a few checkpoints of a full-size model do not fit
 _NODE_SECONDS = 60.0
+_BEATS = 3  # heartbeats that may be missed
 
 
 class Ill(Exception):  # noqa: N818  (a finding, not an error)
@@ -254,36 +262,100 @@ def check_tracking(settings: Settings) -> str:
     return settings.tracking_uri
 
 
-def check_runs(settings: Settings, *, repair: bool) -> str:
-    """Whether every run that MLflow has as RUNNING has somebody who runs it."""
-    from orchestration.tracking import open_store
+def check_runs(
+    settings: Settings,
+    *,
+    repair: bool,
+    say: Callable[[str], None] = print,
+    wait: Callable[[float], None] = time.sleep,
+) -> str:
+    """Whether every study that MLflow has as RUNNING has somebody who runs it.
+
+    It has if its folder is here and held, or is elsewhere and a heartbeat of it is young. The rest
+    may still live, since clocks differ and folders are copied: before `repair` closes their runs
+    it looks twice, and leaves alone those with a heartbeat in between.
+
+    Args:
+        say: shows the user a line.
+        wait: for so many seconds.
+    """
+    from orchestration.tracking import HEARTBEAT_SECONDS, HEARTBEAT_TAG, open_store
 
     client, experiment = open_store(settings.tracking_uri)
-    lost: list[Any] = []
-    elsewhere = 0
+    patience = _BEATS * HEARTBEAT_SECONDS
     folders = {
         (read_json(file) or {}).get("id"): RunFolder(file.parent)
         for file in settings.output.glob("*/sweep.json")
     }
-    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
-        folder = folders.get(run.data.tags.get("cpfean.id"))
-        if folder is None:
-            elsewhere += 1  # a driver on another machine, for all that is known here
-        elif not folder.is_locked():
-            lost.append(run)
-    names = ", ".join(sorted({run.data.tags.get("cpfean.sweep", "?") for run in lost}))
+    before = _running_studies(client, experiment)
+    suspects, beating, silent = set(), 0, 0
+    for id, runs in before.items():
+        beats = _heartbeats(runs)
+        if id in folders:
+            if not folders[id].is_locked():
+                suspects.add(id)
+        elif not beats:
+            silent += len(runs)  # of a version that has none: for all that is known it lives
+        elif any(abs(_age(beat)) < patience for beat in beats.values()):
+            beating += len(runs)
+        else:
+            suspects.add(id)
+    lost = [run for id in sorted(suspects) for run in before[id]]
     if lost and not repair:
         raise Ill(
-            f"{len(lost)} run(s) of {names} are RUNNING and nobody runs them",
+            f"{len(lost)} run(s) of {_names(lost)} are RUNNING and, it seems, nobody runs them",
             "--resume the study, or close them with doctor.py --repair",
         )
+    if lost:
+        say(f"watching {len(lost)} run(s) of {_names(lost)} for {patience:.0f} s ...")
+        wait(patience)
+        after = _running_studies(client, experiment)
+        lost = []
+        for id in sorted(suspects & after.keys()):
+            if _heartbeats(after[id]) == _heartbeats(before[id]):
+                lost += after[id]
+            else:
+                beating += len(after[id])
     for run in lost:
+        last = run.data.tags.get(HEARTBEAT_TAG, "none")
+        client.set_tag(run.info.run_id, "cpfean.reaped", f"last heartbeat: {last}")
         client.set_tag(run.info.run_id, "cpfean.state", "interrupted")
         client.set_terminated(run.info.run_id, "KILLED")
-    told = [f"{len(lost)} of {names} closed as KILLED"] if lost else []
-    if elsewhere:
-        told.append(f"{elsewhere} belong to folders that are not here")
+    told = [f"{len(lost)} of {_names(lost)} closed as KILLED"] if lost else []
+    if beating:
+        told.append(f"{beating} have a driver elsewhere")
+    if silent:
+        told.append(f"{silent} without a heartbeat belong to folders that are not here")
     return "; ".join(told) or "none is left without its driver"
+
+
+def _running_studies(client: MlflowClient, experiment: str) -> dict[str, list[Run]]:
+    """Runs of ours that are RUNNING, by the id of their study."""
+    studies: dict[str, list[Run]] = defaultdict(list)
+    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+        if "cpfean.id" in run.data.tags:
+            studies[run.data.tags["cpfean.id"]].append(run)
+    return studies
+
+
+def _heartbeats(runs: Sequence[Run]) -> dict[str, str]:
+    """Those that there are, by run."""
+    from orchestration.tracking import HEARTBEAT_TAG
+
+    return {
+        run.info.run_id: run.data.tags[HEARTBEAT_TAG]
+        for run in runs
+        if HEARTBEAT_TAG in run.data.tags
+    }
+
+
+def _age(heartbeat: str) -> float:
+    """Seconds; below zero if the clock there is ahead of ours."""
+    return (datetime.now(UTC) - datetime.fromisoformat(heartbeat)).total_seconds()
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ", ".join(sorted({run.data.tags.get("cpfean.sweep", "?") for run in runs}))
 
 
 def _write_token(storage: str) -> str:

@@ -9,7 +9,8 @@ is put aside with the reason; the other runs go on.
 
 MLflow knows RUNNING, FINISHED, FAILED and KILLED. A trial that was stopped because others were
 better is FINISHED: it did what was asked of it. The tag `cpfean.state` tells the whole truth:
-running, finished, pruned, failed or interrupted (KILLED, and run on by --resume).
+running, finished, pruned, failed or interrupted (KILLED, and run on by --resume). Of a run that is
+RUNNING the tag `cpfean.heartbeat` tells when its driver last lived, by the driver's clock.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "cpfean"
+HEARTBEAT_TAG = "cpfean.heartbeat"
+HEARTBEAT_SECONDS = 60.0
 _STATUS = {
     "waiting": "RUNNING",
     "running": "RUNNING",
@@ -112,6 +116,8 @@ class Tracker:
         self._run_ids: dict[int, str] = {}
         self._runs: dict[int, _Known] = {}
         self._last_steps: dict[int, int] = {}
+        self._open_runs: set[str] = set()
+        self._next_beat = 0.0
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def start(self) -> None:
@@ -171,7 +177,8 @@ class Tracker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            while self._thread.is_alive() and not self._ended:
+            # A heartbeat that hangs is not waited for.
+            while self._thread.is_alive() and not self._ended and not self._done():
                 patience = min(seconds, _AWAY_SECONDS) if self._away else seconds
                 left = began + patience - time.monotonic()
                 if left <= 0:
@@ -221,12 +228,35 @@ class Tracker:
         with self._changed:
             self._current = None
             self._changed.notify_all()
-            while (task := self._next()) is None:
+        while True:
+            self._beat()
+            with self._changed:
+                if (task := self._next()) is not None:
+                    self._current, self._last_try = task, self._closing
+                    return task
                 if self._closing:
                     return None
-                self._changed.wait()
-            self._current, self._last_try = task, self._closing
-            return task
+                self._changed.wait(max(0.0, self._next_beat - time.monotonic()))
+
+    def _beat(self) -> None:
+        """Tells of each open run that its driver lives, if it is time to.
+
+        One that does not arrive is not sent again: a minute later there is the next.
+        """
+        if time.monotonic() < self._next_beat:
+            return
+        self._next_beat = time.monotonic() + HEARTBEAT_SECONDS
+        for run_id in self._open_runs:
+            if self._closing:
+                return
+            try:
+                self._need_client().set_tag(run_id, HEARTBEAT_TAG, _now())
+                self._tell_away(False)
+            # Whatever a tracker, its database or the network raises must not end the training.
+            except Exception as error:
+                if not _is_refusal(error):
+                    self._tell_away(True)
+                    return
 
     def _next(self) -> _Task | None:
         while (task := self._take()) is not None:
@@ -336,6 +366,7 @@ class Tracker:
         tags = {"cpfean.state": update.state} | update.tags
         self._log(self._parent_id, metrics=metrics, tags=tags)
         self._set_status(self._parent_id, update.state)
+        self._note(self._parent_id, update.state)
         if update.state != "running":
             self._reap()
         if not self._described:
@@ -347,6 +378,7 @@ class Tracker:
         self._runs[record.number] = known
         if known.state != record.state and record.state == "running":
             self._set_status(known.run_id, record.state)
+        self._note(known.run_id, record.state)
         # A point that is sent again because its answer was lost has the same time, and MLflow
         # takes the same point once.
         now = float(known.start)
@@ -473,7 +505,7 @@ class Tracker:
     def _create(self, name: str, tags: Mapping[str, str]) -> str:
         # The key tags go in with the creation: a run that exists can always be found again.
         key = {"cpfean.id": self._run.id, "cpfean.sweep": self._run.name}
-        tags = key | {"cpfean.state": "running"} | dict(tags)
+        tags = key | {"cpfean.state": "running", HEARTBEAT_TAG: _now()} | dict(tags)
         tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **versions()}
         if tags.get("cpfean.role") == "trial" and self._parent_id:
             tags[_PARENT_TAG] = self._parent_id
@@ -486,6 +518,14 @@ class Tracker:
             self._need_client().update_run(run_id, status=status)
         else:
             self._need_client().set_terminated(run_id, status)
+
+    def _note(self, run_id: str, state: str) -> None:
+        """Whether the run has a heartbeat from now on."""
+        if _STATUS[state] != "RUNNING":
+            self._open_runs.discard(run_id)
+        elif run_id not in self._open_runs:
+            self._open_runs.add(run_id)
+            self._next_beat = 0.0  # its last driver may be long gone
 
     def _log(
         self,
@@ -553,6 +593,10 @@ def _subject(task: _Task) -> int | None:
         return None
     record = task.record if isinstance(task, _Files) else task
     return None if record is None else record.number
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _start(run: Run) -> int:

@@ -100,7 +100,7 @@ def broken_tracker(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def lost_run(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    def lost(settings: command_line.Settings, *, repair: bool) -> str:
+    def lost(settings: command_line.Settings, *, repair: bool, **_: object) -> str:
         raise doctor.Ill("1 run(s) of lost are RUNNING and nobody runs them", "--repair")
 
     patch.setattr(doctor, "check_runs", lost)

@@ -6,16 +6,18 @@ import json
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 
 from cpfean.errors import DataError
 from orchestration import doctor
 from orchestration.doctor import Ill, examine, versions
 from orchestration.records import RunFolder
 from orchestration.settings import ServiceError, Settings
-from orchestration.tracking import TrackedRun, Tracker, open_store
+from orchestration.tracking import HEARTBEAT_TAG, TrackedRun, Tracker, open_store
 from tests.orchestration.samples import record
 
 
@@ -132,29 +134,122 @@ def test_a_tracker_that_does_not_answer_is_named(where: Settings, tmp_path: Path
     assert "tracking_server.py" in ill.value.fix
 
 
+def begin(where: Settings, name: str) -> RunFolder:
+    """A study whose driver is gone: its runs are RUNNING."""
+    folder = RunFolder(where.output / name)
+    folder.create({"kind": "sweep"})
+    run = TrackedRun(id=folder.id, name=name, kind="sweep")
+    tracker = Tracker(where.tracking_uri, run, say=print)
+    tracker.start()
+    tracker.update(record(0, 100.0, state="running"))
+    assert tracker.close()
+    return folder
+
+
+def move(folder: RunFolder) -> None:
+    """To another machine, for all that is known here."""
+    shutil.rmtree(folder.path)
+
+
+def beat(where: Settings, id: str, *, hours: float = 0.0, role: str = "parent") -> None:
+    """A heartbeat by a clock that is so many hours ahead."""
+    client, experiment = open_store(where.tracking_uri)
+    when = datetime.now(UTC) + timedelta(hours=hours)
+    query = f"tags.`cpfean.id` = '{id}' and tags.`cpfean.role` = '{role}'"
+    for run in client.search_runs([experiment], query):
+        client.set_tag(run.info.run_id, HEARTBEAT_TAG, when.isoformat(timespec="milliseconds"))
+
+
+def runs(where: Settings, role: str = "trial") -> dict[str, Run]:
+    client, experiment = open_store(where.tracking_uri)
+    found = client.search_runs([experiment], f"tags.`cpfean.role` = '{role}'")
+    return {run.data.tags["cpfean.sweep"]: run for run in found}
+
+
+def states(where: Settings) -> dict[str, str]:
+    return {name: run.info.status for name, run in runs(where).items()}
+
+
+def not_at_all(seconds: float) -> None:
+    """A wait that is over at once."""
+
+
 def test_runs_that_nobody_runs_are_found_and_closed(where: Settings) -> None:
-    def begin(name: str) -> RunFolder:
-        folder = RunFolder(where.output / name)
-        folder.create({"kind": "sweep"})
-        run = TrackedRun(id=folder.id, name=name, kind="sweep")
-        tracker = Tracker(where.tracking_uri, run, say=print)
-        tracker.start()
-        tracker.update(record(0, 100.0, state="running"))
-        assert tracker.close()
-        return folder
-
-    def states() -> dict[str, str]:
-        client, experiment = open_store(where.tracking_uri)
-        runs = client.search_runs([experiment], "tags.`cpfean.role` = 'trial'")
-        return {run.data.tags["cpfean.sweep"]: run.info.status for run in runs}
-
-    lives, _, moved = begin("lives"), begin("lost"), begin("moved")
-    shutil.rmtree(moved.path)
+    lives, _, moved = begin(where, "lives"), begin(where, "lost"), begin(where, "moved")
+    move(moved)
     with lives.lock():
         with pytest.raises(Ill, match=r"2 run\(s\) of lost are RUNNING") as ill:
             doctor.check_runs(where, repair=False)
         assert "doctor.py --repair" in ill.value.fix
-        told = doctor.check_runs(where, repair=True)
-        assert told == "2 of lost closed as KILLED; 2 belong to folders that are not here"
-        assert states() == {"lives": "RUNNING", "lost": "KILLED", "moved": "RUNNING"}
-        assert doctor.check_runs(where, repair=False).startswith("2 belong to folders")
+        said: list[str] = []
+        told = doctor.check_runs(where, repair=True, say=said.append, wait=not_at_all)
+        assert said == ["watching 2 run(s) of lost for 180 s ..."]
+        assert told == "2 of lost closed as KILLED; 2 have a driver elsewhere"
+        assert states(where) == {"lives": "RUNNING", "lost": "KILLED", "moved": "RUNNING"}
+        assert doctor.check_runs(where, repair=False) == "2 have a driver elsewhere"
+
+
+def test_a_run_elsewhere_is_lost_when_its_heartbeat_is_old_and_runs_again_when_it_is_resumed(
+    where: Settings,
+) -> None:
+    moved = begin(where, "moved")
+    id = moved.id
+    move(moved)
+    for role in ("parent", "trial"):
+        beat(where, id, hours=-3 / 60 - 0.01, role=role)
+    client, experiment = open_store(where.tracking_uri)
+    foreign = client.create_run(experiment)
+    with pytest.raises(Ill, match=r"2 run\(s\) of moved are RUNNING"):
+        doctor.check_runs(where, repair=False)
+    told = doctor.check_runs(where, repair=True, wait=not_at_all)
+    assert told == "2 of moved closed as KILLED"
+    for role in ("parent", "trial"):
+        closed = runs(where, role)["moved"]
+        assert closed.info.status == "KILLED"
+        assert closed.data.tags["cpfean.state"] == "interrupted"
+        assert closed.data.tags["cpfean.reaped"].startswith("last heartbeat: 20")
+    assert client.get_run(foreign.info.run_id).info.status == "RUNNING"
+    tracker = Tracker(where.tracking_uri, TrackedRun(id=id, name="moved", kind="sweep"), say=print)
+    tracker.start()
+    tracker.update(record(0, 100.0, state="running"))
+    assert tracker.close()
+    assert runs(where, "parent")["moved"].info.status == states(where)["moved"] == "RUNNING"
+
+
+@pytest.mark.parametrize("hours", [-1.0, 1.0])
+def test_a_clock_that_is_wrong_closes_no_run_that_beats_and_keeps_none_that_does_not(
+    where: Settings, hours: float
+) -> None:
+    lives, lost = begin(where, "lives"), begin(where, "lost")
+    for folder in (lives, lost):
+        for role in ("parent", "trial"):
+            beat(where, folder.id, hours=hours, role=role)
+    id = lives.id
+    move(lives)
+    move(lost)
+
+    def beats(seconds: float) -> None:
+        assert seconds == 3 * 60
+        beat(where, id, hours=hours + seconds / 3600)
+
+    told = doctor.check_runs(where, repair=True, wait=beats)
+    assert told == "2 of lost closed as KILLED; 2 have a driver elsewhere"
+    assert states(where) == {"lives": "RUNNING", "lost": "KILLED"}
+
+
+def test_a_copied_folder_does_not_close_the_runs_of_the_driver_that_beats(where: Settings) -> None:
+    folder = begin(where, "copied")  # nobody here holds it
+    told = doctor.check_runs(where, repair=True, wait=lambda _: beat(where, folder.id, hours=0.05))
+    assert told == "2 have a driver elsewhere"
+    assert states(where) == {"copied": "RUNNING"}
+
+
+def test_a_run_elsewhere_that_never_had_a_heartbeat_is_left_alone(where: Settings) -> None:
+    moved = begin(where, "moved")
+    move(moved)
+    client, _ = open_store(where.tracking_uri)
+    for role in ("parent", "trial"):
+        client.delete_tag(runs(where, role)["moved"].info.run_id, HEARTBEAT_TAG)
+    told = doctor.check_runs(where, repair=True, wait=not_at_all)
+    assert told == "2 without a heartbeat belong to folders that are not here"
+    assert states(where) == {"moved": "RUNNING"}

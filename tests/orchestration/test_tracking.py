@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestration.records import TrialRecord
-from orchestration.tracking import TrackedRun, Tracker, open_store, ui_command
+from orchestration.tracking import HEARTBEAT_TAG, TrackedRun, Tracker, open_store, ui_command
+from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record
 
 SWEEP = TrackedRun(id="4711", name="my-sweep", kind="sweep", parameters={"study.trials": 2})
@@ -169,6 +171,96 @@ def test_a_server_that_is_away_neither_stalls_nor_raises_and_gets_everything_lat
     track(uri, record(0, *range(49), state="finished"))
     (child,) = runs(uri, role="trial")
     assert len(steps(uri, child)) == 49
+
+
+def beats_of(monkeypatch: pytest.MonkeyPatch, *, beat: Any = MlflowClient.set_tag) -> list[str]:
+    """The runs of all heartbeats from now on, of which there are many; `beat` sends them."""
+    monkeypatch.setattr("orchestration.tracking.HEARTBEAT_SECONDS", 0.05)
+    beats: list[str] = []
+    set_tag = MlflowClient.set_tag
+
+    def noted(client: MlflowClient, run_id: str, name: str, value: str) -> None:
+        if name == HEARTBEAT_TAG:
+            beats.append(run_id)
+            beat(client, run_id, name, value)
+        else:
+            set_tag(client, run_id, name, value)
+
+    monkeypatch.setattr(MlflowClient, "set_tag", noted)
+    return beats
+
+
+def test_open_runs_have_a_heartbeat_and_no_others(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track(uri, record(0, 1.0, state="running"), record(1, 1.0, state="running"))  # and is killed
+    for run in runs(uri, id="4711"):
+        MlflowClient(uri).set_tag(run.info.run_id, HEARTBEAT_TAG, "long ago")
+    beats = beats_of(monkeypatch)
+    tracker = Tracker(uri, SWEEP, say=print)
+    tracker.start()
+    tracker.update(record(0, 1.0, 2.0, state="finished"))
+    tracker.update(record(1, 1.0, state="running"))
+    (parent,) = runs(uri, role="parent")
+    ended, goes_on = (runs(uri, trial=str(number))[0].info.run_id for number in (0, 1))
+    wait_until(lambda: beats.count(goes_on) > 2, seconds=30, what="three heartbeats")
+    assert set(beats) == {parent.info.run_id, goes_on}
+    tracker.update(record(1, 1.0, 2.0, state="finished"))
+    wait_until(tracker._done, seconds=30, what="it is sent")
+    before = beats.count(goes_on)
+    total = len(beats)
+    wait_until(lambda: len(beats) > total + 2, seconds=30, what="three more of the parent")
+    assert beats.count(goes_on) == before
+    tracker.update_parent("finished", {})
+    assert tracker.close()
+    tags = {run.info.run_id: run.data.tags[HEARTBEAT_TAG] for run in runs(uri, id="4711")}
+    assert {id for id, beat in tags.items() if beat == "long ago"} == {ended}
+
+
+def test_a_run_that_goes_on_has_a_heartbeat_at_once(uri: str) -> None:
+    track(uri, record(0, 1.0, state="running"))
+    (child,) = runs(uri, role="trial")
+    MlflowClient(uri).set_tag(child.info.run_id, HEARTBEAT_TAG, "long ago")
+    tracker = Tracker(uri, SWEEP, say=print)
+    tracker.start()
+    tracker.update(record(0, 1.0, state="running"))
+
+    def beats() -> bool:
+        (child,) = runs(uri, role="trial")
+        return child.data.tags[HEARTBEAT_TAG] != "long ago"
+
+    wait_until(beats, seconds=30, what="the first heartbeat")
+    assert tracker.close()
+
+
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_heartbeat_that_does_not_arrive_holds_nothing_up_and_is_not_told(
+    uri: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    came, over = threading.Event(), threading.Event()
+
+    def beat(*_: Any) -> None:
+        came.set()
+        if fault == "hangs":
+            over.wait(60)
+        raise OSError("nobody answers")
+
+    beats_of(monkeypatch, beat=beat)
+    said: list[str] = []
+    tracker = Tracker(uri, SWEEP, say=said.append)
+    tracker.start()
+    assert came.wait(30)
+    try:
+        if fault == "raises":
+            tracker.update(record(0, 1.0, state="finished"))
+        began = time.monotonic()
+        assert tracker.close()
+        assert time.monotonic() - began < 5
+        assert said == []
+        assert len(runs(uri, role="trial")) == (fault == "raises")
+    finally:
+        over.set()
+        tracker._thread.join()
 
 
 def files_of(uri: str, run: Run) -> set[str]:
