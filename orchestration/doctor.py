@@ -164,12 +164,12 @@ def ask_nodes(
 ) -> dict[str, dict[str, str] | str]:
     """Versions of every node that lives, by host name and address; or what is wrong with it.
 
+    A node that gives no answer is asked once more. One that has died by then is left out.
+
     Args:
         storage: that all have to see.
         known: nodes that need not be asked.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def look(token: str) -> dict[str, str]:
         found = versions()
@@ -178,26 +178,57 @@ def ask_nodes(
         return found
 
     token = _write_token(storage) if storage else ""
-    asked = {}
-    for node in ray.nodes():
-        host = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        if node["Alive"] and host not in known:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=here)
-            asked[host] = task.remote(token)
-    answers: dict[str, dict[str, str] | str] = {}
     try:
-        for host, reference in asked.items():
-            try:
-                answer = ray.get(reference, timeout=_NODE_SECONDS)
-            except Exception as error:  # Ray raises many kinds
-                answers[host] = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-                continue
-            seen = answer.pop("storage", token)
-            answers[host] = answer if seen == token else f"does not see {storage}"
+        nodes = {host: node for host, node in _living_nodes().items() if host not in known}
+        answers = _answers(nodes, look, token)
+        if silent := [host for host, answer in answers.items() if isinstance(answer, str)]:
+            living = _living_nodes()
+            again = {host: living[host] for host in silent if host in living}
+            answers |= _answers(again, look, token)
+            living = _living_nodes()
+            answers = {
+                host: answer
+                for host, answer in answers.items()
+                if not isinstance(answer, str) or host in living
+            }
     finally:
         if storage:
             _remove_token(storage, token)
+    for host, answer in answers.items():
+        if not isinstance(answer, str) and answer.pop("storage", token) != token:
+            answers[host] = f"does not see {storage}"
+    return answers
+
+
+def _living_nodes() -> dict[str, str]:
+    """Ray's ids of the nodes that live, by host name and address."""
+    import ray
+
+    return {
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+
+def _answers(
+    nodes: Mapping[str, str], look: Callable[[str], dict[str, str]], token: str
+) -> dict[str, dict[str, str] | str]:
+    """What `look` returns on each node, by host; or the last line of why it does not."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = {}
+    for host, node in nodes.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=there)
+        asked[host] = task.remote(token)
+    answers: dict[str, dict[str, str] | str] = {}
+    for host, reference in asked.items():
+        try:
+            answers[host] = ray.get(reference, timeout=_NODE_SECONDS)
+        except Exception as error:  # Ray raises many kinds
+            answers[host] = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
     return answers
 
 

@@ -1,5 +1,7 @@
 """Drift: other versions than those a study was started with, or than its nodes have.
 
+A node that cannot tell its versions, such as one without our code, counts as one of others.
+
 Numbers that two versions made do not compare, and processes of two versions may not understand each
 other. Either is refused before any work, unless it is allowed; then the trials say so, in their
 records and in MLflow.
@@ -44,22 +46,22 @@ def among_nodes(answers: Mapping[str, Mapping[str, str] | str], *, allowed: bool
     """How the versions of nodes differ from those here; empty: not at all.
 
     Args:
-        answers: of `orchestration.doctor.ask_nodes`; a node that gave none is passed over.
+        answers: of `orchestration.doctor.ask_nodes`.
         allowed: whether they may.
 
     Raises:
-        ServiceError: they differ and may not.
+        ServiceError: they differ, or a node cannot tell them, and may not.
     """
     here = {name: versions()[name] for name in (*_NUMBERS, *_TALK)}
-    found = [
-        f"{host}: {', '.join(drift)}"
-        for host, answer in answers.items()
-        if not isinstance(answer, str)
-        and (drift := differences(answer, here, names=("there", "here")))
-    ]
+    found = []
+    for host, answer in answers.items():
+        if isinstance(answer, str):
+            found.append(f"{host} does not tell its versions: {answer}")
+        elif drift := differences(answer, here, names=("there", "here")):
+            found.append(f"{host}: {', '.join(drift)}")
     if found and not allowed:
         raise ServiceError(
-            "nodes of the cluster have other versions than this one:\n"
+            "nodes of the cluster have other versions than this one, or cannot tell theirs:\n"
             + "\n".join(f"  {line}" for line in found)
             + "\n`ray up` again installs the same on all nodes; --allow-drift runs the trials all "
             "the same, and they will tell."

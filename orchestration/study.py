@@ -714,13 +714,10 @@ class _Study:
         """Compares the versions of nodes that have not been asked with those here.
 
         Raises:
-            ServiceError: they differ and may not.
+            ServiceError: they differ, or a node cannot tell them, and may not.
         """
         answers = ask_nodes(None, known=self._known_nodes)
         self._known_nodes |= set(answers)
-        for host, answer in answers.items():
-            if isinstance(answer, str):
-                self._say(f"{host} does not tell its versions: {answer}")
         drift = among_nodes(answers, allowed=self._plan.allow_drift)
         if drift:
             self._say(f"versions differ, which is allowed: {drift}")

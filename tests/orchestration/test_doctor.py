@@ -8,6 +8,7 @@ from collections import namedtuple
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Run
@@ -85,6 +86,30 @@ def test_nodes_with_other_versions_or_another_storage_are_named(
     assert "torch 1.0 there" in str(ill.value)
     assert "three: does not see /mnt" in str(ill.value)
     assert "one" not in str(ill.value)
+
+
+def test_a_node_without_an_answer_is_asked_once_more_and_left_out_if_it_has_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("known", "well", "stumbles", "broken", "dies", "dies later")
+    living = {name: f"id of {name}" for name in names}
+    asked: list[set[str]] = []
+
+    def answers(nodes: dict[str, str], *_: Any) -> dict[str, dict[str, str] | str]:
+        asked.append(set(nodes))
+        living.pop("dies" if len(asked) == 1 else "dies later")
+        well = {"well"} if len(asked) == 1 else {"stumbles"}
+        return {host: {"torch": "1.0"} if host in well else "no answer" for host in nodes}
+
+    monkeypatch.setattr(doctor, "_living_nodes", lambda: dict(living))
+    monkeypatch.setattr(doctor, "_answers", answers)
+    told = doctor.ask_nodes(None, known={"known"})
+    assert told == {
+        "well": {"torch": "1.0"},
+        "stumbles": {"torch": "1.0"},
+        "broken": "no answer",
+    }
+    assert asked[1] == {"stumbles", "broken", "dies later"}
 
 
 def test_workers_that_have_not_joined_are_counted_on_the_head_of_ray_up(

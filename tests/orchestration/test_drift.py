@@ -52,7 +52,6 @@ def test_nodes_with_other_versions_are_named_with_both() -> None:
     answers: dict[str, dict[str, str] | str] = {
         "one": versions(),
         "two": versions() | {"torch": "1.0", "orchestration": "older", "mlflow": "no matter"},
-        "three": "is silent",
     }
     here = versions()
     differs = (
@@ -66,3 +65,14 @@ def test_nodes_with_other_versions_are_named_with_both() -> None:
     assert among_nodes(answers, allowed=True) == differs
     del answers["two"]
     assert among_nodes(answers, allowed=False) == ""
+
+
+def test_a_node_that_cannot_tell_its_versions_is_refused_with_what_it_said() -> None:
+    missing = "ModuleNotFoundError: No module named 'orchestration'"
+    answers: dict[str, dict[str, str] | str] = {"one": versions(), "two": missing}
+    said = f"two does not tell its versions: {missing}"
+    with pytest.raises(ServiceError, match=r"`ray up` again .*; --allow-drift") as refused:
+        among_nodes(answers, allowed=False)
+    assert said in str(refused.value)
+    assert "one" not in str(refused.value).split("\n")[1]
+    assert among_nodes(answers, allowed=True) == said
