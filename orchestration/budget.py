@@ -169,6 +169,12 @@ class Meter:
         return math.fsum(known) if known else None
 
     @property
+    def spent(self) -> str:
+        """Both for people; dollars only where a price was ever known."""
+        cost = "" if self.dollars is None else f", ${self.dollars:.2f}"
+        return f"{self.hours:.2f} h{cost}"
+
+    @property
     def is_due(self) -> bool:
         """Whether it is time to ask what the nodes cost now, and to write."""
         return self._clock() - self._saved >= _SAVED_SECONDS

@@ -281,7 +281,13 @@ class _Here:
 
         records = tuple(record for record in self._records if record.state != "waiting")
         return conclude(
-            self._plan, self._folder, records, self._tracker, test=test, used_up=self._used_up
+            self._plan,
+            self._folder,
+            records,
+            self._tracker,
+            self._meter,
+            test=test,
+            used_up=self._used_up,
         )
 
     def _is_used_up(self) -> bool:

@@ -136,6 +136,7 @@ class StudyResult:
         test: its metrics on the test split.
         used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
         failed: how many trials failed with what, and how to run them again; empty if none did.
+        spent: hours, and dollars where prices are known, of all attempts; for people.
     """
 
     folder: Path
@@ -144,6 +145,7 @@ class StudyResult:
     test: Mapping[str, float] = field(default_factory=dict)
     used_up: str = ""
     failed: str = ""
+    spent: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -731,6 +733,7 @@ class _Study:
             self._folder,
             records,
             self._tracker,
+            self._meter,
             test=self._test,
             used_up=self._used_up,
         )
@@ -806,8 +809,9 @@ class _Study:
             types = self._nodes()
             unknown = set(prices.unknown(types))
             # A limit in dollars was refused at the start if a node had no price; one that joins
-            # later is told of.
-            if self._plan.budget.max_cost is not None and unknown - self._unpriced:
+            # later is told of, and so is any that is missing in the dollars that are shown.
+            matters = self._plan.budget.max_cost is not None or unknown < set(types)
+            if matters and unknown - self._unpriced:
                 self._say(
                     f"{prices.file} has no price of {', '.join(sorted(unknown))}: not counted."
                 )
@@ -868,8 +872,9 @@ class _Study:
         row = record.history[-1]
         done, running = len(self._done()), len(self._running)
         eta = self._clock.eta(self._epochs_left())
+        self._meter.look()
         self._say(
-            f"[{done}/{self._plan.trials} done, {running} running, {eta}] "
+            f"[{done}/{self._plan.trials} done, {running} running, {eta}; {self._meter.spent}] "
             f"{record.name}  epoch {record.epochs}/{record.experiment.optim.epochs}  "
             f"rSum {row['val/rsum']:.1f}  best {record.best_rsum:.1f}  "
             f"loss {row['train/loss']:.4g}  {row['train/seconds']:.0f} s"
@@ -1013,6 +1018,7 @@ def conclude(
     folder: RunFolder,
     records: tuple[TrialRecord, ...],
     tracker: KeepsFiles,
+    meter: Meter,
     *,
     test: Callable[[TrialRecord], None],
     used_up: str = "",
@@ -1021,6 +1027,7 @@ def conclude(
 
     Args:
         tracker: gets the files of the plan's report.
+        meter: of the study.
         test: shows a trial the test split; called for the best one, where that is all that is
             tested.
         used_up: the limit that kept further trials from being begun.
@@ -1038,6 +1045,7 @@ def conclude(
         tracker.keep_files(plan.report(records))
     metrics = {} if best is None else best.test
     failed = _failures(records)
+    meter.look()
     result = StudyResult(
         folder=folder.path,
         records=records,
@@ -1046,6 +1054,7 @@ def conclude(
         used_up=used_up and f"{used_up}; a larger limit goes on with {resume_line(plan)}",
         failed=failed
         and f"{failed}; to run them once more: {resume_line(plan, more='--retry-failed')}",
+        spent=meter.spent,
     )
     write_json(folder.path / "summary.json", summary(result))
     return result
@@ -1129,6 +1138,8 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
     if result.failed:
         lines.append(f"failed          {result.failed}")
+    if result.spent:
+        lines.append(f"spent           {result.spent}")
     if result.used_up:
         lines.append(f"budget          {result.used_up}")
     return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]

@@ -603,6 +603,53 @@ def test_a_used_up_study_goes_on_with_a_larger_limit_and_counts_what_came_before
         RunFolder.newest_unfinished(tmp_path, "sweep")
 
 
+@pytest.mark.parametrize(
+    ("prices", "said_so_far", "at_the_end"),
+    [
+        (Prices(file=Path("p.toml"), nodes={}), "1.50 h]", "1.75 h"),
+        (one_dollar_an_hour(), "1.50 h, $1.50]", "1.75 h, $1.75"),
+    ],
+)
+def test_lines_tell_hours_and_where_they_are_known_dollars(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prices: Prices,
+    said_so_far: str,
+    at_the_end: str,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def test(self: Driven, best: Any) -> None:
+        nonlocal now
+        now += 0.25 * 3600
+
+    monkeypatch.setattr(Driven, "_test", test)
+    driven, said = study(tmp_path, trials=1, budget=Budget(prices=prices))
+    driven._count()
+    first = begin(driven)
+    now = 1.5 * 3600
+    report(driven, first, 10.0, 20.0, ended=True)
+    assert f"ETA 0:00; {said_so_far}" in said[-1]
+    driven.ended(first, pruned=False)
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
+    assert f"spent           {at_the_end}" in closing_lines(driven._conclude(), where)
+
+
+def test_dollars_that_lack_a_node_say_so_once(tmp_path: Path) -> None:
+    driven, said = study(tmp_path, budget=Budget(prices=one_dollar_an_hour()))
+    driven._nodes = lambda: ("other",)
+    driven._count()
+    assert said == []
+    driven._nodes = lambda: ("other", "gpu-worker")
+    driven._count()
+    driven._count()
+    assert said == ["p.toml has no price of gpu-worker: not counted."]
+    driven._nodes = lambda: ("mine", "yours")  # no dollars come of these
+    driven._count()
+    assert len(said) == 1
+
+
 def room(driven: Driven, *, workers: int, grows: bool | None) -> None:
     there = Room(workers=workers, cpus=1, use_gpu=False, nodes=[Node(cpus=2, gpus=0)], grows=grows)
     driven._room = lambda: there
