@@ -194,7 +194,7 @@ class Proposals:
     Attributes:
         damaged: where a database that could not be read was put aside, if it was.
         num_rebuilt: trials that came from the records.
-        num_duplicates: proposals that were known already.
+        duplicates: names of the trials that proposals were repeats of, in their order.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class Proposals:
         )
         if known == 0 and baseline is not None:
             self._study.enqueue_trial(dict(baseline))
-        self.num_duplicates = 0
+        self.duplicates: list[str] = []
 
     def ask(self, number: int, seen: Sequence[TrialRecord]) -> dict[str, Plain] | None:
         """A new point for trial `number`; None if the space has no other left.
@@ -322,7 +322,7 @@ class Proposals:
         return drawn
 
     def _hand_back(self, trial: optuna.Trial, twin: TrialRecord) -> None:
-        self.num_duplicates += 1
+        self.duplicates.append(twin.name)
         if twin.state == "finished":
             self._study.tell(trial, twin.best_rsum)
         else:

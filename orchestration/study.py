@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
+_DUPLICATES = 3  # of one search for a proposal, told one by one; more are counted
 _JOIN_SECONDS = 600.0  # for workers that are to be there at least
 _LOOK_SECONDS = 5.0  # between two looks at whether the cluster's head still answers
 _LOOKS = 3  # in vain: the head is gone
@@ -424,7 +425,9 @@ class _Study:
             plan = self._plan.fixed[number]
         else:
             assert self._proposals is not None
+            before = len(self._proposals.duplicates)
             drawn = self._proposals.ask(number, list(self._records.values()))
+            self._tell_duplicates(self._proposals.duplicates[before:])
             if drawn is None:
                 self._say(f"the search space has no more than {number} different configurations.")
                 return None
@@ -818,6 +821,14 @@ class _Study:
                 self._unpriced |= unknown
             self._meter.look(None if unknown >= set(types) else prices.hourly(types))
         self._meter.save()
+
+    def _tell_duplicates(self, names: Sequence[str]) -> None:
+        if len(names) > _DUPLICATES:
+            counted = ", ".join(f"{count} of {name}" for name, count in Counter(names).items())
+            self._say(f"{len(names)} proposals were duplicates ({counted}), not trained again.")
+            return
+        for name in names:
+            self._say(f"a proposal was a duplicate of {name}, not trained again.")
 
     def _is_used_up(self) -> bool:
         """Whether the budget allows no further trial; says so once."""

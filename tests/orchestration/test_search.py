@@ -115,7 +115,8 @@ def test_a_small_space_is_asked_until_it_is_exhausted_and_repeats_cost_nothing(
         asked.tell(seen[-1])
     assert len(seen) == 4
     assert len({tuple(sorted(r.overrides.items())) for r in seen}) == 4
-    assert asked.num_duplicates > 0
+    assert asked.duplicates
+    assert set(asked.duplicates) <= {r.name for r in seen}
 
 
 def test_each_outcome_is_told_as_what_it_is_and_once(tmp_path: Path) -> None:
@@ -238,9 +239,10 @@ def test_a_repeat_of_a_finished_trial_is_told_its_value_and_one_of_a_failed_tria
         asked.tell(seen[-1])
     assert asked.ask(4, seen) is None
     repeats = [trial for trial in load(tmp_path).trials if "number" not in trial.user_attrs]
-    assert len(repeats) == asked.num_duplicates > 0
-    for trial in repeats:
+    assert len(repeats) == len(asked.duplicates) > 0
+    for trial, name in zip(repeats, asked.duplicates, strict=True):
         (twin,) = (one for one in seen if one.overrides == trial.params)
+        assert twin.name == name
         finished = twin.state == "finished"
         assert trial.value == (twin.best_rsum if finished else None)
         assert trial.state.name == ("COMPLETE" if finished else "FAIL")

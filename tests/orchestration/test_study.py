@@ -442,6 +442,31 @@ def test_one_bad_trial_never_stops_the_others(
     assert not driven.interrupted
 
 
+def test_a_duplicate_is_told_with_its_twin_and_many_are_counted(tmp_path: Path) -> None:
+    driven, said = study(tmp_path)
+    finish(driven, begin(driven))
+    said.clear()
+    proposals = driven._proposals
+    assert proposals is not None
+    draw = proposals._draw
+    repeats = 0
+
+    def repeat(trial: Any) -> dict[str, Any]:
+        nonlocal repeats
+        drawn = draw(trial)
+        repeats -= 1
+        return dict(driven._records[0].overrides) if repeats >= 0 else drawn
+
+    proposals._draw = repeat  # type: ignore[method-assign]
+    repeats = 2
+    assert begin(driven) == 1
+    assert said == ["a proposal was a duplicate of trial-000, not trained again."] * 2
+    said.clear()
+    repeats = 5
+    assert begin(driven) == 2
+    assert said == ["5 proposals were duplicates (5 of trial-000), not trained again."]
+
+
 def test_fixed_trials_are_run_in_their_order(tmp_path: Path) -> None:
     driven, _ = study(tmp_path, trials=2, fixed=True)
     records = [driven.next_trial(), driven.next_trial(), driven.next_trial()]
