@@ -57,6 +57,10 @@ def violations(config: Cluster) -> list[str]:
     servers = [line for line in config["head_setup_commands"] if "tracking_server.py" in line]
     need(servers, "several drivers have one tracking server")
     need(not re.search(r"--host\b", "".join(servers)), "tracking server on loopback")
+    need(
+        any("orchestration.notice" in line for line in config["worker_setup_commands"]),
+        "workers hear that AWS will take them away",
+    )
     storage = re.findall(r"\bCPFEAN_STORAGE=(\S+)", "\n".join(config["setup_commands"]))
     need(storage and storage[0].startswith("s3://"), "checkpoints outlive the spot machines")
 
@@ -196,6 +200,7 @@ MUTATIONS: dict[str, Callable[[Cluster], Any]] = {
         "python experiments/tracking_server.py --host 0.0.0.0 --auth"
     ),
     "a tracking file for each driver": lambda c: c["head_setup_commands"].clear(),
+    "workers that hear nothing": lambda c: c["worker_setup_commands"].clear(),
     "checkpoints on the machine": lambda c: replace_in(c, "s3://BUCKET/cpfean/runs", "/tmp/runs"),
     "checkpoints wherever": lambda c: replace_in(c, "CPFEAN_STORAGE=", "STORAGE="),
 }
