@@ -4,7 +4,8 @@ What a user types is typed on the lab's laptop. The head tracks with an MLflow s
 records and checkpoints are on the storage that the hosts share, and each worker host has one CPU,
 so that a trial of two workers needs both. When the second trial has begun, one of them loses its
 power; it comes back half a minute later. In the end the records, Tune's folders and MLflow have to
-tell the same, and nothing may be left running.
+tell the same, also of two smaller sweeps that were sent in other ways, and nothing may be left
+running.
 
 With services, MLflow keeps its runs in PostgreSQL, and data, checkpoints and artifacts are on S3.
 """
@@ -30,9 +31,26 @@ ROOT = Path(__file__).resolve().parents[2]
 TRIALS, EPOCHS, WORKERS = 4, 6, 2
 WORKER_HOSTS = ("worker-1", "worker-2")
 NAME = "drill"
+OTHERS = ("submitted", "job")  # sweeps of one trial
 _OUTPUT = "/mnt/runs"
 _SERVER = "http://127.0.0.1:5000"
+_JOBS = "http://127.0.0.1:8265"
 _RAY = ("raylet", "gcs_server", "ray::", "ray/dashboard", "monitor.py")
+
+
+@dataclass(kw_only=True, slots=True)
+class Kept:
+    """What is kept of one sweep.
+
+    Attributes:
+        records: of the trials.
+        folders: of Tune's trials, by number.
+        runs: MLflow's, as plain data: role, state, status and the points of val/rsum.
+    """
+
+    records: list[TrialRecord]
+    folders: set[int]
+    runs: list[dict[str, Any]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,15 +60,13 @@ class Outcome:
     Attributes:
         seconds: that each part took.
         nodes: that were part of the cluster, by host name.
-        records: of the trials.
-        runs: MLflow's, as plain data: role, state, status and the steps of val/rsum.
+        sweeps: what is kept of each, by name.
         left: processes of Ray after `ray down`, by host.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
-    records: list[TrialRecord] = field(default_factory=list)
-    runs: list[dict[str, Any]] = field(default_factory=list)
+    sweeps: dict[str, Kept] = field(default_factory=dict)
     left: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -74,7 +90,7 @@ class Drill:
         self.outcome = Outcome()
         self._say = say
         self._with_services = with_services
-        self._environment = {"MLFLOW_TRACKING_URI": _SERVER}
+        self._environment: dict[str, str] = {}
         self._data = "synthetic"
         self.shared = lab.folder / "shared"
         self.folder = RunFolder(self.shared / "runs" / NAME)
@@ -88,15 +104,21 @@ class Drill:
         """
         self._timed("ray up", self.up)
         self._timed("sweep", self.sweep)
-        self._look()
         self._timed("other ways in", self.other_ways_in)
+        for name in (NAME, *OTHERS):
+            self.outcome.sweeps[name] = self._kept(name)
         self._timed("ray down", self.down)
-        self._judge()
+        storage = "s3://lab/checkpoints/" if self._with_services else "/mnt/checkpoints/"
+        judge(self.outcome.sweeps[NAME], trials=TRIALS, storage=storage)
+        for name in OTHERS:
+            judge(self.outcome.sweeps[name], trials=1, storage="/mnt/checkpoints/")
         return self.outcome
 
     def up(self) -> None:
         """The cluster, and the tracking server on its head."""
         server = self._services() if self._with_services else ""
+        # Known to jobs too, as on AWS: Ray is started by the same shell.
+        self._export({"MLFLOW_TRACKING_URI": _SERVER}, on=("head",))
         self.on_laptop("ray get-auth-token --generate && chmod 600 ~/.ray/auth_token")
         self.on_laptop("ray up -y cluster.lab.yaml")
         wait_until(self._is_whole, seconds=300, what="both workers to join")
@@ -110,10 +132,7 @@ class Drill:
 
     def sweep(self) -> None:
         """Four trials, and the power cut."""
-        words = (
-            f"python experiments/sweep.py --config /mnt/tiny.toml --data {self._data} "
-            f"--trials {TRIALS} --workers {WORKERS} --name {NAME} --output {_OUTPUT}"
-        )
+        words = f"python experiments/sweep.py {self._flags(NAME, trials=TRIALS)}"
         sweep = self._start_on_head(words, log=self.log)
         lost = WORKER_HOSTS[1]
         self._wait_for(
@@ -137,20 +156,23 @@ class Drill:
             assert new.history[: old.epochs] == old.history, "an epoch was trained again"
 
     def other_ways_in(self) -> None:
-        """The same through `ray submit` and as a job of Ray's."""
-        flags = (
-            f"--config /mnt/tiny.toml --data {self._data} --epochs 1 --workers {WORKERS} "
-            f"--output {_OUTPUT}"
-        )
-        script = "experiments/train.py"
-        self.on_laptop(f"ray submit cluster.lab.yaml {script} {flags} --name submitted")
-        self.on_head(
-            "ray job submit --address http://127.0.0.1:8265 -- "
-            f"python ~/cpfean/{script} {flags} --name job"
-        )
-        for name in ("submitted", "job"):
-            (record,) = RunFolder(self.shared / "runs" / name).records()
-            assert record.state == "finished", record
+        """The same, with one trial, by `ray submit` and as a job of Ray's."""
+        script = "experiments/sweep.py"
+        by_submit, by_job = OTHERS
+        self.on_laptop(f"ray submit cluster.lab.yaml {script} {self._flags(by_submit, trials=1)}")
+        # The tunnel ends with the laptop.
+        tunnel = f"cd {shlex.quote(str(ROOT))} && ray dashboard cluster.lab.yaml"
+        self.lab.start("laptop", tunnel, log=self.shared / "tunnel.log")
+        jobs = f"--address {_JOBS}"
+
+        def answers(mode: str) -> bool:
+            asked = f"RAY_AUTH_MODE={mode} ray job list {jobs}"
+            return self.lab.run("laptop", asked, check=False).returncode == 0
+
+        wait_until(lambda: answers("token"), seconds=120, what="the tunnel")
+        assert not answers("disabled"), "jobs are taken without the token"
+        words = f"cd ~/cpfean && python {script} {self._flags(by_job, trials=1)}"
+        self.on_laptop(f"RAY_AUTH_MODE=token ray job submit {jobs} -- bash -c {shlex.quote(words)}")
 
     def down(self) -> None:
         self.on_head("pkill -f mlflow; pkill -f moto_server; pkill postgres", check=False)
@@ -192,10 +214,7 @@ class Drill:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         # Of every process of Ray: on AWS an instance has its own credentials.
-        for host in ("head", *WORKER_HOSTS):
-            lines = "".join(f"export {name}={value}\n" for name, value in given.items())
-            with (self.lab.folder / host / "root/.bashrc").open("a", encoding="utf-8") as file:
-                file.write(lines)
+        self._export(given, on=("head", *WORKER_HOSTS))
         self._environment["CPFEAN_STORAGE"] = "s3://lab/checkpoints"
         make = "import s3fs; s3fs.S3FileSystem(anon=False).mkdir('lab')"
         make = f"source ~/.bashrc; ~/venv/bin/python -c {shlex.quote(make)}"
@@ -206,6 +225,19 @@ class Drill:
 
         wait_until(made, seconds=60, what="the object store")
         return "--store postgresql://mlflow@127.0.0.1/mlflow --artifacts s3://lab/artifacts"
+
+    def _export(self, given: dict[str, str], *, on: tuple[str, ...]) -> None:
+        """Sets variables of every shell on these hosts."""
+        lines = "".join(f"export {name}={value}\n" for name, value in given.items())
+        for host in on:
+            with (self.lab.folder / host / "root/.bashrc").open("a", encoding="utf-8") as file:
+                file.write(lines)
+
+    def _flags(self, name: str, *, trials: int) -> str:
+        return (
+            f"--config /mnt/tiny.toml --data {self._data} --trials {trials} --workers {WORKERS} "
+            f"--name {name} --output {_OUTPUT}"
+        )
 
     def _put_data(self) -> None:
         """A small data set, from the head to the object store."""
@@ -235,8 +267,8 @@ s3fs.S3FileSystem().put(f"{folder}/", "lab/data/", recursive=True)
         return self.lab.start("laptop", line, log=log)
 
     def _in_project(self, command: str) -> str:
-        exports = " ".join(f"{k}={shlex.quote(v)}" for k, v in self._environment.items())
-        return f"source ~/.bashrc; cd ~/cpfean && export {exports} && {command}"
+        exports = "".join(f"export {k}={shlex.quote(v)} && " for k, v in self._environment.items())
+        return f"source ~/.bashrc; cd ~/cpfean && {exports}{command}"
 
     def _is_whole(self) -> bool:
         listed = self.on_head("ray list nodes --format json --limit 20", check=False)
@@ -262,15 +294,14 @@ s3fs.S3FileSystem().put(f"{folder}/", "lab/data/", recursive=True)
 
         wait_until(now, seconds=600, what=what)
 
-    def _look(self) -> None:
+    def _kept(self, name: str) -> Kept:
         """Reads what the three keep."""
-        self.outcome.records = self.folder.records()
-        id = self.folder.id
+        folder = RunFolder(self.shared / "runs" / name)
         look = f"""
 import json
 from orchestration.tracking import open_store
 client, experiment = open_store("{_SERVER}")
-runs = client.search_runs([experiment], "tags.`cpfean.id` = '{id}'")
+runs = client.search_runs([experiment], "tags.`cpfean.id` = '{folder.id}'")
 print(json.dumps([{{
     "role": run.data.tags["cpfean.role"],
     "trial": run.data.tags.get("cpfean.trial", ""),
@@ -282,31 +313,9 @@ print(json.dumps([{{
 }} for run in runs]))
 """
         (self.shared / "look.py").write_text(look, encoding="utf-8")
-        self.outcome.runs = json.loads(self.on_head("python /mnt/look.py").splitlines()[-1])
-
-    def _judge(self) -> None:
-        records, runs = self.outcome.records, self.outcome.runs
-        assert [record.number for record in records] == list(range(TRIALS)), records
-        assert all(record.state in ("finished", "pruned") for record in records), records
-        for record in records:
-            epochs = [row["epoch"] for row in record.history]
-            assert epochs == list(range(1, record.epochs + 1)), record
-            where = "s3://lab/checkpoints/" if self._with_services else "/mnt/checkpoints/"
-            assert record.checkpoint.startswith(where), record
-        folders = {
-            int(path.name) for path in self.folder.path.glob("tune/attempt-*/[0-9][0-9][0-9]")
-        }
-        assert folders == set(range(TRIALS)), folders
-        assert len(runs) == TRIALS + 1, runs
-        assert {run["status"] for run in runs} == {"FINISHED"}, runs
-        (parent,) = (run for run in runs if run["role"] == "parent")
-        children = {int(run["trial"]): run for run in runs if run is not parent}
-        for record in records:
-            child = children[record.number]
-            assert child["parent"] == parent["run"]
-            assert child["state"] == record.state
-            wanted = [[row["epoch"], row["val/rsum"]] for row in record.history]
-            assert child["points"] == wanted, (child, wanted)
+        runs = json.loads(self.on_head("python /mnt/look.py").splitlines()[-1])
+        tuned = folder.path.glob("tune/attempt-*/[0-9][0-9][0-9]")
+        return Kept(records=folder.records(), folders={int(path.name) for path in tuned}, runs=runs)
 
     def _timed(self, name: str, part: Callable[[], None]) -> None:
         self._say(f"{name} ...")
@@ -314,6 +323,28 @@ print(json.dumps([{{
         part()
         self.outcome.seconds[name] = time.monotonic() - started
         self._say(f"{name}: {self.outcome.seconds[name]:.0f} s")
+
+
+def judge(kept: Kept, *, trials: int, storage: str) -> None:
+    """Raises AssertionError unless records, Tune's folders and MLflow tell the same."""
+    records, runs = kept.records, kept.runs
+    assert [record.number for record in records] == list(range(trials)), records
+    assert all(record.state in ("finished", "pruned") for record in records), records
+    for record in records:
+        epochs = [row["epoch"] for row in record.history]
+        assert epochs == list(range(1, record.epochs + 1)), record
+        assert record.checkpoint.startswith(storage), record
+    assert kept.folders == set(range(trials)), kept.folders
+    assert len(runs) == trials + 1, runs
+    assert {run["status"] for run in runs} == {"FINISHED"}, runs
+    (parent,) = (run for run in runs if run["role"] == "parent")
+    children = {int(run["trial"]): run for run in runs if run is not parent}
+    for record in records:
+        child = children[record.number]
+        assert child["parent"] == parent["run"]
+        assert child["state"] == record.state
+        wanted = [[row["epoch"], row["val/rsum"]] for row in record.history]
+        assert child["points"] == wanted, (child, wanted)
 
 
 def missing_services() -> str:
@@ -334,10 +365,12 @@ def _told(records: list[TrialRecord]) -> str:
 
 def told(outcome: Outcome) -> str:
     """The outcome as lines for people."""
-    lines = [f"nodes       {', '.join(outcome.nodes)}", f"trials      {_told(outcome.records)}"]
-    for run in sorted(outcome.runs, key=lambda run: run["trial"]):
-        what = run["role"] + (f" {run['trial']}" if run["trial"] else "")
-        steps = [step for step, _ in run["points"]]
-        lines.append(f"MLflow      {what:10}{run['status']:10}{run['state']:10}steps {steps}")
+    lines = [f"nodes       {', '.join(outcome.nodes)}"]
+    for name, kept in outcome.sweeps.items():
+        lines.append(f"{name:12}{_told(kept.records)}")
+        for run in sorted(kept.runs, key=lambda run: run["trial"]):
+            what = run["role"] + (f" {run['trial']}" if run["trial"] else "")
+            steps = [step for step, _ in run["points"]]
+            lines.append(f"  MLflow    {what:10}{run['status']:10}{run['state']:10}steps {steps}")
     lines.append("left        nothing" if not any(outcome.left.values()) else f"{outcome.left}")
     return "\n".join(lines)
