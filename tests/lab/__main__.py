@@ -9,6 +9,7 @@ python -m tests.lab plug worker-2
 python -m tests.lab down
 
 python -m tests.lab drill               # `ray up`, a sweep, a power cut, every record, `ray down`
+python -m tests.lab drill --fault network
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shlex
 import sys
 import time
 
-from tests.lab.drill import Drill, missing_services, told
+from tests.lab.drill import FAULTS, Drill, Fault, missing_services, told
 from tests.lab.hosts import HOSTS, Lab, address
 
 
@@ -30,7 +31,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", help="start the hosts, fresh")
     commands.add_parser("down", help="end them and remove all that they wrote")
-    drilled = commands.add_parser("drill", help="ray up, a sweep with a power cut, ray down")
+    drilled = commands.add_parser("drill", help="ray up, a sweep with a fault, ray down")
+    drilled.add_argument(
+        "--fault", choices=FAULTS, default="power", help="what a host loses (default: power)"
+    )
     drilled.add_argument(
         "--services", action="store_true", help="with PostgreSQL and S3 on the head"
     )
@@ -55,7 +59,9 @@ def main() -> None:
         elif arguments.command == "down":
             lab.down()
         elif arguments.command == "drill":
-            drill(lab, with_services=arguments.services)
+            if arguments.services and arguments.fault != "power":
+                parser.error("--services goes with --fault power alone.")
+            drill(lab, fault=arguments.fault, with_services=arguments.services)
         elif arguments.command == "run":
             words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
             line = words[0] if len(words) == 1 else shlex.join(words)
@@ -73,7 +79,7 @@ def main() -> None:
         sys.exit(f"lab: {error}")
 
 
-def drill(lab: Lab, *, with_services: bool) -> None:
+def drill(lab: Lab, *, fault: Fault, with_services: bool) -> None:
     def say(line: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
@@ -82,7 +88,7 @@ def drill(lab: Lab, *, with_services: bool) -> None:
         sys.exit(f"lab: --services needs {lack}.")
     lab.up()
     try:
-        print(told(Drill(lab, say=say, with_services=with_services).run()))
+        print(told(Drill(lab, say=say, fault=fault, with_services=with_services).run()))
     except (AssertionError, TimeoutError) as error:
         sys.exit(f"lab: {error}\nThe hosts are still up: look, then `python -m tests.lab down`.")
     lab.down()

@@ -1,11 +1,15 @@
-"""From `ray up` to a result on several hosts, with a power cut in the middle; then every record.
+"""From `ray up` to a result on several hosts, with a fault in the middle; then every record.
 
 What a user types is typed on the lab's laptop. The head tracks with an MLflow server of its own,
 records and checkpoints are on the storage that the hosts share, and each worker host has one CPU,
-so that a trial of two workers needs both. When the second trial has begun, one of them loses its
-power; it comes back half a minute later. In the end the records, Tune's folders and MLflow have to
-tell the same, also of two smaller sweeps that were sent in other ways, and nothing may be left
-running.
+so that a trial of two workers needs both. When the second trial has begun, one of them is lost:
+
+power      it comes back half a minute later, with nothing running
+network    nobody reaches it and it reaches nobody but the storage, until the trial's next attempt,
+           with one worker if need be, has come further; its old processes are all there then
+
+In the end the records, Tune's folders and MLflow have to tell the same, also of two smaller sweeps
+that were sent in other ways, and nothing may be left running.
 
 With services, MLflow keeps its runs in PostgreSQL, and data, checkpoints and artifacts are on S3.
 """
@@ -14,14 +18,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from orchestration.attempts import MARKER
+from orchestration.checkpoints import CheckpointFolder
 from orchestration.records import RunFolder, TrialRecord
 from tests.faults import moto_program, postgres_program
 from tests.lab.hosts import Lab, address, wait_until
@@ -32,6 +39,11 @@ TRIALS, EPOCHS, WORKERS = 4, 6, 2
 WORKER_HOSTS = ("worker-1", "worker-2")
 NAME = "drill"
 OTHERS = ("submitted", "job")  # sweeps of one trial
+SILENCE = 30  # seconds, of a host without network
+
+Fault = Literal["power", "network"]
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+
 _OUTPUT = "/mnt/runs"
 _SERVER = "http://127.0.0.1:5000"
 _JOBS = "http://127.0.0.1:8265"
@@ -60,12 +72,14 @@ class Outcome:
     Attributes:
         seconds: that each part took.
         nodes: that were part of the cluster, by host name.
+        notes: what the sweep has said of the host that was lost.
         sweeps: what is kept of each, by name.
         left: processes of Ray after `ray down`, by host.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     sweeps: dict[str, Kept] = field(default_factory=dict)
     left: dict[str, list[str]] = field(default_factory=dict)
 
@@ -76,7 +90,9 @@ class Drill:
     Args:
         lab: fresh.
         say: told of each part.
-        with_services: PostgreSQL and S3 instead of a sqlite file and shared folders.
+        fault: what happens to a host.
+        with_services: PostgreSQL and S3 instead of a sqlite file and shared folders; not together
+            another fault.
     """
 
     def __init__(
@@ -84,11 +100,14 @@ class Drill:
         lab: Lab,
         *,
         say: Callable[[str], None],
+        fault: Fault = "power",
         with_services: bool = False,
     ) -> None:
+        assert fault == "power" or not with_services
         self.lab = lab
         self.outcome = Outcome()
         self._say = say
+        self._fault = fault
         self._with_services = with_services
         self._environment: dict[str, str] = {}
         self._data = "synthetic"
@@ -131,10 +150,12 @@ class Drill:
         wait_until(self._server_answers, seconds=120, what="the tracking server")
 
     def sweep(self) -> None:
-        """Four trials, and the power cut."""
-        words = f"python experiments/sweep.py {self._flags(NAME, trials=TRIALS)}"
+        """Four trials, and the fault."""
+        more = "" if self._fault == "power" else "--min-workers 1"
+        if self._fault == "network":
+            self._environment["CPFEAN_TIMEOUT"] = str(SILENCE)
+        words = f"python experiments/sweep.py {self._flags(NAME, trials=TRIALS)} {more}"
         sweep = self._start_on_head(words, log=self.log)
-        lost = WORKER_HOSTS[1]
         self._wait_for(
             sweep,
             lambda: (
@@ -144,16 +165,63 @@ class Drill:
             what="the second trial to have come to an epoch",
         )
         before = {record.number: record for record in self.folder.records()}
-        self.lab.cut_power(lost)
-        self._say(f"power of {lost} cut; trials so far: {_told(list(before.values()))}")
-        time.sleep(30)  # the hosts are away for a while: nothing is waited for
-        self.lab.boot(lost)
-        self._say(f"{lost} boots again")
+        self._say(f"trials so far: {_told(list(before.values()))}")
+        lost = WORKER_HOSTS[1]
+        if self._fault == "power":
+            self._without_power(lost)
+        else:
+            self._without_network(lost, sweep)
         code = sweep.wait(timeout=1200)
-        assert code == 0, self.log.read_text(encoding="utf-8")[-4000:]
+        assert code == 0, self._said()[-4000:]
+        self.outcome.notes = [line.strip() for line in re.findall(r".*trial-\d+: .+", self._said())]
         for number, old in before.items():
             new = self.folder.records()[number]
             assert new.history[: old.epochs] == old.history, "an epoch was trained again"
+
+    def _without_power(self, lost: str) -> None:
+        self.lab.cut_power(lost)
+        self._say(f"power of {lost} cut")
+        time.sleep(30)  # the hosts are away for a while: nothing is waited for
+        self.lab.boot(lost)
+        self._say(f"{lost} boots again")
+
+    def _without_network(self, lost: str, sweep: subprocess.Popen[bytes]) -> None:
+        """The cable is pulled until the next attempt has done an epoch."""
+        (trial,) = (record for record in self.folder.records() if record.state == "running")
+        (marker,) = (self.shared / "checkpoints").rglob(f"*-{trial.number:03d}/{MARKER}")
+
+        def attempt() -> int:
+            return int(marker.read_text(encoding="utf-8"))
+
+        def saved() -> dict[str, int]:
+            """Checkpoints by name, with the attempt that each is of."""
+            names = CheckpointFolder(str(marker.parent)).names()
+            return {name: int(Path(name).suffix[1:] or 1) for name in names}
+
+        first = attempt()
+        self.lab.cut_network(lost)
+        self._say(f"network of {lost} cut")
+        self._wait_for(sweep, lambda: attempt() > first, what="the next attempt")
+        old = {name for name, of in saved().items() if of <= first}
+        self._say(f"attempt {attempt()} has taken over")
+        self._wait_for(
+            sweep,
+            lambda: max(saved().values(), default=0) > first,
+            what="the next attempt to have saved",
+        )
+        processes = [line for line in self.lab.processes(lost) if "ray::" in line]
+        assert processes, "nothing is there that could come back"
+        self.lab.join_network(lost)
+        self._say(f"{lost} is reached again, with {len(processes)} processes of Ray")
+        sweep.wait(timeout=1200)
+        late = {name for name, of in saved().items() if of <= first} - old
+        assert not late, f"attempt {first} has written after it was given up: {sorted(late)}"
+        told = rf"(silent {SILENCE} s|lost) \(rank \d on {address(lost)}\), fenced; retry 1/3"
+        assert re.search(told, self._said()), self._said()
+
+    def _said(self) -> str:
+        """What the sweep has written."""
+        return self.log.read_text(encoding="utf-8")
 
     def other_ways_in(self) -> None:
         """The same, with one trial, by `ray submit` and as a job of Ray's."""
@@ -289,7 +357,7 @@ s3fs.S3FileSystem().put(f"{folder}/", "lab/data/", recursive=True)
         self, process: subprocess.Popen[bytes], holds: Callable[[], bool], *, what: str
     ) -> None:
         def now() -> bool:
-            assert process.poll() is None, self.log.read_text(encoding="utf-8")[-4000:]
+            assert process.poll() is None, self._said()[-4000:]
             return holds()
 
         wait_until(now, seconds=600, what=what)
@@ -366,6 +434,7 @@ def _told(records: list[TrialRecord]) -> str:
 def told(outcome: Outcome) -> str:
     """The outcome as lines for people."""
     lines = [f"nodes       {', '.join(outcome.nodes)}"]
+    lines += [f"said        {note}" for note in outcome.notes]
     for name, kept in outcome.sweeps.items():
         lines.append(f"{name:12}{_told(kept.records)}")
         for run in sorted(kept.runs, key=lambda run: run["trial"]):

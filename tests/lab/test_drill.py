@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.drill import Drill, missing_services, told
+from tests.lab.drill import FAULTS, Drill, Fault, missing_services, told
 from tests.lab.hosts import Lab, missing
 
 pytestmark = [
@@ -24,9 +24,13 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     lab.down()
 
 
-@pytest.mark.parametrize("with_services", [False, True])
-def test_a_sweep_outlives_a_host_and_every_record_agrees(lab: Lab, with_services: bool) -> None:
+@pytest.mark.parametrize(
+    ("fault", "with_services"), [*((fault, False) for fault in FAULTS), ("power", True)]
+)
+def test_a_sweep_outlives_a_host_and_every_record_agrees(
+    lab: Lab, fault: Fault, with_services: bool
+) -> None:
     """With services: tracking in PostgreSQL, data, checkpoints and artifacts on S3."""
     if with_services and missing_services():
         pytest.skip(f"services need {missing_services()}")
-    print(told(Drill(lab, say=print, with_services=with_services).run()))
+    print(told(Drill(lab, say=print, fault=fault, with_services=with_services).run()))
