@@ -7,6 +7,8 @@ so that a trial of two workers needs both. When the second trial has begun, one 
 power      it comes back half a minute later, with nothing running
 network    nobody reaches it and it reaches nobody but the storage, until the trial's next attempt,
            with one worker if need be, has come further; its old processes are all there then
+notice     its metadata say, as those of a spot machine, that it will be taken away in two minutes;
+           when its trial has been saved in mid-epoch it loses its power, as above
 
 In the end the records, Tune's folders and MLflow have to tell the same, also of two smaller sweeps
 that were sent in other ways, and nothing may be left running.
@@ -41,7 +43,7 @@ NAME = "drill"
 OTHERS = ("submitted", "job")  # sweeps of one trial
 SILENCE = 30  # seconds, of a host without network
 
-Fault = Literal["power", "network"]
+Fault = Literal["power", "network", "notice"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 _OUTPUT = "/mnt/runs"
@@ -72,7 +74,7 @@ class Outcome:
     Attributes:
         seconds: that each part took.
         nodes: that were part of the cluster, by host name.
-        notes: what the sweep has said of the host that was lost.
+        notes: what the sweep has said of its trials, but for their epochs.
         sweeps: what is kept of each, by name.
         left: processes of Ray after `ray down`, by host.
     """
@@ -144,6 +146,9 @@ class Drill:
         if self._with_services:
             self._put_data()
         config = TINY.with_overrides({"optim.epochs": EPOCHS, "loss.warmup_epochs": 0})
+        if self._fault == "notice":  # an epoch of some seconds, to be told in the middle of one
+            larger = {"model.dim": 64, "data.synthetic.train_images": 1600}
+            config = config.with_overrides(larger)
         (self.shared / "tiny.toml").write_text(config.to_toml(), encoding="utf-8")
         serve = f"exec python experiments/tracking_server.py --output {_OUTPUT} {server}"
         self.lab.start("head", self._in_project(serve), log=self.shared / "server.log")
@@ -169,8 +174,10 @@ class Drill:
         lost = WORKER_HOSTS[1]
         if self._fault == "power":
             self._without_power(lost)
-        else:
+        elif self._fault == "network":
             self._without_network(lost, sweep)
+        else:
+            self._with_notice(lost, sweep)
         code = sweep.wait(timeout=1200)
         assert code == 0, self._said()[-4000:]
         self.outcome.notes = [line.strip() for line in re.findall(r".*trial-\d+: .+", self._said())]
@@ -218,6 +225,28 @@ class Drill:
         assert not late, f"attempt {first} has written after it was given up: {sorted(late)}"
         told = rf"(silent {SILENCE} s|lost) \(rank \d on {address(lost)}\), fenced; retry 1/3"
         assert re.search(told, self._said()), self._said()
+
+    def _with_notice(self, lost: str, sweep: subprocess.Popen[bytes]) -> None:
+        """Its metadata say what those of AWS would; then they are as good as their word."""
+        listen = """
+from datetime import timedelta
+from orchestration.notice import listen
+from tests.faults import Metadata
+listen(Metadata(timedelta(seconds=120)).url)
+"""
+        (self.shared / "notice.py").write_text(listen, encoding="utf-8")
+        at = time.monotonic() + 120
+        line = f"PYTHONPATH={shlex.quote(str(ROOT))} python /mnt/notice.py"
+        listener = self.lab.start(lost, self._in_project(line), log=self.shared / "notice.log")
+        self._say(f"{lost} is told that it will be taken away")
+        saved = r"preempted: told to stop, saved at step \d+ of epoch \d+\. It goes on there\."
+        self._wait_for(sweep, lambda: bool(re.search(saved, self._said())), what="word of it")
+        assert listener.wait(timeout=60) == 0
+        left = at - time.monotonic()
+        assert left > 0, f"saved {-left:.0f} s too late"
+        self._say(f"its trial was saved with {left:.0f} s left")
+        self._without_power(lost)
+        assert "retry" not in self._said(), "it has counted as a failure"
 
     def _said(self) -> str:
         """What the sweep has written."""

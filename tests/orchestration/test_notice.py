@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 
 from orchestration.notice import listen
+from tests.faults import Metadata
 from tests.lab.hosts import wait_until
 
 CLUSTER = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text(encoding="utf-8"))
 DRAIN = "drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message"
-
-
-class Metadata:
-    """The metadata service of a spot machine, version 2: without its token there is no answer.
-
-    Attributes:
-        answers: to the next looks: a status, "hang" or "garbage", or a notice with that many
-            seconds left; the last one stays.
-        looks: how often it was asked for a notice.
-    """
-
-    def __init__(self, *answers: int | str | timedelta) -> None:
-        self.answers = list(answers)
-        self.looks = 0
-        metadata = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_PUT(self) -> None:
-                asked = self.path == "/latest/api/token"
-                asked &= "X-aws-ec2-metadata-token-ttl-seconds" in self.headers
-                self._answer(200 if asked else 400, "token")
-
-            def do_GET(self) -> None:
-                if self.headers.get("X-aws-ec2-metadata-token") != "token":
-                    return self._answer(401)
-                if self.path != "/latest/meta-data/spot/instance-action":
-                    return self._answer(404)
-                return self._answer(*metadata.answer())
-
-            def _answer(self, status: int, body: str = "") -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def answer(self) -> tuple[int, str]:
-        self.looks += 1
-        now = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
-        if isinstance(now, timedelta):
-            at = (datetime.now(UTC) + now).strftime("%Y-%m-%dT%H:%M:%SZ")
-            return 200, json.dumps({"action": "terminate", "time": at})
-        if now == "hang":
-            time.sleep(5)
-        return (now, "") if isinstance(now, int) else (200, "<html>")
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
