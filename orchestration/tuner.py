@@ -480,6 +480,10 @@ class _Trial(tune.Trainable):
             return refusal
         silent, gone = lost_ranks(error)
         hosts = {} if self._crew is None else self._crew.hosts()
+        if not (silent or gone):
+            # Those who waited in vain are told of first; if all but one did, it is that one.
+            missing = sorted(set(hosts) - waiting_ranks(error))
+            gone = missing if len(missing) == 1 else []
         what = "worker lost" if gone or not silent else f"node silent {self._job['silence']} s"
         named = ", ".join(f"rank {rank} on {hosts.get(rank, '?')}" for rank in gone or silent)
         return f"{what} ({named}), fenced" if named else f"{what}, fenced"
@@ -524,6 +528,17 @@ def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
                 elif _is_loss(failure):
                     gone.append(rank)
     return silent, gone
+
+
+def waiting_ranks(error: BaseException) -> set[int]:
+    """Ranks that waited for another one in vain."""
+    return {
+        rank
+        for cause in _causes(error)
+        if isinstance(cause, WorkerGroupError)
+        for rank, failure in cause.worker_failures.items()
+        if any(isinstance(inner, LostPartnerError) for inner in _causes(failure))
+    }
 
 
 def _refusal(error: BaseException) -> str:

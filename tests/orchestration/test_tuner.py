@@ -248,7 +248,8 @@ def test_preemptions_do_not_use_up_the_retries(trained: Callable[..., list[dict]
     notes = [news.get("note", "") for news in told]
     assert notes[0] == ("preempted: told to stop, saved at step 3 of epoch 2. It goes on there.")
     assert notes[6] == "preempted; goes on from epoch 1."
-    assert notes[9] == "worker lost, fenced; retry 3/3 from epoch 1."
+    # The other one has waited for it.
+    assert notes[9] == "worker lost (rank 1 on 10.0.0.2), fenced; retry 3/3 from epoch 1."
     assert told[-1]["done"]
     assert "failure" not in told[-1]
     assert ScriptedCrew.made == 10
