@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -319,28 +318,11 @@ def test_a_sweep_of_which_a_worker_is_killed_goes_on_and_the_records_agree(tmp_p
     # And the process that hands the trial on to workers.
     driver.wait_until(process, lambda: driver.epochs_recorded() >= driver.epochs + 2)
     driver.snapshots.append(driver.records())
-    (process_of_a_trial,) = actors("_Trial", of=process.pid)
+    (process_of_a_trial,) = actors("ResourceTrainable", of=process.pid)  # as Tune calls it
     os.kill(process_of_a_trial, signal.SIGKILL)
     assert process.wait(timeout=600) == 0, driver.log.read_text()
     assert "trial-001: its process was lost; retry 1/3." in driver.log.read_text()
     check_the_three_records_agree(driver)
-
-
-@pytest.mark.drill
-def test_a_trial_without_memory_fails_by_itself_and_is_not_tried_again(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, config=LONGER, trials=2, workers=2)
-    process = driver.start()
-    driver.wait_until(process, lambda: driver.epochs_recorded() >= 1)
-    for worker in actors("RayTrainWorker", of=process.pid):
-        pages = int(Path(f"/proc/{worker}/statm").read_text(encoding="utf-8").split()[0])
-        room = pages * resource.getpagesize()
-        resource.prlimit(worker, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-    assert process.wait(timeout=600) == 4, driver.log.read_text()
-    print(driver.log.read_text())
-    failed, finished = driver.records()
-    assert (failed.state, failed.failure, finished.state) == ("failed", "oom", "finished")
-    assert "Lower optim.batch_size" in failed.message
-    check_failures_are_told(driver)
 
 
 @pytest.mark.drill
