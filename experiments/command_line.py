@@ -16,6 +16,7 @@ from cpfean.errors import ConfigError, CpfeanError
 from experiments.baselines import BASELINES
 from orchestration.budget import Budget, Prices
 from orchestration.disks import cannot_write, is_disk_error
+from orchestration.mirror import fetch_records
 from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, prepare_environment
@@ -355,13 +356,20 @@ def fewest_workers(arguments: argparse.Namespace) -> int:
 def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
     """The name given, or of the newest unfinished run for a resume, or one made of the date.
 
+    The folder of a run that is to be resumed is fetched from the storage if it is not here.
+
     Raises:
         ConfigError: a name that cannot be one, or nothing to resume.
+        ServiceError: the folder is not here, and the storage does not answer.
     """
     if arguments.retry_failed and not arguments.resume:
         raise ConfigError("--retry-failed goes with --resume: a new run has no failed trials.")
     if arguments.name is not None:
-        return check_name(arguments.name)
+        name = check_name(arguments.name)
+        if arguments.resume:
+            for each in (name, name + TUNING) if kind == "comparison" else (name,):
+                fetch_records(each, where, say=say)
+        return name
     if arguments.resume:
         kinds = (kind, "tuning") if kind == "comparison" else (kind,)
         newest = RunFolder.newest_unfinished(

@@ -57,8 +57,8 @@ class Settings:
         cache_dir: folder on every node for data that was fetched or generated.
         tracking_uri: of MLflow.
         address: of a Ray cluster, host:port; None starts Ray on this machine.
-        storage: URL or folder that all nodes can write checkpoints to; None: in the output folder,
-            which is enough on one machine.
+        storage: URL or folder that all nodes can write checkpoints to, and that gets a copy of the
+            records; None: in the output folder, which is enough on one machine.
         silence: seconds after which a worker that does not answer is given up.
     """
 

@@ -33,13 +33,18 @@ _FOR_GOOD = (errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG, errno.ENOSYS)  # as 
 class Storage:
     """A folder in an object store, by a URL that fsspec knows.
 
+    Args:
+        patience: seconds that one file is tried for; None for three minutes, 0 for a single try,
+            of which nothing is logged.
+
     Raises:
-        ServiceError: from any method, when the store has not done it for three minutes, or refuses
-            our credentials after they were read anew.
+        ServiceError: from any method, when the store has not done it for that long, or refuses our
+            credentials after they were read anew.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patience: float | None = None) -> None:
         self.url = url.rstrip("/")
+        self._patience = patience
         self._connect()
 
     def folders(self) -> list[str]:
@@ -98,7 +103,8 @@ class Storage:
         **options: Any,
     ) -> Any:
         """Calls a method of the file system until it comes to an end."""
-        end = time.monotonic() + _PATIENCE
+        patience = _PATIENCE if self._patience is None else self._patience
+        end = time.monotonic() + patience
         url = f"{self.url}/{name}".rstrip("/")
         path = f"{self._path}/{name}".rstrip("/")
         words = [*([str(source)] if source else []), path, *([str(target)] if target else [])]
@@ -122,13 +128,13 @@ class Storage:
                     renewed = True
                     self._connect()
                     continue
-                if not told:
+                if patience and not told:
                     told = True
                     logger.warning("%s: delayed, the store says %s", url, _code(error))
                 if time.monotonic() + pause > end:
+                    long = f" for {patience:.0f} s" if patience else ""
                     raise ServiceError(
-                        f"{url}: the store has not taken or given it for {_PATIENCE:.0f} s "
-                        f"({_code(error)})."
+                        f"{url}: the store has not taken or given it{long} ({_code(error)})."
                     ) from None
             # Many workers come back at once otherwise.
             time.sleep(pause * random.uniform(0.5, 1.5))

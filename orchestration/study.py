@@ -28,6 +28,7 @@ from orchestration.checkpoints import KEPT, CheckpointFolder
 from orchestration.doctor import ask_nodes, missing_workers, versions
 from orchestration.drift import among_nodes, since_start
 from orchestration.guard import Guarded
+from orchestration.mirror import Mirror
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
 from orchestration.results import Results
 from orchestration.room import Room
@@ -213,7 +214,8 @@ def run_study(
 
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan, or by other
-            versions; or a limit in dollars, and a node without a price.
+            versions, or its copy on the storage is another one's; or a limit in dollars, and a node
+            without a price.
         ServiceError: no cluster, one of other versions, no room for the checkpoints, or nothing
             moves any more.
         Interrupted: after SIGINT or SIGTERM, once everything is written.
@@ -221,12 +223,16 @@ def run_study(
     if settings.address is None:
         plan.budget.check_prices([OTHER])
     check_room_for_checkpoints(plan, settings)
+    mirror = None
+    if settings.storage is not None:
+        mirror = Mirror(RunFolder(settings.output / plan.name), settings.storage, say=say)
+        mirror.check()
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
         drift = since_start(folder, allowed=plan.allow_drift)
         reopen_failed(plan, folder, say)
         tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        study = _Study(plan, settings, folder, tracker, say, drift=drift)
+        study = _Study(plan, settings, folder, tracker, say, drift=drift, mirror=mirror)
         return study.run()
 
 
@@ -350,11 +356,13 @@ class _Study:
         say: Callable[[str], None],
         *,
         drift: str = "",
+        mirror: Mirror | None = None,
     ) -> None:
         self._plan = plan
         self._settings = settings
         self._folder = folder
         self._tracker = tracker
+        self._mirror = mirror
         self._say = say
         self._records = {record.number: record for record in folder.records()}
         self._waiting = [record for record in self._records.values() if not record.settled]
@@ -391,8 +399,11 @@ class _Study:
     def _run(self) -> StudyResult:
         self._tracker.start()
         self._tracker.update_parent("running", {})
+        if self._mirror is not None:
+            self._mirror.start()
         for record in self._records.values():
-            if record.settled:
+            # An interrupted trial may not be begun again, and MLflow may be another, empty one.
+            if record.settled or record.state == "interrupted":
                 self._tracker.update(record)
         outcome: State = "failed"
         try:
@@ -800,7 +811,11 @@ class _Study:
         if outcome == "interrupted":
             waited = time.monotonic() - self._told_to_stop if self._signal else 0.0
             seconds = max(0.0, STOPPED_SECONDS - waited)
-        if not self._tracker.close(seconds=seconds):
+        end = time.monotonic() + seconds
+        if self._mirror is not None:
+            # First, and half of the time at most: MLflow can be filled from the records.
+            self._mirror.close(seconds=seconds / 2)
+        if not self._tracker.close(seconds=max(0.0, end - time.monotonic())):
             self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
 
     def _count(self) -> None:

@@ -1,5 +1,6 @@
 """What users mistype: refused in about a second, by name, without a traceback."""
 
+import argparse
 import json
 import os
 import re
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import command_line
 from experiments.baselines import BASELINES
+from orchestration.records import TUNING, RunFolder
+from orchestration.settings import Settings
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,3 +256,23 @@ def test_a_dry_run_says_what_it_would_take_and_starts_nothing(
 def test_the_named_configurations_survive_a_file() -> None:
     for config in BASELINES.values():
         assert type(config).from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(("kind", "names"), [("sweep", ["s"]), ("comparison", ["s", f"s{TUNING}"])])
+def test_what_is_to_be_resumed_is_fetched_if_it_is_not_here(
+    tmp_path: Path, kind: str, names: list[str]
+) -> None:
+    where = Settings(
+        output=tmp_path / "runs",
+        cache_dir=tmp_path,
+        tracking_uri="",
+        storage=str(tmp_path / "storage"),
+    )
+    for name in ("s", f"s{TUNING}"):
+        RunFolder(tmp_path / "storage" / "studies" / name).create({"kind": kind})
+    asked = argparse.Namespace(name="s", resume=False, retry_failed=False)
+    assert command_line.run_name(asked, kind, where) == "s"
+    assert not where.output.exists()
+    asked.resume = True
+    assert command_line.run_name(asked, kind, where) == "s"
+    assert sorted(path.name for path in where.output.iterdir()) == names

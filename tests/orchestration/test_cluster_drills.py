@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.records import RunFolder
 from orchestration.settings import ENVIRONMENT
 from tests.orchestration.test_sweep import LONGER, SHORT, Driver, check_the_three_records_agree
 
@@ -129,7 +130,7 @@ def test_twenty_sweeps_in_a_row_on_one_ray_all_end_and_leave_nothing(
     assert pruned > 0
 
 
-def test_a_sweep_whose_head_is_lost_goes_on_with_another(tmp_path: Path) -> None:
+def test_a_sweep_whose_head_is_lost_with_its_disk_goes_on_with_another(tmp_path: Path) -> None:
     storage = {"CPFEAN_STORAGE": str(tmp_path / "storage")}
     with head(cpus=2) as first:
         before = new_driver(
@@ -144,7 +145,10 @@ def test_a_sweep_whose_head_is_lost_goes_on_with_another(tmp_path: Path) -> None
     said = before.log.read_text()
     assert "sweep.py --resume --name s" in said, said
     assert "Traceback" not in said
-    assert not any(record.state == "failed" for record in before.records())
+    records = before.records()
+    assert not any(record.state == "failed" for record in records)
+    # The records, MLflow's database and its artifacts: all that was on the head.
+    shutil.rmtree(before.home / "runs")
     with head(cpus=2) as second:
         after = Driver(
             before.home,
@@ -155,9 +159,12 @@ def test_a_sweep_whose_head_is_lost_goes_on_with_another(tmp_path: Path) -> None
             **OPEN,
             **storage,
         )
-        after.snapshots.append(before.records())
+        after.snapshots.append(records)
         assert after.start("--resume").wait(timeout=600) == 0, after.log.read_text()
+    copy = tmp_path / "storage" / "studies" / "s"
+    assert f"fetched from {copy}, with {len(records)} trial(s)" in after.log.read_text()
     check_the_three_records_agree(after)
+    assert RunFolder(copy).records() == after.records()
 
 
 def test_a_trial_whose_node_is_lost_goes_on_elsewhere(

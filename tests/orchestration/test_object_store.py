@@ -1,5 +1,8 @@
-"""Data and checkpoints in a real S3 server, which fails behind a proxy."""
+"""Data, checkpoints and records in a real S3 server, which fails behind a proxy."""
 
+import logging
+import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,14 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.training.checkpoint import Checkpoint, read_state
 from cpfean.training.loop import fit
-from orchestration import storage
+from orchestration import mirror, storage
 from orchestration.checkpoints import CheckpointFolder
-from orchestration.settings import ServiceError
+from orchestration.mirror import Mirror, fetch_records
+from orchestration.records import RunFolder
+from orchestration.settings import ServiceError, Settings
 from tests.faults import Fault, ObjectStore, Proxy
-from tests.orchestration.samples import TINY
+from tests.lab.hosts import wait_until
+from tests.orchestration.samples import TINY, record
 from tests.orchestration.test_checkpoints import Saver, Trained
 
 pytestmark = pytest.mark.slow
@@ -79,9 +85,14 @@ def be_known_as(key: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def saver(store: ObjectStore, proxy: Proxy, checkpoint: Checkpoint, tmp_path: Path) -> Saver:
-    bucket = tmp_path.name.replace("_", "-").lower()[:60].strip("-")
-    store.make_bucket(bucket)
+def bucket(store: ObjectStore, proxy: Proxy, tmp_path: Path) -> str:
+    name = tmp_path.name.replace("_", "-").lower()[:60].strip("-")
+    store.make_bucket(name)
+    return name
+
+
+@pytest.fixture
+def saver(bucket: str, checkpoint: Checkpoint) -> Saver:
     return Saver(CheckpointFolder(f"s3://{bucket}/runs/trial"), checkpoint)
 
 
@@ -219,3 +230,63 @@ def test_data_are_fetched_as_they_are(store: ObjectStore, proxy: Proxy, tmp_path
     fetched = resolve_data(remote, cache_dir=tmp_path / "fetched")
     assert proxy.met == 2
     assert data_fingerprint(fetched) == data_fingerprint(local)
+
+
+@pytest.fixture
+def in_bucket(bucket: str, where: Settings) -> Settings:
+    return replace(where, storage=f"s3://{bucket}/runs")
+
+
+def mirrored(where: Settings) -> tuple[RunFolder, Mirror, list[str]]:
+    """A study with one record, what copies it, and what that says."""
+    folder = RunFolder(where.output / "s")
+    folder.create({"kind": "sweep"})
+    folder.write(record(0, 10.0, state="running"))
+    said: list[str] = []
+    assert where.storage is not None
+    return folder, Mirror(folder, where.storage, say=said.append), said
+
+
+def test_records_are_copied_and_fetched_as_they_were(in_bucket: Settings) -> None:
+    fetch_records("s", in_bucket, say=pytest.fail)
+    assert not in_bucket.output.exists()
+    folder, copying, said = mirrored(in_bucket)
+    copying.check()
+    copying.start()
+    folder.write(record(1, 5.0, 6.0, state="running"))
+    copying.close()
+    records, number = folder.records(), folder.id
+    shutil.rmtree(in_bucket.output)
+    fetch_records("s", in_bucket, say=said.append)
+    assert (folder.records(), folder.id) == (records, number)
+    (line,) = said
+    assert f"fetched from {in_bucket.storage}/studies/s, with 2 trial(s) and 3 epoch(s)" in line
+
+
+@pytest.mark.parametrize("fault", [503, "refuse", pytest.param("hang", marks=pytest.mark.drill)])
+def test_a_store_that_is_away_does_not_hold_a_study_up_and_gets_the_records_later(
+    in_bucket: Settings,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Fault,
+) -> None:
+    caplog.set_level(logging.WARNING, logger="cpfean")
+    monkeypatch.setattr(mirror, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(mirror, "_RETRY_SECONDS", 0.1)
+    folder, copying, said = mirrored(in_bucket)
+    proxy.fault, proxy.body = fault, b"<Error><Code>SlowDown</Code></Error>"
+    began = time.monotonic()
+    copying.check()
+    copying.start()
+    assert time.monotonic() - began < 4
+    wait_until(lambda: len(said) > 0, seconds=60, what="the warning")
+    folder.write(record(0, 10.0, 20.0, state="running"))
+    proxy.fault = "none"
+    copying.close()
+    assert len(said) == 1
+    assert "training goes on" in said[0]
+    assert caplog.messages == []  # nor does the store's own client say it again and again
+    shutil.rmtree(in_bucket.output)
+    fetch_records("s", in_bucket, say=said.append)
+    assert [found.epochs for found in folder.records()] == [2]
