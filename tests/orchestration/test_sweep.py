@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
@@ -327,12 +328,18 @@ def test_a_sweep_of_which_a_worker_is_killed_goes_on_and_the_records_agree(tmp_p
 
 @pytest.mark.drill
 def test_a_sweep_whose_trials_all_diverge_stops_and_says_so(tmp_path: Path) -> None:
-    config = SHORT.with_overrides({"optim.learning_rate": 1e30, "optim.clip_norm": 1e30})
-    driver = Driver(tmp_path, config=config, trials=5, workers=2)
-    assert driver.start().wait(timeout=600) == 4, driver.log.read_text()
+    driver = Driver(tmp_path, config=SHORT, trials=5, workers=2)
+    process = driver.start()
+    # Spoilt once they have been checked, and before a worker reads them.
+    driver.wait_until(process, lambda: "trial(s) to run" in driver.log.read_text())
+    (features,) = tmp_path.glob("cache/synthetic-*/train_ims.npy")
+    np.save(features, np.full_like(np.load(features), np.inf))
+    assert process.wait(timeout=600) == 4, driver.log.read_text()
     told = driver.log.read_text()
     print(told)
     assert "the first 3 trials failed alike (diverged)" in told
+    assert "the loss is nan at step 1 of epoch 1" in told
+    assert "continue with `sweep.py --resume --retry-failed --name s`" in told
     assert "Traceback" not in told
     assert [record.failure for record in driver.records()] == ["diverged"] * 3
     check_failures_are_told(driver)
