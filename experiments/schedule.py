@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cpfean.errors import ConfigError
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
+from experiments.baselines import BASELINES
 from orchestration.study import Interrupted
 
 if TYPE_CHECKING:
@@ -45,7 +46,14 @@ Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 clus
 6 (of a round) rSum changed beyond the interval, 130 or 143 stopped.
 """
 _OURS = ("--name", "--output", "--resume", "--retry-failed")
-_PATHS = ("--config", "--data", "--prices", "--results")
+_PATHS = (
+    "--config",
+    "--data",
+    "--prices",
+    "--results",
+    "--set data.path",
+    "--set model.text.encoder",
+)
 
 
 def main() -> None:
@@ -94,8 +102,9 @@ def body(arguments: argparse.Namespace, given: list[str]) -> int:
 def _add(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
     if not arguments.cron:
         raise ConfigError("add needs --cron, e.g. --cron '0 2 * * *' for every night at two, UTC.")
+    given = _from_anywhere(given)
     _checked(given)
-    suite = schedule.add(arguments.names[0], cron=arguments.cron, arguments=_from_anywhere(given))
+    suite = schedule.add(arguments.names[0], cron=arguments.cron, arguments=given)
     (row,) = [row for row in _rows(schedule) if row[0] == suite.name]
     print(f"{suite.name}: first due {row[2]}. `schedule.py run` has to be running then.")
     return 0
@@ -257,19 +266,22 @@ def _from_anywhere(given: list[str]) -> list[str]:
     """The flags with absolute paths: a round starts in another folder."""
     words: list[str] = []
     for word in given:
+        before = words[-1] if words else ""
         flag, equals, value = word.partition("=")
-        if equals and flag in _PATHS:
+        if before == "--set" and f"--set {flag}" in _PATHS:
+            words.append(f"{flag}={_absolute(f'--set {flag}', value)}")
+        elif equals and flag in _PATHS:
             words.append(f"{flag}={_absolute(flag, value)}")
         else:
-            before = words[-1] if words else ""
             words.append(_absolute(before, word) if before in _PATHS else word)
     return words
 
 
 def _absolute(flag: str, value: str) -> str:
-    # What is no path is the name of a configuration, the generated data or a URL.
+    """The path; what is none stays: a URL, generated data, a configuration's or model's name."""
+    is_name = "://" in value or value == "synthetic" or (flag == "--config" and value in BASELINES)
     path = Path(value).expanduser()
-    is_path = path.exists() or (flag == "--results" and "://" not in value)
+    is_path = not is_name and (path.exists() or flag == "--results")
     return str(path.absolute()) if is_path else value
 
 

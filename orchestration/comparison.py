@@ -130,6 +130,9 @@ def compare_methods(
     variants = as_they_stand(methods)
     if points > 1:
         tuning = tuning_study(plan, methods, common, points=points)
+        if RunFolder(settings.output / plan.name).identity_file.exists():
+            # What is compared has been chosen: a better point would make another study of it.
+            tuning = replace(tuning, retry_failed=False)
         say(f"tuning: {points} configurations of each of {len(methods)} methods, judged on dev")
         done = runner(tuning, settings, resume=resume and _exists(tuning, settings), say=say)
         if done.used_up:

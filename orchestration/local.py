@@ -86,6 +86,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.told = 0.0
         self._checkpoints: CheckpointFolder | None = None
         self._timer: threading.Timer | None = None
 
@@ -96,6 +97,7 @@ class _Stop:
             Interrupted: nothing is being trained.
         """
         self.signal = number
+        self.told = time.monotonic()
         if self._checkpoints is None:
             raise Interrupted(number)
         # It may be long before there is a next step: after this time it ends where it is.
@@ -114,6 +116,8 @@ class _Stop:
         self._checkpoints = checkpoints
         try:
             yield
+            if self.signal:  # since the last step of all
+                raise Interrupted(self.signal)
         except StoppedError:
             raise Interrupted(self.signal) from None
         finally:
@@ -197,7 +201,10 @@ class _Here:
             if self._drift:
                 tags["cpfean.drift"] = self._drift
             self._tracker.update_parent(outcome, self._meter.metrics(), tags)
-            seconds = STOPPED_SECONDS if outcome == "interrupted" else 60.0
+            seconds = 60.0
+            if outcome == "interrupted":
+                waited = time.monotonic() - self._stop.told if self._stop.signal else 0.0
+                seconds = max(0.0, STOPPED_SECONDS - waited)
             if not self._tracker.close(seconds=seconds):
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
 

@@ -152,7 +152,10 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Whether it has come to its end, and not only to that of its budget."""
         file = self.path / "summary.json"
-        return file.exists() and not (read_json(file) or {}).get("used_up")
+        if not file.exists() or (read_json(file) or {}).get("used_up"):
+            return False
+        # Since then trials that failed may have been asked for once more.
+        return all(record.settled for record in self.records())
 
     @property
     def id(self) -> str:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cpfean.errors import ConfigError
 from orchestration.settings import ServiceError
 
 logger = logging.getLogger("cpfean.storage")
@@ -83,12 +84,18 @@ class Storage:
         import fsspec
 
         # A cached file system would keep its credentials.
-        self._filesystem, self._path = fsspec.core.url_to_fs(
-            self.url,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-            **(_S3 if self.url.startswith("s3://") else {}),
-        )
+        try:
+            self._filesystem, self._path = fsspec.core.url_to_fs(
+                self.url,
+                use_listings_cache=False,
+                skip_instance_cache=True,
+                **(_S3 if self.url.startswith("s3://") else {}),
+            )
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                f"{self.url}: no storage of that kind here ({error}). CPFEAN_STORAGE is an s3:// "
+                "URL or a folder."
+            ) from None
         if self.url.startswith("s3://"):
             self._filesystem.retries = 1
 

@@ -260,7 +260,11 @@ def num_open(plan: StudyPlan, settings: Settings) -> int:
     """Trials of a plan that would have to be trained now."""
     folder = RunFolder(settings.output / plan.name)
     records = {record.number: record for record in folder.records()}
-    settled = {number for number, record in records.items() if record.settled}
+    settled = {
+        number
+        for number, record in records.items()
+        if record.settled and not (plan.retry_failed and record.state == "failed")
+    }
     results = plan.known_results(folder)
     if results is not None:
         settled |= {
@@ -378,6 +382,7 @@ class _Study:
         self._running: dict[int, float] = {}
         self._crews: dict[int, str] = {}
         self._losses: Counter[int] = Counter()
+        self._exhausted = False
         self._failures: list[tuple[str, str]] = []
         self._drift = drift
         self._known_nodes: set[str] = set()
@@ -425,7 +430,7 @@ class _Study:
     def next_trial(self) -> TrialRecord | None:
         """The next trial to run: one that was cut off first, then a new one."""
         number = next((n for n in range(self._plan.trials) if n not in self._records), None)
-        if self._signal or (not self._waiting and number is None):
+        if self._signal or (not self._waiting and (number is None or self._exhausted)):
             return None
         if self._is_used_up():
             return None
@@ -440,6 +445,7 @@ class _Study:
             drawn = self._proposals.ask(number, list(self._records.values()))
             self._tell_duplicates(self._proposals.duplicates[before:])
             if drawn is None:
+                self._exhausted = True
                 self._say(f"the search space has no more than {number} different configurations.")
                 return None
             config = self._plan.base.with_overrides(drawn)
@@ -529,7 +535,7 @@ class _Study:
         record = self._records[number]
         self._count_seconds(record)
         self._running.pop(number, None)
-        self._set_state(record, "waiting")
+        self._set_state(record, "interrupted")  # as which it is left if nothing more is begun
         self._waiting.append(record)
         self.noted(number, f"its process was lost; retry {self._losses[number]}/{MAX_RETRIES}.")
 

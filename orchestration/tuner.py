@@ -167,6 +167,10 @@ def _sigterm_kept() -> Iterator[None]:
     ours = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM and callable(ours):
+            ours(signal.SIGTERM, None)  # what Ray has taken for its own
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours or signal.SIG_DFL)
@@ -612,17 +616,21 @@ class _Source(Searcher):
     def __init__(self, hooks: Hooks) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._hooks = hooks
+        self._running: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:  # FINISHED is a text, whatever Tune's types say
         record = self._hooks.next_trial()
         if record is None:
-            return Searcher.FINISHED
+            # Tune takes that as final, and a trial that runs may be lost and come back.
+            return None if self._running else Searcher.FINISHED
+        self._running.add(trial_id)
         return {"number": record.number, "config": json.dumps(record.config)}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """The study tells its proposals itself, with states that Tune does not pass on."""
+        # What came of it the study tells itself, with states that Tune does not pass on.
+        self._running.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune takes snapshots; ours are the records."""

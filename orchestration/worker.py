@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -54,7 +55,7 @@ def work(job: dict[str, Any]) -> None:
     import torch
     from ray.train import get_context
 
-    from cpfean.errors import StoppedError
+    from cpfean.errors import CpfeanError, StoppedError
     from cpfean.processes import partners_watched
 
     torch.set_num_threads(job["cpus"])
@@ -76,6 +77,11 @@ def work(job: dict[str, Any]) -> None:
             # Another worker may have heard of it first; if nobody does, a host is taken away.
             if not told_to_stop.wait(1.0):
                 raise
+        except Exception:
+            # The next attempt goes on from what is still on its way.
+            with suppress(CpfeanError):
+                reporter.sender.wait()
+            raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -87,9 +93,16 @@ def _listen(post: Any, told_to_stop: threading.Event) -> None:
     """Waits in a thread of its own for the end of all orders."""
     import ray
 
-    with suppress(ray.exceptions.RayError):  # without a post there are no orders either
-        ray.get(post.told_to_stop.remote())
-    told_to_stop.set()
+    while True:
+        try:
+            ray.get(post.told_to_stop.remote())
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(1.0)  # the way to it is broken for a moment
+            continue
+        except ray.exceptions.RayError:
+            pass  # without a post there are no orders either
+        told_to_stop.set()
+        return
 
 
 def _train(

@@ -28,13 +28,17 @@ def test_a_suite_is_added_listed_and_removed(tiny: Path) -> None:
     empty = call("schedule.py", "list", cwd=tiny)
     assert (empty.returncode, empty.stdout.split(" in ")[0]) == (0, "no suites")
     add = ["schedule.py", "add", "nightly", "--cron", "0 2 * * *"]
-    added = call(*add, "--", *FLAGS, cwd=tiny)
+    for name in ("synthetic", "small", "elsewhere"):  # the first two are names all the same
+        (tiny / name).mkdir()
+    more = ["--data", "synthetic", "--set", "model.text.encoder=elsewhere", "--results=r"]
+    added = call(*add, "--", *FLAGS, *more, cwd=tiny)
     assert added.returncode == 0, added.stderr
     listed = call("schedule.py", "list", cwd=tiny).stdout.splitlines()
     assert listed[1].split()[0] == "nightly"
     # A round starts in another folder.
     flags = [str(tiny / word) if word.endswith(".toml") else word for word in FLAGS]
-    assert listed[1].endswith(" ".join(flags))
+    flags += ["--data", "synthetic", "--set", f"model.text.encoder={tiny / 'elsewhere'}"]
+    assert listed[1].endswith(" ".join([*flags, f"--results={tiny / 'r'}"]))
     # As three rounds that failed, and one that was not run for it, leave it.
     schedule = Schedule(tiny / "runs", script=tiny, python="python")
     schedule._note("nightly", "20261101T020000Z", "failed", "no such device")

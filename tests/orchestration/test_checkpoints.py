@@ -130,6 +130,12 @@ def test_an_upload_does_not_hold_up_the_training_and_its_end_is_waited_for(
     assert folder.newest_valid() == "epoch-0005"
 
 
+@pytest.mark.parametrize("uri", ["s4://bucket/trial", "sftp://host/trial"])
+def test_a_storage_of_an_unknown_kind_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"{uri}: no storage of that kind here"):
+        CheckpointFolder(uri)
+
+
 def test_in_a_folder_a_checkpoint_is_there_when_the_training_goes_on(
     tmp_path: Path, checkpoint: Checkpoint
 ) -> None:

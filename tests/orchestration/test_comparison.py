@@ -4,6 +4,7 @@ import csv
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from orchestration.local import run_here
 from orchestration.records import RunFolder
 from orchestration.search import Choice, Range, SearchSpace, spread_points
 from orchestration.settings import Settings
-from orchestration.study import StudyPlan, closing_lines
+from orchestration.study import StudyPlan, StudyResult, closing_lines
 from orchestration.tracking import open_store
 from tests.orchestration.samples import TINY, record
 
@@ -79,6 +80,33 @@ def compared(
         say=say,
         **arguments,
     )
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_points_that_failed_are_tried_again_until_what_is_compared_has_been_chosen(
+    where: Settings, chosen: bool
+) -> None:
+    plan = replace(plan_of(where, "c"), retry_failed=True)
+    if chosen:
+        RunFolder(where.output / "c").create({"kind": "comparison"})
+    asked: list[bool] = []
+
+    def runner(study: StudyPlan, settings: Settings, **how: Any) -> StudyResult:
+        asked.append(study.retry_failed)
+        return StudyResult(folder=where.output, records=(), used_up="--max-hours 1")
+
+    compare_methods(
+        plan,
+        METHODS,
+        COMMON,
+        points=2,
+        seeds=[1],
+        settings=where,
+        resume=True,
+        runner=runner,
+        say=print,
+    )
+    assert asked == [not chosen]
 
 
 def test_points_are_inside_the_space_spread_and_always_the_same() -> None:

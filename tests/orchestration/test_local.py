@@ -144,6 +144,21 @@ def test_a_signal_in_the_middle_of_an_epoch_costs_none_of_its_steps(
     assert resumed.test == undisturbed.test
 
 
+def test_a_signal_after_the_last_step_is_heard_too(where: Settings) -> None:
+    plan = plan_of(TINY, where, "stopped")
+    open_store(where.tracking_uri)
+
+    def stop_after_the_last_epoch(line: str) -> None:
+        if line.startswith("epoch 2/2"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_here(plan, where, resume=False, say=stop_after_the_last_epoch)
+    (record,) = RunFolder(where.output / "stopped").records()
+    assert (record.state, record.epochs, record.test) == ("interrupted", 2, {})
+    assert run_here(plan, where, resume=True, say=print).test
+
+
 def test_a_signal_in_a_step_that_takes_too_long_ends_the_training_where_it_is(
     where: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,9 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run_of_its_kind(tmp_p
     RunFolder(tmp_path / "b").write(record(0, state="failed", failure="oom"))
     assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "a"
     assert RunFolder.newest_unfinished(tmp_path, "sweep", with_failed=True).name == "b"
+    # Of which the driver was killed before the trial was run once more.
+    assert RunFolder(tmp_path / "b").reopen_failed() == 1
+    assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "b"
 
 
 def test_a_comparison_is_resumed_after_its_tuning_too(tmp_path: Path) -> None:

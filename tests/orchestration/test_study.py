@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from orchestration.study import (
     _Study,
     best_of,
     closing_lines,
+    num_open,
     reopen_failed,
     summary,
 )
@@ -182,6 +184,8 @@ def test_a_trial_whose_process_is_lost_is_run_again_three_times(tmp_path: Path) 
     for retry in (1, 2, 3):
         driven.lost(number, "the actor died")
         assert said[-1] == f"trial-000: its process was lost; retry {retry}/3."
+        (record,) = RunFolder(tmp_path / "s").records()
+        assert record.state == "interrupted"  # and no RUNNING run, if nothing more is begun
         assert begin(driven) == number  # before what is new
     driven.lost(number, "the actor died")
     (record,) = RunFolder(tmp_path / "s").records()
@@ -265,6 +269,8 @@ def test_a_trial_that_failed_is_run_once_more_if_that_is_asked_for(tmp_path: Pat
     again, _ = study(tmp_path, trials=2)
     assert again.next_trial() is None  # it is settled until somebody asks
     asked.retry_failed = True
+    assert num_open(driven._plan, driven._settings) == 0
+    assert num_open(replace(driven._plan, retry_failed=True), driven._settings) == 1
     reopen_failed(asked, RunFolder(tmp_path / "s"), said.append)
     assert said == ["1 trial(s) that failed are run once more."]
     again, _ = study(tmp_path, trials=2)

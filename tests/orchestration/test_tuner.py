@@ -15,6 +15,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 from torch.distributed import DistBackendError
 
 from cpfean.errors import (
@@ -35,6 +36,7 @@ from orchestration.tuner import (
     Cluster,
     EarlyStopping,
     _Halving,
+    _Source,
     _Trial,
     classify,
     connect,
@@ -61,6 +63,20 @@ def trial(scheduler: _Halving, number: int) -> Any:
     started = SimpleNamespace(trial_id=f"id-{number}", config={"number": number})
     scheduler.on_trial_add(None, started)
     return started
+
+
+def test_tune_is_told_that_nothing_is_left_only_when_nothing_runs_that_may_be_lost() -> None:
+    lost = record(0)
+    waiting = [lost]
+    hooks: Any = SimpleNamespace(next_trial=lambda: waiting.pop(0) if waiting else None)
+    source = _Source(hooks)
+    assert source.suggest("a")["number"] == 0
+    assert source.suggest("b") is None
+    source.on_trial_complete("a", error=True)
+    waiting.append(lost)
+    assert source.suggest("c")["number"] == 0
+    source.on_trial_complete("c")
+    assert source.suggest("d") == Searcher.FINISHED
 
 
 def test_what_is_behind_after_the_grace_is_stopped_and_the_rest_goes_on() -> None:
