@@ -16,9 +16,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -117,35 +115,20 @@ class CheckpointFolder:
             ServiceError: it cannot be written; the older ones are still there.
             FencedError: a newer attempt has taken over.
         """
-        return self.begin(checkpoint)()
-
-    def begin(self, checkpoint: Checkpoint) -> Callable[[], str]:
-        """The first half of `save`, and what does the second: sending, where that has to be.
-
-        The training may go on before the second half is done. Either half raises as `save` does.
-        """
-        name = self.name_of(checkpoint)
+        name = name_of(checkpoint.state.progress, attempt=self.attempt)
         self.check_current()
         if self._store is None:
             self._write(checkpoint, name)
-            return partial(self._tidied, name)
-        staged = tempfile.TemporaryDirectory(prefix="cpfean-")
-        try:
-            checkpoint.save(Path(staged.name))
-        except CheckpointError as error:
-            full = cannot_write(Path(staged.name), error, needed=_size(checkpoint))
-            staged.cleanup()
-            raise full from error
-        return partial(self._sent, staged, name, self._store)
-
-    @property
-    def is_store(self) -> bool:
-        """Whether what is saved is sent away."""
-        return self._store is not None
-
-    def name_of(self, checkpoint: Checkpoint) -> str:
-        """Under which name this attempt saves it."""
-        return name_of(checkpoint.state.progress, attempt=self.attempt)
+        else:
+            self._upload(checkpoint, name, self._store)
+        self.check_current()
+        names = self.names()
+        older = names[: names.index(name)]
+        whole = [known for known in older if self._has_manifest(known)]
+        for old in older:
+            if old not in whole[1 - KEPT :]:
+                self._remove(old)
+        return self.at(name)
 
     def at(self, name: str) -> str:
         """The address of a checkpoint."""
@@ -204,22 +187,26 @@ class CheckpointFolder:
     def _write(self, checkpoint: Checkpoint, name: str) -> None:
         for leftover in self._path.glob(".epoch-*"):  # of a writer that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        unfinished = self._path / f".{name}.{uuid.uuid4().hex[:8]}"
+        partial = self._path / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
-            checkpoint.save(unfinished)
+            checkpoint.save(partial)
             self.check_current()
             if (self._path / name).exists():  # from an attempt that had come further
-                (self._path / name).rename(unfinished.with_suffix(".old"))
-            unfinished.rename(self._path / name)
-            shutil.rmtree(unfinished.with_suffix(".old"), ignore_errors=True)
+                (self._path / name).rename(partial.with_suffix(".old"))
+            partial.rename(self._path / name)
+            shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
         except (OSError, CheckpointError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             self.check_current()  # a newer attempt takes what it finds unfinished for a leftover
             raise cannot_write(self._path / name, error, needed=_size(checkpoint)) from error
 
-    def _sent(self, staged: tempfile.TemporaryDirectory[str], name: str, store: Storage) -> str:
-        with staged as temporary:
+    def _upload(self, checkpoint: Checkpoint, name: str, store: Storage) -> None:
+        with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
             folder = Path(temporary)
+            try:
+                checkpoint.save(folder)
+            except CheckpointError as error:
+                raise cannot_write(folder, error, needed=_size(checkpoint)) from error
             manifest = f"{name}/{_MANIFEST}"
             store.remove(manifest)  # while files of two attempts are mixed it is no checkpoint
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -228,18 +215,6 @@ class CheckpointFolder:
                     store.put(file, f"{name}/{relative}")
             self.check_current()
             store.put(folder / _MANIFEST, manifest)
-        return self._tidied(name)
-
-    def _tidied(self, name: str) -> str:
-        """Removes what is not kept once a checkpoint is there; returns where it is."""
-        self.check_current()
-        names = self.names()
-        older = names[: names.index(name)]
-        whole = [known for known in older if self._has_manifest(known)]
-        for old in older:
-            if old not in whole[1 - KEPT :]:
-                self._remove(old)
-        return self.at(name)
 
     def _download(self, name: str, folder: Path, store: Storage) -> None:
         """Fetches what the manifest names; a listing may lack what is new."""
@@ -265,42 +240,6 @@ class CheckpointFolder:
             shutil.rmtree(self._path / name, ignore_errors=True)
         else:
             self._store.remove(name)
-
-
-class Sender:
-    """Saves the checkpoints of a training, to a store while the training goes on.
-
-    One is on its way at a time, so a store that is slower than the training holds it up after an
-    epoch. What goes wrong on the way is raised when the next one is given, or waited for.
-    """
-
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self._folder = folder
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._sending: Future[str] | None = None
-
-    def save(self, checkpoint: Checkpoint, *, at_once: bool = False) -> str:
-        """Returns where it is, or will be unless it is wanted `at_once`.
-
-        Raises:
-            ServiceError, FencedError: as `CheckpointFolder.save`, of this one or the one before.
-        """
-        self.wait()
-        send = self._folder.begin(checkpoint)
-        if at_once or not self._folder.is_store:
-            return send()
-        self._sending = self._thread.submit(send)
-        return self._folder.at(self._folder.name_of(checkpoint))
-
-    def wait(self) -> None:
-        """Until nothing is on its way.
-
-        Raises:
-            ServiceError, FencedError: it did not arrive.
-        """
-        sending, self._sending = self._sending, None
-        if sending is not None:
-            sending.result()
 
 
 def _described(manifest: Path) -> dict[str, int]:

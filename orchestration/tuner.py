@@ -424,7 +424,7 @@ class _Trial(tune.Trainable):
             self._retries += failure == "infra"
             if failure not in _RETRIED or self._retries > MAX_RETRIES:
                 if self._first_loss not in ("", what):
-                    message += f"\nIt began with: {self._first_loss}."
+                    message = f"It began with: {self._first_loss}.\n{message}"
                 # As news and not as an error, which would cost this process as well.
                 return {"failure": failure, "message": message, "done": True}
             if failure == "infra":

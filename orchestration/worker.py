@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean.config import ExperimentConfig
 from orchestration.attempts import epoch_of
-from orchestration.checkpoints import CheckpointFolder, Sender
+from orchestration.checkpoints import CheckpointFolder
 from orchestration.search import METRIC
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def work(job: dict[str, Any]) -> None:
     import torch
     from ray.train import get_context
 
-    from cpfean.errors import CpfeanError, StoppedError
+    from cpfean.errors import StoppedError
     from cpfean.processes import partners_watched
 
     torch.set_num_threads(job["cpus"])
@@ -67,21 +67,14 @@ def work(job: dict[str, Any]) -> None:
     while (order := ray.get(job["post"].order.remote(after=number))) is not None:
         number, trial = order
         reporter = RayReporter(job["post"], number, trial)
-        notice = _Notice(reporter.sender, told_to_stop, hosts_may_go=not job["is_local"])
+        notice = _Notice(reporter.folder, told_to_stop, hosts_may_go=not job["is_local"])
         try:
             with suppress(_Abandoned), partners_watched(where=host), warnings_noted(reporter):
                 _train(trial, reporter, notice=notice, cache_dir=Path(job["cache_dir"]))
-            reporter.sender.wait()
         except StoppedError:
-            reporter.sender.wait()
             # Another worker may have heard of it first; if nobody does, a host is taken away.
             if not told_to_stop.wait(1.0):
                 raise
-        except Exception:
-            # The next attempt goes on from what is still on its way.
-            with suppress(CpfeanError):
-                reporter.sender.wait()
-            raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -228,9 +221,9 @@ class _Notice:
     """
 
     def __init__(
-        self, sender: Sender, told_to_stop: threading.Event, *, hosts_may_go: bool
+        self, folder: CheckpointFolder, told_to_stop: threading.Event, *, hosts_may_go: bool
     ) -> None:
-        self._sender = sender
+        self._folder = folder
         self._told_to_stop = told_to_stop
         self._hosts_may_go = hosts_may_go
 
@@ -244,7 +237,7 @@ class _Notice:
     def save(self, checkpoint: Checkpoint | None) -> None:
         # However late it is: what is not whole by then is passed over.
         if checkpoint is not None:
-            self._sender.save(checkpoint, at_once=True)
+            self._folder.save(checkpoint)
 
 
 class RayReporter:
@@ -255,7 +248,6 @@ class RayReporter:
 
         self.is_first = get_context().get_world_rank() == 0
         self.folder = CheckpointFolder(trial["folder"], attempt=trial["attempt"])
-        self.sender = Sender(self.folder)
         self._post = post
         self._number = number
         self._to_be_tested = bool(trial["test"])
@@ -269,9 +261,7 @@ class RayReporter:
         metrics = metrics_of(report)
         wanted = None
         if checkpoint is not None:
-            # The last one is read from there at once.
-            path = self.sender.save(checkpoint, at_once=metrics["ended"])
-            news = metrics | {"checkpoint_path": path}
+            news = metrics | {"checkpoint_path": self.folder.save(checkpoint)}
             # A trial that is to be tested is at its end after that.
             self._tell(news | {"ended": news["ended"] and not self._to_be_tested})
             if not metrics["ended"]:

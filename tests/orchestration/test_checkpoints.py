@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,10 +23,9 @@ from cpfean.errors import ConfigError
 from cpfean.training.checkpoint import Checkpoint, TrainingState, check_same_run, read_state
 from cpfean.training.loop import EpochReport, fit
 from orchestration.attempts import FencedError
-from orchestration.checkpoints import CheckpointFolder, Sender
+from orchestration.checkpoints import CheckpointFolder
 from orchestration.local import run_here
 from orchestration.settings import ServiceError, Settings
-from orchestration.storage import Storage
 from tests.faults import small_disk
 from tests.orchestration.samples import TINY
 from tests.orchestration.test_local import curve, plan_of
@@ -92,56 +90,10 @@ def test_the_newest_two_are_kept_and_the_newest_is_found(saver: Saver) -> None:
         assert read_state(opened).epoch == 3
 
 
-def test_an_upload_does_not_hold_up_the_training_and_its_end_is_waited_for(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = CheckpointFolder("memory://bucket/sent")
-    free = threading.Event()
-    put = Storage.put
-    refused: list[str] = []
-
-    def slow(store: Storage, file: Path, name: str) -> None:
-        assert free.wait(60)
-        if name in refused:
-            raise ServiceError(f"{name}: the store has not taken it.")
-        put(store, file, name)
-
-    def epoch(number: int) -> Checkpoint:
-        return replace(checkpoint, state=replace(checkpoint.state, epoch=number))
-
-    monkeypatch.setattr(Storage, "put", slow)
-    sender = Sender(folder)
-    assert sender.save(epoch(1)) == f"{folder.uri}/epoch-0001"
-    assert folder.newest_valid() is None  # and yet the training goes on
-    free.set()
-    sender.wait()
-    assert folder.newest_valid() == "epoch-0001"
-    sender.save(epoch(2))
-    sender.save(epoch(3), at_once=True)
-    assert folder.names() == ["epoch-0002", "epoch-0003"]
-    assert folder.newest_valid() == "epoch-0003"
-    # What went wrong is told with the next one, and not again.
-    refused.append("epoch-0004/manifest.json")
-    sender.save(epoch(4))
-    with pytest.raises(ServiceError, match="epoch-0004/manifest"):
-        sender.save(epoch(5))
-    assert folder.newest_valid() == "epoch-0003"
-    sender.save(epoch(5), at_once=True)
-    assert folder.newest_valid() == "epoch-0005"
-
-
 @pytest.mark.parametrize("uri", ["s4://bucket/trial", "sftp://host/trial"])
 def test_a_storage_of_an_unknown_kind_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=f"{uri}: no storage of that kind here"):
         CheckpointFolder(uri)
-
-
-def test_in_a_folder_a_checkpoint_is_there_when_the_training_goes_on(
-    tmp_path: Path, checkpoint: Checkpoint
-) -> None:
-    folder = CheckpointFolder(str(tmp_path))
-    Sender(folder).save(checkpoint)
-    assert folder.newest_valid() == "epoch-0002"
 
 
 def cut(files: dict[str, bytes]) -> None:

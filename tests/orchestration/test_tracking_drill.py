@@ -232,6 +232,7 @@ def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None
             assert code == 5, told
         else:
             assert code == 4, told
+            assert "the first 3 trials failed alike (infra)" in told
             failed = [r for r in sweep.folder.records() if r.state == "failed"]
             assert {record.failure for record in failed} == {"infra"}
             assert re.search(r"epoch-\d+: disk full: .* free, .* needed", failed[0].message)
@@ -244,4 +245,4 @@ def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None
         # What was saved before was not trained again: its times are those of then.
         after = sweep.folder.records()
         assert all(after[old.number].history[: old.epochs] == old.history for old in before)
-    check_complete(sweep, uri)
+        check_complete(sweep, uri)

@@ -296,7 +296,10 @@ def test_a_disk_that_refuses_is_told_and_tried_again_also_where_the_driver_meets
     ]
     assert pauses == [2.0, 4.0, 6.0]
     assert (told[4]["failure"], told[4]["done"]) == ("infra", True)
-    assert told[4]["message"].endswith(f"It began with: {str(full).rstrip('.')}.")
+    # The last line is what the user sees, and by which failures are alike.
+    assert told[4]["message"] == (
+        f"It began with: {full}\n/d/attempt: disk full: 0 B free, 1 B needed. Free some."
+    )
 
 
 def test_workers_that_are_waited_for_are_no_failure(trained: Callable[..., list[dict]]) -> None:
