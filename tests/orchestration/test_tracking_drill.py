@@ -203,8 +203,8 @@ def test_a_sweep_has_its_data_and_checkpoints_in_an_object_store(tmp_path: Path)
         check_complete(sweep, uri)
         for record in sweep.folder.records():
             assert record.checkpoint.startswith(f"s3://bucket/checkpoints/{sweep.folder.id}/")
-            kept = filesystem.ls(record.checkpoint.removeprefix("s3://").rpartition("/")[0])
-            assert len(kept) == 2
+            folder = record.checkpoint.removeprefix("s3://").rpartition("/")[0]
+            assert len(filesystem.glob(f"{folder}/epoch-*")) == 2
             assert filesystem.exists(f"{record.checkpoint}/manifest.json")
         assert (sweep.folder.path / "best_model" / "config.toml").exists()
     finally:
