@@ -1,6 +1,7 @@
 """Trials whose hosts are taken away, with and without notice, on a cluster of several raylets."""
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,7 +144,8 @@ def test_notice_moves_a_trial_in_mid_epoch_and_a_lost_host_leaves_fewer_workers(
 
     def notify_in_time() -> None:
         (host,) = hosts.of_workers()
-        hosts.notify(host, seconds=120)
+        # Not before the next epoch has begun: then it would be told to stop between two.
+        threading.Timer(1.0, hosts.notify, (host,), {"seconds": 120}).start()
 
     def notify_too_late() -> None:
         hosts.add()
