@@ -184,7 +184,7 @@ def memory_rows(looks: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 def simulate(folder: Path, *, trials: int) -> None:
     """Is the driver of a sweep whose training is trivial."""
-    from orchestration.settings import Settings, prepare_environment
+    from orchestration.settings import Settings, prepare_environment, usable_cpus
 
     prepare_environment()  # before Ray is imported
     from ray import tune
@@ -237,7 +237,7 @@ def simulate(folder: Path, *, trials: int) -> None:
         name="simulated",
         base=base,
         trials=trials,
-        workers=len(os.sched_getaffinity(0)),  # one trial at a time: as fast as processes start
+        workers=usable_cpus(),  # one trial at a time: as fast as processes start
         space=SEARCH_SPACES["default"],
         grace=3,
         data_folder=resolve_data(base.data, cache_dir=folder / "cache"),

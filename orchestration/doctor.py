@@ -114,7 +114,8 @@ def check_nodes(settings: Settings) -> str:
     nodes = ask_nodes(settings.storage)
     if not nodes:
         raise Ill("no node answers", "see `ray status`")
-    wrong = missing_workers(len(nodes) - 1)
+    missing = missing_workers(len(nodes) - 1)
+    wrong = [missing] if missing else []
     for host, answer in nodes.items():
         if isinstance(answer, str):
             wrong.append(f"{host}: {answer}")
@@ -232,18 +233,19 @@ def _answers(
     return answers
 
 
-def missing_workers(there: int) -> list[str]:
+def missing_workers(there: int) -> str:
     """On the head of a cluster made by `ray up`: says so if fewer workers are there than asked for.
 
-    On other machines, and where Ray was started by hand, nobody knows how many there should be.
+    Empty if not; and on other machines, and where Ray was started by hand: nobody knows how many
+    there should be.
     """
     file = Path("~/ray_bootstrap_config.yaml").expanduser()
     try:
         types = json.loads(file.read_text(encoding="utf-8"))["available_node_types"]
         wanted = sum(kind.get("min_workers", 0) for kind in types.values())
     except (OSError, ValueError, LookupError):
-        return []
-    return [f"{there} of {wanted} worker(s) have joined"] if there < wanted else []
+        return ""
+    return f"{there} of {wanted} worker(s) have joined" if there < wanted else ""
 
 
 def check_storage(settings: Settings) -> str:

@@ -21,7 +21,6 @@ from orchestration.records import RunFolder, State, TrialRecord
 from orchestration.settings import Settings
 from orchestration.study import (
     SAVE_SECONDS,
-    STOPPED_SECONDS,
     Interrupted,
     StudyPlan,
     StudyResult,
@@ -33,6 +32,7 @@ from orchestration.study import (
     planned_record,
     reopen_failed,
     resume_line,
+    seconds_to_stop,
     stopped_by_signals,
     tracked_run,
 )
@@ -201,10 +201,7 @@ class _Here:
             if self._drift:
                 tags["cpfean.drift"] = self._drift
             self._tracker.update_parent(outcome, self._meter.metrics(), tags)
-            seconds = 60.0
-            if outcome == "interrupted":
-                waited = time.monotonic() - self._stop.told if self._stop.signal else 0.0
-                seconds = max(0.0, STOPPED_SECONDS - waited)
+            seconds = seconds_to_stop(self._stop.told) if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
                 self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
 

@@ -203,6 +203,15 @@ def stopped_by_signals(stop: Callable[[int], None], say: Callable[[str], None]) 
             signal.signal(number, handler)
 
 
+def seconds_to_stop(told: float) -> float:
+    """What is left of the time that a study has to stop.
+
+    Args:
+        told: when it was told to, by the monotonic clock; 0 if by no signal.
+    """
+    return max(0.0, STOPPED_SECONDS - (time.monotonic() - told if told else 0.0))
+
+
 def run_study(
     plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
 ) -> StudyResult:
@@ -723,11 +732,11 @@ class _Study:
         told = False
         while missing := missing_workers(len(cluster.nodes) - 1):
             if time.monotonic() > end:
-                self._say(f"{missing[0]}: starting with what is there.")
+                self._say(f"{missing}: starting with what is there.")
                 break
             if not told:
                 told = True
-                self._say(f"{missing[0]}: waiting for the others, ten minutes at most.")
+                self._say(f"{missing}: waiting for the others, ten minutes at most.")
             time.sleep(1.0)
             cluster = tuner.cluster_now(is_local=False)
         return cluster
@@ -815,8 +824,7 @@ class _Study:
             tags["cpfean.drift"] = self._drift
         self._tracker.update_parent(outcome, metrics | self._meter.metrics(), tags)
         if outcome == "interrupted":
-            waited = time.monotonic() - self._told_to_stop if self._signal else 0.0
-            seconds = max(0.0, STOPPED_SECONDS - waited)
+            seconds = seconds_to_stop(self._told_to_stop)
         end = time.monotonic() + seconds
         if self._mirror is not None:
             # First, and half of the time at most: MLflow can be filled from the records.

@@ -416,7 +416,8 @@ class _Trial(tune.Trainable):
         try:
             return self._news()
         except (TrainingFailedError, RayActorError, ServiceError) as error:
-            what = self._lost(error)
+            refusal = _refusal(error)
+            what = refusal or self._lost(error)
             self._dismiss()
             if _has_waited(error):
                 return {"done": False}  # how long that may go on is for the study to say
@@ -430,7 +431,7 @@ class _Trial(tune.Trainable):
             if failure == "infra":
                 self._first_loss = self._first_loss or what
                 line = f"{what}; retry {self._retries}/{MAX_RETRIES} from epoch {self._epoch}."
-                if _refusal(error):
+                if refusal:
                     time.sleep(_PAUSE_SECONDS * self._retries)
             elif any(isinstance(cause, StoppedError) for cause in _causes(error)):
                 line = f"preempted: {message} It goes on there."
@@ -476,12 +477,7 @@ class _Trial(tune.Trainable):
         return bool(ray.available_resources().get(kind, 0) >= number)
 
     def _lost(self, error: BaseException) -> str:
-        """Who is lost, as far as it is known, or what was refused by a disk or a store.
-
-        What may come back of those who are lost is fenced.
-        """
-        if refusal := _refusal(error):
-            return refusal
+        """Who is lost, as far as it is known; what may come back of them is fenced."""
         silent, gone = lost_ranks(error)
         hosts = {} if self._crew is None else self._crew.hosts()
         if not (silent or gone):

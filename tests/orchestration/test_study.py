@@ -731,8 +731,8 @@ def test_a_study_waits_for_the_workers_that_a_cluster_is_to_have(
     head, worker = Node(cpus=4, gpus=0), Node(cpus=4, gpus=1)
     coming = [(head,), (head, worker), (head, worker, worker)]
 
-    def missing(there: int) -> list[str]:
-        return [f"{there} of 2 worker(s) have joined"] if there < 2 else []
+    def missing(there: int) -> str:
+        return f"{there} of 2 worker(s) have joined" if there < 2 else ""
 
     def now(*, is_local: bool) -> Cluster:
         nodes = coming.pop(0)
