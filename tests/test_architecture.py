@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("cpfean", "orchestration", "experiments")
 CLUSTER = frozenset({"ray", "optuna", "mlflow"})
-FOUNDATION = frozenset({"cpfean.config", "cpfean.errors", "cpfean.processes", "cpfean.progress"})
+FOUNDATION = frozenset(
+    f"cpfean.{name}" for name in ("commands", "config", "errors", "processes", "progress")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Room:
 # The room with the longest name that fits a module is its room.
 ROOMS = {
     "cpfean": Room(ours=FOUNDATION),
+    "cpfean.commands": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.config": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
     "cpfean.errors": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.data": Room(ours=FOUNDATION),
