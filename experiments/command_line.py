@@ -381,6 +381,19 @@ def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
     return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def start_early(arguments: argparse.Namespace, where: Settings) -> None:
+    """Lets Ray start on this machine while the data is checked, for a study that will need it.
+
+    What is resumed may have nothing left to run.
+    """
+    if arguments.dry_run or arguments.resume or where.address is not None:
+        return
+    from orchestration import tuner
+
+    say("starting Ray on this machine, and checking the data meanwhile.")
+    tuner.start_early(where)
+
+
 def checked_data(
     config: ExperimentConfig, where: Settings, *, num_regions: int
 ) -> tuple[Path, str]:

@@ -411,6 +411,10 @@ class _Study:
                 self._leaving.cancel()
 
     def _run(self) -> StudyResult:
+        if self._num_open() > 0:
+            from orchestration import tuner
+
+            tuner.wait_for_start()  # importing MLflow beside it can deadlock
         self._tracker.start()
         self._tracker.update_parent("running", {})
         if self._mirror is not None:
@@ -675,7 +679,8 @@ class _Study:
             device = "1 GPU" if resources.use_gpu else f"{resources.cpus} CPU(s)"
             self._say(
                 f"{self._num_open()} trial(s) to run on {where}, {resources.concurrent} at a time, "
-                f"each with {resources.workers} worker(s) of {device}."
+                f"each with {resources.workers} worker(s) of {device}; the first "
+                "processes are started, which takes a while."
             )
             self._nodes = tuner.node_types
             self._plan.budget.check_prices(self._nodes())

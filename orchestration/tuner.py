@@ -8,6 +8,7 @@ a restart depends on nothing but our records and the checkpoints.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -113,12 +114,92 @@ class EarlyStopping:
     reduction: float = 2.0
 
 
+class _HeadStart:
+    """Ray on this machine, started in a thread of its own while the main one checks the data.
+
+    The thread stays until Ray has ended: Linux ends Ray's processes with the thread that made them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._is_done = threading.Event()
+        self._is_over = threading.Event()
+        self._cluster: Cluster | None = None
+        self._error: ServiceError | None = None
+        threading.Thread(target=self._run, name="ray", daemon=True).start()
+        atexit.register(self.end)
+
+    def cluster(self) -> Cluster:
+        """What there is; waits for Ray.
+
+        Raises:
+            ServiceError: Ray does not start.
+        """
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._cluster is not None
+        return self._cluster
+
+    def wait(self) -> None:
+        """Until Ray has started, or has not."""
+        self._is_done.wait()
+
+    def end(self) -> None:
+        """At the end of the process: ends Ray, once it has started; half of it could not be."""
+        if not self._is_over.is_set():
+            self.wait()
+            disconnect()
+
+    def let_go(self) -> None:
+        """Ray has ended."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        try:
+            self._cluster = _connected(self._settings)
+        except ServiceError as error:
+            self._error = error
+        except BaseException as error:
+            self._error = ServiceError(f"Ray does not start: {error!r}")
+            raise
+        finally:
+            self._is_done.set()
+        self._is_over.wait()
+
+
+_head_start: _HeadStart | None = None
+
+
+def start_early(settings: Settings) -> None:
+    """Begins to start Ray on this machine and returns; `connect` then waits for the rest of it.
+
+    Without effect where a cluster is to be joined. What is started ends with `disconnect`, or else
+    with the process.
+    """
+    global _head_start
+    if settings.address is None and _head_start is None:
+        _head_start = _HeadStart(settings)
+
+
+def wait_for_start() -> None:
+    """Waits until what `start_early` began is done, well or badly, if it was called."""
+    if _head_start is not None:
+        _head_start.wait()
+
+
 def connect(settings: Settings) -> Cluster:
     """Joins the cluster, or starts Ray on this machine.
 
     Raises:
         ServiceError: no cluster at the address, or Ray does not start.
     """
+    if settings.address is None and _head_start is not None:
+        return _head_start.cluster()
+    return _connected(settings)
+
+
+def _connected(settings: Settings) -> Cluster:
     settings.check_address()
     cpus = usable_cpus()
     try:
@@ -279,8 +360,12 @@ class _Probe:
 
 def disconnect() -> None:
     """Leaves the cluster; ends Ray if this process started it."""
+    global _head_start
     os.environ.pop("RAY_ADDRESS", None)
     ray.shutdown()
+    early, _head_start = _head_start, None
+    if early is not None:
+        early.let_go()
 
 
 def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int = 0) -> Resources:
