@@ -148,6 +148,7 @@ class Probed:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.training.probing import open_whole, region_counts
+    from orchestration.outputs import own_folder
 
     command_line.positive(arguments.seed, "--seed", least=0)
     command_line.positive(arguments.bins, "--bins")
@@ -165,6 +166,7 @@ def body(arguments: argparse.Namespace) -> int:
         if arguments.transfer is not None:
             elsewhere = checked_split(config, arguments.transfer, split=_SPLIT, cache_dir=cache_dir)
     assert folder is not None
+    own_folder(arguments.output, flag="--output")
     models = open_models(given, configs, arguments, data_folder=folder, cache_dir=cache_dir)
     whole = open_whole(folder, _SPLIT)
 
