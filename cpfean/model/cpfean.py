@@ -7,6 +7,7 @@ Axes:  image, caption   in the batch      region, word, piece   fragments of eac
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,9 +35,17 @@ from cpfean.model.reasoning import RegionReasoning, WordReasoning
 from cpfean.model.scoring import local_scores
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.model.text_prior import TextPrior
-from cpfean.model.weights import Spec, check_same, check_tensor_finite, read_header, specs
+from cpfean.model.weights import (
+    Spec,
+    check_same,
+    check_tensor_finite,
+    read_header,
+    read_metadata,
+    specs,
+)
 
 _FORMAT = 1
+_DESCRIBED_BY = "config_sha256"  # in the header of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +274,11 @@ class Cpfean(nn.Module):
             "text_fingerprint": None if self.backbone.trainable else self.backbone.fingerprint(),
         }
         text = json.dumps(description, indent=1, ensure_ascii=False, default=str)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(state or self.own_state(), folder / "model.safetensors")
+        config = folder / "config.json"
+        config.write_text(text + "\n", encoding="utf-8")
+        # Many settings leave no trace in the weights, and change every score.
+        described = {_DESCRIBED_BY: hashlib.sha256(config.read_bytes()).hexdigest()}
+        save_file(state or self.own_state(), folder / "model.safetensors", metadata=described)
 
     @classmethod
     def from_pretrained(cls, folder: Path, *, text_encoder: str | None = None) -> Cpfean:
@@ -311,6 +323,11 @@ class Cpfean(nn.Module):
             labels = _empty_labels(header, described.inputs, backbone, source=source)
             empty = cls(config, inputs=described.inputs, backbone=backbone, labels=labels)
         check_same(header, specs(empty.own_state()), source=weights, error=CheckpointError)
+        if read_metadata(weights).get(_DESCRIBED_BY, described.sha256) != described.sha256:
+            raise CheckpointError(
+                f"{source}: not the one that model.safetensors was saved with; copy both again "
+                "from where they are from."
+            )
         if described.text_fingerprint is None:
             backbone = TextBackbone.from_config(shape, trainable=True)
         tensors = _read_weights(weights)
@@ -364,12 +381,14 @@ class _Described:
         text_encoder: the encoder's own configuration.
         text_fingerprint: of a frozen encoder's weights, which are elsewhere; None for a trained
             one, which is among the model's.
+        sha256: of the file.
     """
 
     config: ModelConfig
     inputs: ModelInputs
     text_encoder: dict[str, Any]
     text_fingerprint: str | None
+    sha256: str
 
     @classmethod
     def read(cls, path: Path) -> _Described:
@@ -402,6 +421,7 @@ class _Described:
             inputs=_inputs(plain.get("inputs"), source=path),
             text_encoder=shape,
             text_fingerprint=fingerprint,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         )
 
 

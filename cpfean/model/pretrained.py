@@ -174,7 +174,8 @@ def skeleton_of(config: Any, *, source: str, error: type[CpfeanError]) -> nn.Mod
         except Exception as reason:  # whatever the library trips over in a stranger's settings
             if "add_pooling_layer" in str(reason) or "AutoModel" in str(reason):
                 raise error(
-                    f"{source}: expected a BERT-type encoder, found a {config.model_type}."
+                    f"{source}: expected a BERT-type encoder, found the model_type "
+                    f"{config.model_type!r}."
                 ) from None
             raise error(f"{source}: no encoder can be built: {first_line(reason)}") from None
         try:
@@ -257,7 +258,10 @@ def _headers(files: _Files) -> dict[str, tuple[Path, Spec]]:
             )
         files.need(_WEIGHTS)
     assert index is not None
-    listed = read_object(index, error=ConfigError).get("weight_map")
+    plain = read_object(index, error=ConfigError)
+    listed = plain.get("weight_map")
+    if not isinstance(plain.get("metadata"), dict):
+        raise ConfigError(f"{index}: expected metadata, found {_short(plain.get('metadata'))}.")
     if not isinstance(listed, dict) or not listed:
         raise ConfigError(f"{index}: expected a weight_map, found {_short(listed)}.")
     headers: dict[str, dict[str, Spec]] = {}

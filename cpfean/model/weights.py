@@ -57,7 +57,7 @@ def read_header(path: Path, *, error: type[CpfeanError]) -> dict[str, Spec]:
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = file.read(16)
+            start = file.read(64)
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror or reason}.") from None
     length = int.from_bytes(start[:8], "little")
@@ -85,6 +85,12 @@ def read_header(path: Path, *, error: type[CpfeanError]) -> dict[str, Spec]:
             f"{path}: damaged: expected a whole safetensors file, found {size:,} bytes that are "
             f"none ({reason}); fetch it again."
         ) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What was noted beside the tensors of a file whose header is sound."""
+    with safe_open(path, framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def check_finite(
@@ -172,5 +178,6 @@ __all__ = [
     "check_same",
     "check_tensor_finite",
     "read_header",
+    "read_metadata",
     "specs",
 ]
