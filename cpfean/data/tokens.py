@@ -475,7 +475,7 @@ def _judge_unknown(
     share = len(unknown) / len(captions)
     told = (
         f"{split}: the vocabulary knows no word of {len(unknown):,} of {len(captions):,} captions "
-        f"({100 * share:.2g} %): {first}{', ...' if len(unknown) > 3 else ''}"
+        f"({100 * share:.3g} %): {first}{', ...' if len(unknown) > 3 else ''}"
     )
     if share > _MOST_UNKNOWN:
         raise DataError(
