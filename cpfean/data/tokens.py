@@ -403,7 +403,12 @@ def spacy_parser() -> Parser:
 
 
 def check_known(
-    tokenizer: CaptionTokenizer, tokens: Tokens, captions: Sequence[str], *, split: str
+    tokenizer: CaptionTokenizer,
+    tokens: Tokens,
+    captions: Sequence[str],
+    *,
+    split: str,
+    made_from: bool = False,
 ) -> None:
     """Warns of captions of which the vocabulary knows no word, and refuses a split with many.
 
@@ -412,12 +417,17 @@ def check_known(
         tokens: of the whole split.
         captions: their texts.
         split: its name.
+        made_from: whether the vocabulary was made from this split; then it is not refused: there is
+            no better one.
 
     Raises:
         DataError: they are more than 1 % of the split.
     """
-    unknown = tokenizer.unknown_captions(tokens)
-    _judge_unknown(unknown.tolist(), captions, split=split, warns=True)
+    unknown = tokenizer.unknown_captions(tokens).tolist()
+    if unknown and (made_from or len(unknown) <= _MOST_UNKNOWN * len(captions)):
+        logger.warning("%s", _unknown(unknown, captions, split=split))
+    else:
+        _refuse_unknown(unknown, captions, split=split)
 
 
 def check_vocabulary(
@@ -457,7 +467,7 @@ def check_vocabulary(
         tokenizer = tokenizer or load_tokenizer(text, train_captions=train, max_tokens=max_tokens)
         tokens = tokenizer.encode([some[row] for row in doubtful])
         unknown = [doubtful[place] for place in tokenizer.unknown_captions(tokens)]
-        _judge_unknown(unknown, some, split=split, warns=False)
+        _refuse_unknown(unknown, some, split=split)
 
 
 def _is_spelled(caption: str, safe: set[str]) -> bool:
@@ -466,25 +476,22 @@ def _is_spelled(caption: str, safe: set[str]) -> bool:
     return safe.issuperset(caption) and all(len(run) <= 30 for run in caption.split())
 
 
-def _judge_unknown(
-    unknown: Sequence[int], captions: Sequence[str], *, split: str, warns: bool
-) -> None:
-    if not unknown:
-        return
-    first = ", ".join(f"line {row + 1} {_quoted(captions[row])}" for row in unknown[:3])
-    share = len(unknown) / len(captions)
-    told = (
-        f"{split}: the vocabulary knows no word of {len(unknown):,} of {len(captions):,} captions "
-        f"({100 * share:.3g} %): {first}{', ...' if len(unknown) > 3 else ''}"
-    )
-    if share > _MOST_UNKNOWN:
+def _refuse_unknown(unknown: Sequence[int], captions: Sequence[str], *, split: str) -> None:
+    if len(unknown) > _MOST_UNKNOWN * len(captions):
         raise DataError(
-            f"{told}. At most {100 * _MOST_UNKNOWN:.0f} % may be so. Are they in another language "
-            "than the training captions or the text encoder, was the file read in a wrong "
-            "encoding, or does the vocabulary belong to another model?"
+            f"{_unknown(unknown, captions, split=split)}. At most {100 * _MOST_UNKNOWN:.0f} % may "
+            "be so. Are they in another language than the training captions or the text encoder, "
+            "was the file read in a wrong encoding, or does the vocabulary belong to another model?"
         )
-    if warns:
-        logger.warning("%s", told)
+
+
+def _unknown(unknown: Sequence[int], captions: Sequence[str], *, split: str) -> str:
+    """How many captions there are, in words, and the first of them."""
+    first = ", ".join(f"line {row + 1} {_quoted(captions[row])}" for row in unknown[:3])
+    return (
+        f"{split}: the vocabulary knows no word of {len(unknown):,} of {len(captions):,} captions "
+        f"({100 * len(unknown) / len(captions):.3g} %): {first}{', ...' if unknown[3:] else ''}"
+    )
 
 
 def _quoted(caption: str) -> str:

@@ -241,7 +241,10 @@ def _dataset(
 ) -> RetrievalDataset:
     """The split's data set; with a configuration, disturbed as it says, for training."""
     tokens = tokenizer.encode(split.captions)
-    check_known(tokenizer, tokens, split.captions, split=split.name)
+    made_from = (
+        config is not None and split.name == "train" and config.model.text.encoder == "scratch"
+    )
+    check_known(tokenizer, tokens, split.captions, split=split.name, made_from=made_from)
     word_noise = 0.0 if config is None else config.data.word_noise
     dataset = RetrievalDataset(
         split,
