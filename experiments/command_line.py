@@ -399,18 +399,19 @@ def checked_data(
 ) -> tuple[Path, str]:
     """Fetches or makes the data and checks all of it; returns its folder and fingerprint.
 
-    A text encoder that is not there is found here too, and not by every worker again.
+    A text encoder that is damaged, is none, or does not know the captions' words is found here too,
+    and not by every worker again.
 
     Args:
         num_regions: the most that any trial asks for.
 
     Raises:
         DataError: every fault that was found.
-        ConfigError: no such text encoder.
+        ConfigError: no such text encoder, or what is wrong with it.
     """
     from cpfean.data.sources import resolve_data
     from cpfean.data.split import check_folder, data_fingerprint
-    from cpfean.data.tokens import load_tokenizer
+    from cpfean.training.text_check import check_text
 
     folder = resolve_data(config.data, cache_dir=where.cache_dir)
     check_folder(
@@ -419,13 +420,7 @@ def checked_data(
         train_images=config.data.train_images,
         cache_dir=where.cache_dir,
     )
-    if config.model.text.encoder != "scratch":
-        load_tokenizer(
-            config.model.text,
-            train_captions=[],
-            max_tokens=config.data.max_tokens,
-            graph=config.model.words.graph,
-        )
+    check_text(config, data_folder=folder)
     return folder, data_fingerprint(folder)
 
 

@@ -13,7 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("cpfean", "orchestration", "experiments")
 CLUSTER = frozenset({"ray", "optuna", "mlflow"})
 FOUNDATION = frozenset(
-    f"cpfean.{name}" for name in ("commands", "config", "errors", "processes", "progress")
+    f"cpfean.{name}"
+    for name in (
+        "commands",
+        "config",
+        "errors",
+        "files",
+        "json_files",
+        "processes",
+        "progress",
+    )
 )
 
 
