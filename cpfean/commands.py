@@ -92,8 +92,8 @@ def _from_here(path: Path) -> str:
 
 
 def look_at_runs(uri: str) -> str:
-    """MLflow's pages of what was tracked in a local store."""
-    return shell(program("mlflow"), "ui", "--backend-store-uri", uri)
+    """MLflow's pages of what was tracked in a store that is no server."""
+    return f"{shell(program('mlflow'), 'ui', '--backend-store-uri')} {_secretless(uri)}"
 
 
 def restore_experiment(uri: str, experiment: str) -> str:
@@ -104,6 +104,17 @@ def restore_experiment(uri: str, experiment: str) -> str:
         experiment: its id.
     """
     line = shell(program("mlflow"), "experiments", "restore", "--experiment-id", experiment)
+    return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
+
+
+def restore_run(uri: str, run: str) -> str:
+    """Brings a run back that was deleted in MLflow's pages.
+
+    Args:
+        uri: of the store.
+        run: its id.
+    """
+    line = shell(program("mlflow"), "runs", "restore", "--run-id", run)
     return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
 
 

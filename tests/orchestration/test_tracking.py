@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestration.records import TrialRecord
-from orchestration.tracking import HEARTBEAT_TAG, TrackedRun, Tracker, open_store, ui_command
+from orchestration.tracking import HEARTBEAT_TAG, TrackedRun, Tracker, open_store
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record
 
@@ -355,10 +355,3 @@ open_store({uri!r})
     run = client.create_run(experiment)
     client, experiment = open_store(uri)
     assert client.search_runs([experiment])[0].info.run_id == run.info.run_id
-
-
-def test_the_user_interface_is_opened_on_the_store_that_was_written() -> None:
-    assert ui_command("sqlite:////a/mlflow.db") == (
-        "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
-    )
-    assert ui_command("http://head:5000") == "open http://head:5000"

@@ -395,7 +395,7 @@ def test_who_opens_a_database_for_too_long_is_not_waited_for(
 ) -> None:
     import fcntl
 
-    monkeypatch.setattr("orchestration.tracking._LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("orchestration.stores._LOCK_SECONDS", 0.3)
     with (tmp_path / ".mlflow.db.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ServiceError, match=r"mlflow\.db: another process has been opening"):
