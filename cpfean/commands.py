@@ -123,6 +123,11 @@ def holders(file: Path) -> str:
     return shell("fuser", file)
 
 
+def listeners(port: int) -> str:
+    """Which process listens at a port of this host."""
+    return shell("fuser", f"{port}/tcp")
+
+
 def for_owner_alone(file: Path) -> str:
     """Takes everybody else's rights to a file."""
     return shell("chmod", "600", file)

@@ -44,6 +44,8 @@ def tracking_address(
         meant = f"; did you mean {shown(instead)}" if instead else ""
         return ConfigError(f"{asked} {shown(uri)!r} {why}{meant}{'?' if instead else '.'}")
 
+    if not uri.strip():
+        raise refuse("is empty")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in uri) or uri != uri.strip():
         raise refuse("has blanks around it, or control characters in it", _cleaned(uri))
     if _HOST_AND_PORT.fullmatch(uri):

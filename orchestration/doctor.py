@@ -296,10 +296,9 @@ def check_tracking(settings: Settings) -> str:
         client, experiment = try_out(uri)
         others = list(experiments_of_ours(client, experiment).values())[1:]
     except ExperimentDeletedError as error:
-        raise Ill(message_of(error), "see above; then --resume sends what is missing") from None
+        raise Ill(error.wrong, f"`{error.line}`; then --resume sends what is missing") from None
     except FilesElsewhereError as error:
-        wrong, _, fix = message_of(error).partition(". What helps: ")
-        raise Ill(wrong, fix) from None
+        raise Ill(error.wrong, error.fix) from None
     # Whatever a tracker, its database or the network raises.
     except Exception as error:
         text = without_password(message_of(error), uri)
@@ -324,6 +323,8 @@ def _mends_tracking(uri: str, error: Exception) -> str:
         return (
             f"{file} and its folder have to be yours to write; or name another with --tracking-uri"
         )
+    if is_web(uri) and 400 <= status < 500:
+        return "it answers, and does not take this: see its log, and whether it is a MLflow server"
     return (
         "start it (experiments/tracking_server.py), or look at MLFLOW_TRACKING_URI; studies "
         "run without it, and --resume sends what is missing"

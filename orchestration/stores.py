@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from cpfean import commands
 from cpfean.errors import message_of
@@ -36,15 +36,42 @@ if TYPE_CHECKING:
 EXPERIMENT = "cpfean"
 PROBE_TAG = "cpfean.probe"
 _LOCK_SECONDS = 30.0
+_LOOKED_AT = 20  # newest runs, in search of one whose files are here
 _OF_A_STORE = {"alembic_version", "experiments", "runs"}  # tables that none is without
 
 
 class ExperimentDeletedError(ServiceError):
-    """Our experiment was deleted in MLflow's pages: it takes nothing until it is restored."""
+    """Our experiment was deleted in MLflow's pages: it takes nothing until it is restored.
+
+    Attributes:
+        line: to be typed to restore it.
+    """
+
+    def __init__(self, name: str, uri: str, line: str) -> None:
+        self.wrong = f"the experiment {name!r} of {shown(uri)} was deleted"
+        self.line = line
+        super().__init__(f"{self.wrong}, and takes nothing until it is restored: `{line}`")
 
 
 class FilesElsewhereError(ServiceError):
-    """Files would land on this machine's disk, where the server does not look for them."""
+    """Files would land on this machine's disk, where the server does not look for them.
+
+    Attributes:
+        fix: what helps.
+    """
+
+    def __init__(self, uri: str, location: str) -> None:
+        self.wrong = (
+            f"{shown(uri)} has its files in {location}, a folder of the server's own disk, which "
+            "cannot be reached from here: numbers are sent, files are not"
+        )
+        self.fix = (
+            "start the server with --serve-artifacts and --artifacts-destination FOLDER "
+            "(experiments/tracking_server.py does), and rename the experiment "
+            f"{EXPERIMENT!r} in its pages, since one that exists keeps its place: the next study "
+            "makes a new one"
+        )
+        super().__init__(f"{self.wrong}. What helps: {self.fix}")
 
 
 def open_store(uri: str) -> tuple[MlflowClient, str]:
@@ -72,7 +99,7 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
         try:
             if not real.exists():
                 _make(real, artifacts=artifacts)
-            _check_is_store(real)
+            check_is_store(real)
             client = MlflowClient(f"sqlite:///{file}")
             experiment = _experiment(client, uri, artifacts=artifacts)
         except MlflowException as error:
@@ -122,7 +149,7 @@ def _put_in_place(new: Path, file: Path) -> None:
             raise ServiceError(f"{file}: cannot be written: {error}") from None
 
 
-def _check_is_store(file: Path) -> None:
+def check_is_store(file: Path) -> None:
     """Raises ServiceError if a database is somebody else's, or one whose making was cut off.
 
     MLflow would make its tables in it.
@@ -213,10 +240,7 @@ def check_lives(experiment: Experiment, uri: str) -> None:
     """Raises ExperimentDeletedError if an experiment was deleted."""
     if experiment.lifecycle_stage == "deleted":
         line = commands.restore_experiment(uri, experiment.experiment_id)
-        raise ExperimentDeletedError(
-            f"the experiment {experiment.name!r} of {shown(uri)} was deleted, and takes nothing "
-            f"until it is restored: `{line}`"
-        )
+        raise ExperimentDeletedError(experiment.name, uri, line)
 
 
 def experiment_of(client: MlflowClient, experiment: str, study: str) -> Experiment | None:
@@ -258,22 +282,43 @@ def _experiments(client: MlflowClient) -> dict[str, Experiment]:
             return found
 
 
-def check_keeps_files(uri: str, location: str) -> None:
+def check_keeps_files(client: MlflowClient, uri: str, experiment: str) -> None:
     """Raises FilesElsewhereError if a server's files would be written to this machine's disk.
+
+    They are where the server looks for them if it shares the disk, which is taken for granted only
+    if both see the same files of an earlier run.
 
     Args:
         uri: of the store.
-        location: where the files of a run, or of an experiment, go.
+        experiment: its id; its place is that of all its runs' files.
     """
-    if is_web(uri) and urlsplit(location).scheme in ("", "file"):
-        raise FilesElsewhereError(
-            f"{shown(uri)} has its files in {location}, a folder of the server's own disk, which "
-            "cannot be reached from here: numbers are sent, files are not. What helps: start the "
-            "server with --serve-artifacts and --artifacts-destination FOLDER "
-            "(experiments/tracking_server.py does), and rename the experiment "
-            f"{EXPERIMENT!r} in its pages, since one that exists keeps its place: the next study "
-            "makes a new one"
-        )
+    location = client.get_experiment(experiment).artifact_location or ""
+    if not is_web(uri) or urlsplit(location).scheme not in ("", "file"):
+        return
+    for run in client.search_runs([experiment], max_results=_LOOKED_AT):
+        folder = Path(unquote(urlsplit(run.info.artifact_uri or "").path))
+        if folder.is_absolute() and folder.is_dir():
+            here = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+            if here:
+                if here == _listed(uri, run.info.run_id):
+                    return
+                break
+    raise FilesElsewhereError(uri, location)
+
+
+def _listed(uri: str, run: str) -> dict[str, int]:
+    """The sizes of a run's files, by name, as its server sees them."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    answer = http_request(
+        host_creds=get_default_host_creds(uri),
+        endpoint="/api/2.0/mlflow/artifacts/list",
+        method="GET",
+        params={"run_id": run},
+    )
+    files = answer.json().get("files", []) if answer.ok else []
+    return {file["path"]: int(file.get("file_size", 0)) for file in files if not file["is_dir"]}
 
 
 def try_out(uri: str) -> tuple[MlflowClient, str]:
@@ -295,8 +340,7 @@ def try_out(uri: str) -> tuple[MlflowClient, str]:
     try:
         client.log_metric(run.info.run_id, "probe", 1.0, step=int(time.time()))
         client.set_tag(run.info.run_id, "cpfean.state", "finished")
-        location = run.info.artifact_uri or ""
-        check_keeps_files(uri, location)
+        check_keeps_files(client, uri, experiment)
         _try_file(client, run)
         client.set_terminated(run.info.run_id, "FINISHED")
     finally:

@@ -45,7 +45,7 @@ from orchestration.stores import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Run
 
 HEARTBEAT_TAG = "cpfean.heartbeat"
 HEARTBEAT_SECONDS = 60.0
@@ -117,6 +117,7 @@ class Tracker:
         self._away = False
         self._told: set[object] = set()
         self._is_deleted = False
+        self._files_kept: bool | None = None
         self._current: _Task | None = None
         self._last_try = False
         self._client: MlflowClient | None = None
@@ -458,7 +459,7 @@ class Tracker:
 
     def _deliver(self, task: _Task) -> None:
         if isinstance(task, _Greeting):
-            self._check_files(self._need_client().get_experiment(self._experiment_id))
+            self._keeps_files()
         elif isinstance(task, _Update):
             self._send_parent(task)
         elif isinstance(task, _Files):
@@ -466,19 +467,16 @@ class Tracker:
         else:
             self._send(task)
 
-    def _check_files(self, place: Experiment | Run) -> bool:
-        """Whether files of an experiment or a run can be sent; tells of it once if they cannot."""
-        location = getattr(place, "artifact_location", None) or getattr(
-            getattr(place, "info", None), "artifact_uri", ""
-        )
-        try:
-            check_keeps_files(self.uri, location or "")
-        except FilesElsewhereError as error:
-            if "files" not in self._told:
-                self._told.add("files")
+    def _keeps_files(self) -> bool:
+        """Whether files can be sent; tells of it, once, if they cannot."""
+        if self._files_kept is None:
+            try:
+                check_keeps_files(self._need_client(), self.uri, self._experiment_id)
+                self._files_kept = True
+            except FilesElsewhereError as error:
+                self._files_kept = False
                 self._say(f"tracking: {self._line(error)}.")
-            return False
-        return True
+        return self._files_kept
 
     def _send_parent(self, update: _Update) -> None:
         client = self._need_client()
@@ -557,9 +555,9 @@ class Tracker:
             self._runs[record.number] = self._runs.get(record.number) or self._open(record)
             run_id = self._runs[record.number].run_id
         client = self._need_client()
-        run = client.get_run(run_id)
-        if not self._check_files(run):
+        if not self._keeps_files():
             return
+        run = client.get_run(run_id)
         left: list[Path] = []
         failure: Exception | None = None
         with_config = False

@@ -39,6 +39,7 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
         ["mlflow", "runs", "restore", "--run-id", "a1"],
     ),
     "holders": (lambda: commands.holders(Path(AWKWARD)), ["fuser", AWKWARD]),
+    "listeners": (lambda: commands.listeners(5000), ["fuser", "5000/tcp"]),
     "for_owner_alone": (
         lambda: commands.for_owner_alone(Path(AWKWARD)),
         ["chmod", "600", AWKWARD],
