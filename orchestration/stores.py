@@ -54,22 +54,18 @@ class ExperimentDeletedError(ServiceError):
 
 
 class FilesElsewhereError(ServiceError):
-    """Files would land on this machine's disk, where the server does not look for them.
+    """Files would land on this machine's disk, where nobody looks for them.
 
     Attributes:
+        wrong: where they would go, and why not.
         fix: what helps.
     """
 
-    def __init__(self, uri: str, location: str) -> None:
-        self.wrong = (
-            f"{shown(uri)} has its files in {location}, a folder of the server's own disk, which "
-            "cannot be reached from here: numbers are sent, files are not"
-        )
+    def __init__(self, why: str, fix: str = "") -> None:
+        self.wrong = f"{why}: numbers are sent, files are not"
         self.fix = (
-            "start the server with --serve-artifacts and --artifacts-destination FOLDER "
-            "(experiments/tracking_server.py does), and rename the experiment "
-            f"{EXPERIMENT!r} in its pages, since one that exists keeps its place: the next study "
-            "makes a new one"
+            f"{fix}rename the experiment {EXPERIMENT!r} in MLflow's pages, since one that exists "
+            "keeps its place: the next study makes a new one"
         )
         super().__init__(f"{self.wrong}. What helps: {self.fix}")
 
@@ -283,17 +279,25 @@ def _experiments(client: MlflowClient) -> dict[str, Experiment]:
 
 
 def check_keeps_files(client: MlflowClient, uri: str, experiment: str) -> None:
-    """Raises FilesElsewhereError if a server's files would be written to this machine's disk.
+    """Raises FilesElsewhereError if files would be written where nobody looks for them.
 
-    They are where the server looks for them if it shares the disk, which is taken for granted only
-    if both see the same files of an earlier run.
+    Those of a server are where it looks for them if it shares this machine's disk, which is taken
+    for granted only if both see the same files of an earlier run. Those of a database that was
+    moved would go to where it was made.
 
     Args:
         uri: of the store.
         experiment: its id; its place is that of all its runs' files.
     """
     location = client.get_experiment(experiment).artifact_location or ""
-    if not is_web(uri) or urlsplit(location).scheme not in ("", "file"):
+    if urlsplit(location).scheme not in ("", "file"):
+        return
+    if not is_web(uri):
+        folder = Path(unquote(urlsplit(location).path))
+        if sqlite_file(uri) is not None and not folder.parent.is_dir():
+            raise FilesElsewhereError(
+                f"{shown(uri)} was made elsewhere, and has its files in {folder}, which is no more"
+            )
         return
     for run in client.search_runs([experiment], max_results=_LOOKED_AT):
         folder = Path(unquote(urlsplit(run.info.artifact_uri or "").path))
@@ -303,7 +307,12 @@ def check_keeps_files(client: MlflowClient, uri: str, experiment: str) -> None:
                 if here == _listed(uri, run.info.run_id):
                     return
                 break
-    raise FilesElsewhereError(uri, location)
+    raise FilesElsewhereError(
+        f"{shown(uri)} has its files in {location}, a folder of the server's own disk, "
+        "which cannot be reached from here",
+        "start the server with --serve-artifacts and --artifacts-destination FOLDER "
+        "(experiments/tracking_server.py does), and ",
+    )
 
 
 def _listed(uri: str, run: str) -> dict[str, int]:

@@ -15,7 +15,13 @@ from mlflow.entities import ViewType
 
 from cpfean import commands
 from orchestration.settings import ServiceError
-from orchestration.stores import ExperimentDeletedError, experiment_of, open_store
+from orchestration.stores import (
+    ExperimentDeletedError,
+    FilesElsewhereError,
+    check_keeps_files,
+    experiment_of,
+    open_store,
+)
 
 # Opens a store, and does something at the NUMBERth statement that has the WORD in it.
 _OPENS = """
@@ -245,3 +251,19 @@ def test_the_runs_of_a_study_are_found_under_another_name_of_their_experiment(
     assert (found.experiment_id, found.name) == (first, "thesis")
     assert experiment_of(client, second, "0815") is None
     assert len(client.search_experiments(view_type=ViewType.ALL)) == 3  # and MLflow's own
+
+
+def test_files_of_a_store_that_was_moved_are_not_sent_to_where_it_was(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'old' / 'mlflow.db'}"
+    client, experiment = open_store(uri)
+    check_keeps_files(client, uri, experiment)
+    (tmp_path / "old").rename(tmp_path / "new")
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    client, experiment = open_store(uri)
+    with pytest.raises(FilesElsewhereError, match="old/mlflow-artifacts, which is no more"):
+        check_keeps_files(client, uri, experiment)
+    # What helps.
+    client.rename_experiment(experiment, "old")
+    client, experiment = open_store(uri)
+    check_keeps_files(client, uri, experiment)
+    assert not (tmp_path / "old").exists()

@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from mlflow import MlflowClient
@@ -266,6 +267,12 @@ def test_a_heartbeat_that_does_not_arrive_holds_nothing_up_and_is_not_told(
         tracker._thread.join()
 
 
+def artifacts_of(uri: str) -> Path:
+    """The folder of a store's files; the copies that tests work on share it."""
+    client, experiment = open_store(uri)
+    return Path(urlsplit(client.get_experiment(experiment).artifact_location).path)
+
+
 def files_of(uri: str, run: Run) -> set[str]:
     return {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)}
 
@@ -384,7 +391,8 @@ def test_a_deleted_experiment_is_told_before_the_first_number_and_gets_all_once_
     assert not tracker._done()
     client.restore_experiment(experiment)
     assert tracker.close()
-    assert (tracker.first, len(said)) == ("", 1)
+    assert tracker.first == ""
+    assert [line for line in said if "was deleted" in line] == said[:1]  # told once
     assert [steps(uri, run) for run in sorted(runs(uri, role="trial"), key=str)] == [
         [(1, 1.0), (2, 2.0)]
     ] * 2
@@ -474,7 +482,7 @@ def test_each_file_is_sent_by_its_own_mark(uri: str, tmp_path: Path) -> None:
 
     keep()
     (parent,), (child,) = runs(uri, role="parent"), runs(uri, role="trial")
-    folder = tmp_path / "mlflow-artifacts"
+    folder = artifacts_of(uri)
     for run, name in ((child, "config.toml"), (child, "b.png"), (parent, "a.png")):
         MlflowClient(uri).delete_tag(run.info.run_id, f"cpfean.file.{name}")
         (folder / run.info.run_id / "artifacts" / name).unlink()
@@ -486,7 +494,10 @@ def test_each_file_is_sent_by_its_own_mark(uri: str, tmp_path: Path) -> None:
 def test_files_that_could_not_be_kept_hold_up_no_number_and_are_sent_by_the_next_driver(
     uri: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "mlflow-artifacts").write_text("in the way of the folder")
+    folder = artifacts_of(uri)
+    if folder.exists():  # that of an earlier test with a copy of the same store
+        folder.rename(tmp_path / "earlier")
+    folder.write_text("in the way of the folder")
     report = tmp_path / "report.md"
     report.write_text("a report")
     trials = [record(number, 1.0, 2.0, state="finished") for number in (0, 1)]
@@ -510,7 +521,7 @@ def test_files_that_could_not_be_kept_hold_up_no_number_and_are_sent_by_the_next
     assert [steps(uri, run) for run in runs(uri, role="trial")] == [[(1, 1.0), (2, 2.0)]] * 2
     assert {run.info.status for run in runs(uri, id="4711")} == {"FINISHED"}
     assert not any("cpfean.file." in tag for run in runs(uri) for tag in run.data.tags)
-    (tmp_path / "mlflow-artifacts").unlink()
+    folder.unlink()
     assert send() == (True, [])
     (parent,) = runs(uri, role="parent")
     assert files_of(uri, parent) == {"report.md"}
