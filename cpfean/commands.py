@@ -92,8 +92,8 @@ def _from_here(path: Path) -> str:
 
 
 def look_at_runs(uri: str) -> str:
-    """MLflow's pages of what was tracked in a local store."""
-    return shell(program("mlflow"), "ui", "--backend-store-uri", uri)
+    """MLflow's pages of what was tracked in a store that is no server."""
+    return f"{shell(program('mlflow'), 'ui', '--backend-store-uri')} {_secretless(uri)}"
 
 
 def restore_experiment(uri: str, experiment: str) -> str:
@@ -107,9 +107,25 @@ def restore_experiment(uri: str, experiment: str) -> str:
     return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
 
 
+def restore_run(uri: str, run: str) -> str:
+    """Brings a run back that was deleted in MLflow's pages.
+
+    Args:
+        uri: of the store.
+        run: its id.
+    """
+    line = shell(program("mlflow"), "runs", "restore", "--run-id", run)
+    return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
+
+
 def holders(file: Path) -> str:
     """Which processes have a file open."""
     return shell("fuser", file)
+
+
+def listeners(port: int) -> str:
+    """Which process listens at a port of this host."""
+    return shell("fuser", f"{port}/tcp")
 
 
 def for_owner_alone(file: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, message_of
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
@@ -162,8 +162,7 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
             schedule.ended(suite, slot, "stopped")
             raise
         except BaseException as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            schedule.ended(suite, slot, "failed", line[:200])
+            schedule.ended(suite, slot, "failed", message_of(error))
             raise
         what: Ended = "changed" if code == CHANGED else "done"
         schedule.ended(suite, slot, what, "some runs failed" if code not in (0, CHANGED) else "")

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
     from cpfean.training.loop import EpochReport
 
+_MEET_SECONDS = 5.0  # for the tracker's first answer; what is wrong with it is told by then
+
 
 def run_here(
     plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
@@ -78,6 +80,7 @@ def _tracker(
         return _NoTracker()
     tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
     tracker.start()
+    tracker.meet(seconds=_MEET_SECONDS)
     return tracker
 
 
@@ -136,6 +139,8 @@ class _Stop:
 
 class _NoTracker:
     """Takes note of nothing."""
+
+    first = ""
 
     def update(self, record: TrialRecord) -> None: ...
 
@@ -203,7 +208,8 @@ class _Here:
             self._tracker.update_parent(outcome, self._meter.metrics(), tags)
             seconds = seconds_to_stop(self._stop.told) if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
-                self._say(f"tracking: not everything is sent; {resume_line(self._plan)}")
+                first = self._tracker.first
+                self._say(f"tracking: not everything is sent; {first}{resume_line(self._plan)}")
 
     def _bring_to_end(self, record: TrialRecord) -> None:
         tests = self._plan.tested == "all"

@@ -31,7 +31,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, message_of
 from orchestration.settings import ServiceError
 
 if TYPE_CHECKING:
@@ -203,10 +203,9 @@ class RayJobs:
             yield JobSubmissionClient(self._address)
         # Ray raises its own kinds, requests' and plain ones, at any call.
         except Exception as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ServiceError(
-                f"no Ray cluster takes jobs at {self._address} ({line[:200]}); start one, or name "
-                "its dashboard with --jobs."
+                f"no Ray cluster takes jobs at {self._address} ({message_of(error)}); start one, "
+                "or name its dashboard with --jobs."
             ) from None
 
 

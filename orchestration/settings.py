@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cpfean.errors import ConfigError, CpfeanError
+from orchestration.addresses import tracking_address
 
 # What Ray, Tune and MLflow read from the environment; a value that the user has set is kept.
 ENVIRONMENT = {
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # among the lines of progress
     "GIT_PYTHON_REFRESH": "quiet",
     "TOKENIZERS_PARALLELISM": "false",
@@ -86,7 +88,8 @@ class Settings:
         this host with `ray start` or `ray up` is used.
 
         Raises:
-            ConfigError: an address that is not host:port, or a time-out that is no number.
+            ConfigError: an address that is not host:port, one of MLflow's that cannot be, or a
+                time-out that is no number.
         """
         environment = os.environ if environment is None else environment
         output = output.expanduser().absolute()
@@ -100,9 +103,7 @@ class Settings:
         return cls(
             output=output,
             cache_dir=cache.expanduser().absolute(),
-            tracking_uri=tracking_uri
-            or environment.get("MLFLOW_TRACKING_URI")
-            or f"sqlite:///{output / 'mlflow.db'}",
+            tracking_uri=_tracking_uri(tracking_uri, output, environment),
             address=None if address == "local" else address,
             storage=environment.get("CPFEAN_STORAGE") or None,
             silence=int(silence),
@@ -120,6 +121,16 @@ class Settings:
                 f"no Ray cluster answers at {self.address} ({error}); start one with `ray up` or "
                 "`ray start --head`, or run on this machine with --address local."
             ) from None
+
+
+def _tracking_uri(asked: str | None, output: Path, environment: Mapping[str, str]) -> str:
+    """Where MLflow is, from any folder: asked for, of the environment, or beside the records."""
+    name = "--tracking-uri"
+    if not asked:
+        asked, name = environment.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
+    if not asked:
+        asked, name = f"sqlite:///{output / 'mlflow.db'}", "--output"
+    return tracking_address(asked, asked=name, environment=environment)
 
 
 def usable_cpus() -> int:

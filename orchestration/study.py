@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
-from cpfean.errors import CpfeanError
+from cpfean.errors import CpfeanError, message_of
+from orchestration.addresses import is_web, shown
 from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, eta, free_bytes
 from orchestration.checkpoints import KEPT, CheckpointFolder
 from orchestration.doctor import ask_nodes, missing_workers, versions
@@ -34,7 +36,7 @@ from orchestration.results import Results
 from orchestration.room import Room
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
-from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
+from orchestration.tracking import TrackedRun, Tracker, git_commit
 from orchestration.worker import test_metrics, this_device
 
 if TYPE_CHECKING:
@@ -795,8 +797,7 @@ class _Study:
             )
         # Whatever is wrong with drawing, the result is there and has been tested.
         except Exception as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"no pictures of {best.name}: {line[:200]}")
+            self._say(f"no pictures of {best.name}: {message_of(error)}")
             return []
 
     def _test_metrics(self, record: TrialRecord) -> dict[str, float]:
@@ -835,7 +836,10 @@ class _Study:
             # First, and half of the time at most: MLflow can be filled from the records.
             self._mirror.close(seconds=seconds / 2)
         if not self._tracker.close(seconds=max(0.0, end - time.monotonic())):
-            self._say(f"tracking: not everything is sent; {self._resume_line()} sends the rest.")
+            first = self._tracker.first
+            self._say(
+                f"tracking: not everything is sent; {first}{self._resume_line()} sends the rest."
+            )
 
     def _count(self) -> None:
         """Counts hours and dollars, by the nodes that there are now."""
@@ -1187,7 +1191,9 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         lines.append(f"spent           {result.spent}")
     if result.used_up:
         lines.append(f"budget          {result.used_up}")
-    return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
+    uri = settings.tracking_uri
+    look = shown(uri) if is_web(uri) else commands.look_at_runs(uri)
+    return [*lines, f"look at it      {look}"]
 
 
 def _failures(records: Sequence[TrialRecord]) -> str:

@@ -34,7 +34,12 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
         lambda: commands.restore_experiment(f"sqlite:///{AWKWARD}/mlflow.db", "1"),
         ["mlflow", "experiments", "restore", "--experiment-id", "1"],
     ),
+    "restore_run": (
+        lambda: commands.restore_run(f"sqlite:///{AWKWARD}/mlflow.db", "a1"),
+        ["mlflow", "runs", "restore", "--run-id", "a1"],
+    ),
     "holders": (lambda: commands.holders(Path(AWKWARD)), ["fuser", AWKWARD]),
+    "listeners": (lambda: commands.listeners(5000), ["fuser", "5000/tcp"]),
     "for_owner_alone": (
         lambda: commands.for_owner_alone(Path(AWKWARD)),
         ["chmod", "600", AWKWARD],
@@ -114,10 +119,16 @@ def test_a_program_beside_this_python_is_named_by_its_path(
 def test_a_password_is_in_no_line_and_is_asked_of_the_environment(
     typed: list[str], programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = [commands.resume("train.py", typed, run="a"), commands.restore_experiment(SECRET, "1")]
+    lines = [
+        commands.resume("train.py", typed, run="a"),
+        commands.restore_experiment(SECRET, "1"),
+        commands.restore_run(SECRET, "a1"),
+        commands.look_at_runs(SECRET),
+    ]
     assert "s3cret" not in "".join(lines)
-    assert [pasted(line, programs) for line in lines] == [[], []]
+    assert [pasted(line, programs) for line in lines] == [[], [], [], []]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
     called = pasted(lines[0], programs)
     assert called[2 : 2 + len(typed)] == typed
-    assert pasted(lines[1], programs)[0] == "mlflow"
+    assert [pasted(line, programs)[0] for line in lines[1:]] == ["mlflow"] * 3
+    assert pasted(lines[3], programs)[-1] == SECRET
