@@ -117,6 +117,27 @@ def for_owner_alone(file: Path) -> str:
     return shell("chmod", "600", file)
 
 
+def submit_job(address: str, name: str, typed: Sequence[str]) -> str:
+    """Sends a command as a job to a cluster made by `ray up`, where the code is in ~/cpfean.
+
+    Args:
+        address: of the job server.
+        name: of the script.
+        typed: the words after it; an address among them is the job's own business.
+    """
+    words = [f"experiments/{name}"]
+    skip = False
+    for word in typed:
+        if skip or word.startswith("--address="):
+            skip = False
+        elif word == "--address":
+            skip = True
+        else:
+            words.append(word)
+    line = f"cd ~/cpfean && python {' '.join(map(_secretless, words))}"
+    return shell(program("ray"), "job", "submit", "--address", address, "--", "bash", "-c", line)
+
+
 def cluster_status() -> str:
     """What Ray's cluster is made of."""
     return shell(program("ray"), "status")

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from cpfean.folders import expanded
 from experiments import command_line
 
 _EPILOG = """\
@@ -55,7 +56,7 @@ def main() -> None:
 def body(arguments: argparse.Namespace) -> int:
     from orchestration.server import ServerPlan
 
-    output = arguments.output.expanduser().absolute()
+    output = expanded(arguments.output, what="--output").absolute()
     plan = ServerPlan(
         store=arguments.store or f"sqlite:///{output / 'mlflow.db'}",
         artifacts=arguments.artifacts or str(output / "mlflow-artifacts"),

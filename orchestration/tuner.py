@@ -30,6 +30,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cpfean.errors import LostPartnerError, StoppedError
+from orchestration.address import check_head, check_ray_folder, parse_address
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
@@ -43,6 +44,7 @@ _RETRIED = ("infra", "preempted")
 MAX_RETRIES = 3
 _PAUSE_SECONDS = 2.0  # times the number of the retry, where a disk or a store has refused
 _CLOSE_SECONDS = 10.0
+_ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us
 _ELASTIC_START_SECONDS = 30
 
 
@@ -117,9 +119,10 @@ def connect(settings: Settings) -> Cluster:
     """Joins the cluster, or starts Ray on this machine.
 
     Raises:
+        ConfigError: a folder for Ray's files that cannot be.
         ServiceError: no cluster at the address, or Ray does not start.
     """
-    settings.check_address()
+    _check(settings)
     cpus = usable_cpus()
     try:
         with _sigterm_kept():
@@ -140,14 +143,26 @@ def connect(settings: Settings) -> Cluster:
     except Exception as error:
         where, hint = settings.address or "on this machine", ""
         if settings.address:
+            where += f", from {settings.address_source}"
             hint = (
                 "\nDoes this machine have the cluster's ~/.ray/auth_token? If the cluster wants "
-                "none, set RAY_AUTH_MODE=disabled."
+                "none, set RAY_AUTH_MODE=disabled. Without the cluster: --address local."
             )
         raise ServiceError(f"Ray does not start or answer ({where}): {error}{hint}") from error
     # An instance that a neighbour started on this host must not be taken for ours.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     return cluster_now(is_local=settings.address is None)
+
+
+def _check(settings: Settings) -> None:
+    """Finds in seconds what Ray would try for many minutes, or fall over in the middle of."""
+    settings.check_address()
+    if settings.address is None:
+        check_ray_folder()
+        # Ray's own parts read it, and take it for theirs.
+        os.environ.pop("RAY_ADDRESS", None)
+    else:
+        check_head(parse_address(settings.address, source=settings.address_source))
 
 
 def cluster_now(*, is_local: bool) -> Cluster:
@@ -190,7 +205,7 @@ def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
     Raises:
         ServiceError: no cluster at the address.
     """
-    settings.check_address()
+    _check(settings)
     try:
         ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
         return cluster_now(is_local=False), node_types()
@@ -270,7 +285,7 @@ def _grows() -> bool | None:
 def _check_actors_start() -> None:
     """Starts an actor: where client and cluster disagree about tokens, that alone goes wrong."""
     probe = ray.remote(num_cpus=0)(_Probe).remote()
-    ray.get(probe.answer.remote(), timeout=120)
+    ray.get(probe.answer.remote(), timeout=_ACTOR_SECONDS)
 
 
 class _Probe:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("cpfean", "orchestration", "experiments")
 CLUSTER = frozenset({"ray", "optuna", "mlflow"})
 FOUNDATION = frozenset(
-    f"cpfean.{name}" for name in ("commands", "config", "errors", "processes", "progress")
+    f"cpfean.{name}"
+    for name in ("commands", "config", "errors", "folders", "processes", "progress")
 )
 
 
@@ -41,7 +42,8 @@ ROOMS = {
     "cpfean.data": Room(ours=FOUNDATION),
     "cpfean.losses": Room(ours=FOUNDATION),
     "cpfean.metrics": Room(ours=FOUNDATION),
-    "cpfean.kernels": Room(ours=frozenset(), never=CLUSTER | {"torch"}),
+    "cpfean.folders": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
+    "cpfean.kernels": Room(ours=frozenset({"cpfean.folders"}), never=CLUSTER | {"torch"}),
     "cpfean.model": Room(ours=FOUNDATION | {"cpfean.kernels"}),
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),

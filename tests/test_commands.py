@@ -1,6 +1,7 @@
 """What is printed to be typed works when it is pasted: every kind of line, with awkward names."""
 
 import inspect
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,15 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
     "for_owner_alone": (
         lambda: commands.for_owner_alone(Path(AWKWARD)),
         ["chmod", "600", AWKWARD],
+    ),
+    "submit_job": (
+        lambda: commands.submit_job(
+            "http://head:8265", "sweep.py", ["--data", AWKWARD, "--address", "x"]
+        ),
+        [
+            *("ray", "job", "submit", "--address", "http://head:8265", "--", "bash", "-c"),
+            f"cd ~/cpfean && {shlex.join(['python', 'experiments/sweep.py', '--data', AWKWARD])}",
+        ],
     ),
     "cluster_status": (lambda: commands.cluster_status(), ["ray", "status"]),
     "pip_install": (
