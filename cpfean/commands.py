@@ -21,7 +21,23 @@ _BARE = ("--resume", "--retry-failed")
 
 def shell(*words: str | Path) -> str:
     """The words as a shell has to be given them."""
-    return shlex.join(map(str, words))
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    """The word in quotes, if it needs any; in bytes, if the terminal could not show it."""
+    try:
+        word.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        shown = word.isprintable()
+    except UnicodeEncodeError:
+        shown = False
+    if shown:
+        return shlex.quote(word)
+    characters = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+        for byte in word.encode("utf-8", errors="surrogateescape")
+    )
+    return f"$'{''.join(characters)}'"
 
 
 def program(name: str) -> str:

@@ -15,6 +15,7 @@ from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from cpfean.folders import expanded
 from experiments.baselines import BASELINES
+from experiments.terminal import make_forgiving
 from orchestration.budget import Budget, Prices
 from orchestration.disks import cannot_write, is_disk_error
 from orchestration.mirror import fetch_records
@@ -242,11 +243,12 @@ def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bo
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     """Parses, runs, and turns what went wrong into a message and an exit code."""
+    make_forgiving()
     arguments = parser.parse_args()
-    prepare_environment()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cpfean").setLevel(logging.INFO)
     try:
+        prepare_environment()
         sys.exit(body(arguments))
     except Interrupted as stopped:
         # All is written; what libraries do at the end of a process can take seconds.
@@ -290,8 +292,9 @@ def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
     overrides: dict[str, Any] = {}
     flags = (("data", "data.path"), ("epochs", "optim.epochs"), ("seed", "seed"))
     for flag, path in flags:
-        if getattr(arguments, flag, None) is not None:
-            overrides[path] = getattr(arguments, flag)
+        if (given := getattr(arguments, flag, None)) is not None:
+            check_text(Path(given), what=f"--{flag}")
+            overrides[path] = given
     for text in arguments.set:
         path, equals, value = text.partition("=")
         if not equals:

@@ -153,7 +153,9 @@ def check_ray_folder() -> None:
     names = {"RAY_TMPDIR", "TMPDIR"} if sys.platform == "linux" else {"RAY_TMPDIR"}
     source = next((name for name in sorted(names) if os.environ.get(name)), "the default")
     if not folder.is_absolute():
-        raise ConfigError(f"{source} must be an absolute folder for Ray's files; got {folder}.")
+        raise ConfigError(
+            f"Ray's files need an absolute folder; {source} is {str(folder)!r}. Set RAY_TMPDIR."
+        )
     # An older Ray of another user may have left its folder; only what is in it has to be ours.
     if not can_be_written(folder / "ray"):
         raise ConfigError(

@@ -764,9 +764,10 @@ def git_commit() -> str | None:
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *words],
+            ["git", "-c", f"safe.directory={root}", "-C", str(root), *words],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
