@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from cpfean.errors import ConfigError, ServiceError
 from cpfean.folders import can_be_written, say_once
 
 _SECONDS = 15.0  # in which a head that lives has answered
+_FEWEST_FILES = 256  # that suffice for all that Ray starts here
 _LONGEST_SOCKET = 107  # bytes of the path of a socket, on Linux
 
 
@@ -143,12 +145,19 @@ def ray_folder() -> Path:
     return Path(next((os.environ[name] for name in variables if os.environ.get(name)), "/tmp"))
 
 
-def check_ray_folder() -> None:
-    """Refuses a folder in which Ray cannot start: it would fall over half way.
+def check_this_host() -> None:
+    """Refuses what Ray cannot start with: it would fall over half way, or try for ever.
 
     Raises:
-        ConfigError: it cannot be written, or the sockets in it would have too long a path.
+        ConfigError: its folder cannot be written, or the sockets in it would have too long a path;
+            or too few files may be open.
     """
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < _FEWEST_FILES:
+        raise ConfigError(
+            f"only {files} files may be open at a time here, and Ray's processes need "
+            f"{_FEWEST_FILES}; raise it with `ulimit -n 4096` (in containers --ulimit nofile=4096)."
+        )
     folder = ray_folder()
     names = {"RAY_TMPDIR", "TMPDIR"} if sys.platform == "linux" else {"RAY_TMPDIR"}
     source = next((name for name in sorted(names) if os.environ.get(name)), "the default")

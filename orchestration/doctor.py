@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean.errors import CpfeanError
 from cpfean.folders import can_be_written
-from orchestration.address import check_ray_folder
+from orchestration.address import check_this_host
 from orchestration.records import RunFolder, read_json
 from orchestration.settings import Settings, token_file
 
@@ -103,7 +103,7 @@ def check_cluster(settings: Settings) -> str:
     from orchestration import tuner
 
     if settings.address is None:
-        check_ray_folder()
+        check_this_host()
         return "none: studies run on this machine"
     cluster = tuner.connect(settings)
     return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"

@@ -657,7 +657,7 @@ class _Study:
         from orchestration import tuner
 
         storage = self._settings.storage
-        cluster = tuner.connect(self._settings)
+        cluster = tuner.connect(self._settings, give_up=self._leave_for)
         try:
             if not cluster.is_local:
                 threading.Thread(target=self._watch_head, name="head", daemon=True).start()
@@ -955,6 +955,10 @@ class _Study:
             self._close(outcome, seconds=STOPPED_SECONDS)
         finally:
             os._exit(code)
+
+    def _leave_for(self, error: CpfeanError) -> None:
+        self._error = self._error or error
+        self._leave()
 
     def _give_up(self, error: CpfeanError) -> None:
         self._error = self._error or error

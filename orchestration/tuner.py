@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cpfean.errors import LostPartnerError, StoppedError
-from orchestration.address import check_head, check_ray_folder, parse_address
+from cpfean.folders import can_be_written
+from orchestration.address import check_head, check_this_host, parse_address
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
@@ -38,12 +41,19 @@ from orchestration.failures import known_failure
 from orchestration.records import TrialRecord
 from orchestration.room import Node, Room, places
 from orchestration.search import METRIC
-from orchestration.settings import ServiceError, Settings, prepare_environment, usable_cpus
+from orchestration.settings import (
+    ServiceError,
+    Settings,
+    prepare_environment,
+    token_file,
+    usable_cpus,
+)
 
 _RETRIED = ("infra", "preempted")
 MAX_RETRIES = 3
 _PAUSE_SECONDS = 2.0  # times the number of the retry, where a disk or a store has refused
 _CLOSE_SECONDS = 10.0
+_JOIN_SECONDS = 40.0  # a cluster that is well takes a few
 _ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us
 _ELASTIC_START_SECONDS = 30
 
@@ -115,8 +125,14 @@ class EarlyStopping:
     reduction: float = 2.0
 
 
-def connect(settings: Settings) -> Cluster:
+def connect(
+    settings: Settings, *, give_up: Callable[[ServiceError], None] | None = None
+) -> Cluster:
     """Joins the cluster, or starts Ray on this machine.
+
+    Args:
+        give_up: ends the process where Ray does not come back from joining a cluster, from another
+            thread; None says why and exits.
 
     Raises:
         ConfigError: a folder for Ray's files that cannot be.
@@ -136,7 +152,7 @@ def connect(settings: Settings) -> Cluster:
                     object_store_memory=200 * 2**20,
                 )
             else:
-                ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+                _join(settings, give_up or _end)
         if settings.address is not None:
             _check_actors_start()
     # Ray raises many kinds here, down to OSError and its own.
@@ -158,11 +174,42 @@ def _check(settings: Settings) -> None:
     """Finds in seconds what Ray would try for many minutes, or fall over in the middle of."""
     settings.check_address()
     if settings.address is None:
-        check_ray_folder()
+        check_this_host()
         # Ray's own parts read it, and take it for theirs.
         os.environ.pop("RAY_ADDRESS", None)
+        _give_a_token()
     else:
         check_head(parse_address(settings.address, source=settings.address_source))
+
+
+def _join(settings: Settings, give_up: Callable[[ServiceError], None]) -> None:
+    """Joins the cluster; where its part on this host is dead Ray waits, and ends the process."""
+    error = ServiceError(
+        f"the head of the Ray cluster at {settings.address} (from {settings.address_source}) "
+        f"answers, and cannot be joined from this machine within {_JOIN_SECONDS:.0f} s. Is this "
+        "one of its machines, and does `ray status` list it? `ray start` on it joins; --address "
+        "local runs on this machine alone."
+    )
+    timer = threading.Timer(_JOIN_SECONDS, give_up, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+    finally:
+        timer.cancel()
+
+
+def _end(error: ServiceError) -> None:
+    """Ends the process from another thread, as the main thread hangs in Ray."""
+    print(error, file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
+def _give_a_token() -> None:
+    """Ray started here asks for a token, and makes it in the home; without one it is in memory."""
+    there = os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file())
+    if not there and not can_be_written(Path.home() / ".ray"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def cluster_now(*, is_local: bool) -> Cluster:
@@ -207,7 +254,7 @@ def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
     """
     _check(settings)
     try:
-        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        _join(settings, _end)
         return cluster_now(is_local=False), node_types()
     except Exception as error:  # Ray raises many kinds here
         raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error

@@ -100,7 +100,7 @@ def test_a_line_that_is_pasted_calls_what_it_says(name: str, programs: Path) -> 
     assert [Path(word).name if word.endswith(".py") else word for word in called] == words
 
 
-@pytest.mark.parametrize("word", [AWKWARD, "/α/“x”", os.fsdecode(b"/\xff/x'y"), "/a\nb\x1b[31m"])
+@pytest.mark.parametrize("word", [AWKWARD, "/Ω/“x”", os.fsdecode(b"/\xff/x'y"), "/a\nb\x1b[31m"])
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_line_can_be_pasted_from_a_terminal_that_cannot_show_its_words(
     word: str, encoding: str, programs: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ import pytest
 
 from cpfean.errors import ConfigError, ServiceError
 from orchestration import address
-from orchestration.address import check_head, check_ray_folder, find_cluster, running_head
+from orchestration.address import check_head, check_this_host, find_cluster, running_head
 from orchestration.settings import Settings
 
 # What is given, and what it is taken for: an address, None for this machine, or what is said.
@@ -178,6 +178,6 @@ def test_a_folder_in_which_ray_cannot_start_is_refused_with_its_variable(
     ):
         monkeypatch.setenv(variable, str(folder))
         with pytest.raises(ConfigError, match=said) as refused:
-            check_ray_folder()
+            check_this_host()
         assert variable in str(refused.value)
         assert "RAY_TMPDIR" in str(refused.value)
