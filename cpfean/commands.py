@@ -21,7 +21,23 @@ _BARE = ("--resume", "--retry-failed")
 
 def shell(*words: str | Path) -> str:
     """The words as a shell has to be given them."""
-    return shlex.join(map(str, words))
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    """The word in quotes, if it needs any; in bytes, if the terminal could not show it."""
+    try:
+        word.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        shown = word.isprintable()
+    except UnicodeEncodeError:
+        shown = False
+    if shown:
+        return shlex.quote(word)
+    characters = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+        for byte in word.encode("utf-8", errors="surrogateescape")
+    )
+    return f"$'{''.join(characters)}'"
 
 
 def program(name: str) -> str:
@@ -131,6 +147,27 @@ def listeners(port: int) -> str:
 def for_owner_alone(file: Path) -> str:
     """Takes everybody else's rights to a file."""
     return shell("chmod", "600", file)
+
+
+def submit_job(address: str, name: str, typed: Sequence[str]) -> str:
+    """Sends a command as a job to a cluster made by `ray up`, where the code is in ~/cpfean.
+
+    Args:
+        address: of the job server.
+        name: of the script.
+        typed: the words after it; an address among them is the job's own business.
+    """
+    words = [f"experiments/{name}"]
+    skip = False
+    for word in typed:
+        if skip or word.startswith("--address="):
+            skip = False
+        elif word == "--address":
+            skip = True
+        else:
+            words.append(word)
+    line = f"cd ~/cpfean && python {' '.join(map(_secretless, words))}"
+    return shell(program("ray"), "job", "submit", "--address", address, "--", "bash", "-c", line)
 
 
 def cluster_status() -> str:

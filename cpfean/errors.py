@@ -47,6 +47,12 @@ class DataError(CpfeanError):
     exit_code = 3
 
 
+class ServiceError(CpfeanError):
+    """A cluster, tracker or storage that cannot be reached or does not answer."""
+
+    exit_code = 5
+
+
 class CheckpointError(CpfeanError):
     """A checkpoint that is incomplete, damaged, or of another experiment."""
 

@@ -13,13 +13,15 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
+from cpfean.folders import expanded
 from experiments.baselines import BASELINES
+from experiments.terminal import make_forgiving
 from orchestration.budget import Budget, Prices
 from orchestration.disks import cannot_write, is_disk_error
 from orchestration.mirror import fetch_records
 from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
-from orchestration.settings import Settings, check_name, prepare_environment
+from orchestration.settings import Settings, check_name, check_text, prepare_environment
 from orchestration.study import (
     Interrupted,
     StudyPlan,
@@ -241,11 +243,12 @@ def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bo
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     """Parses, runs, and turns what went wrong into a message and an exit code."""
+    make_forgiving()
     arguments = parser.parse_args()
-    prepare_environment()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cpfean").setLevel(logging.INFO)
     try:
+        prepare_environment()
         sys.exit(body(arguments))
     except Interrupted as stopped:
         # All is written; what libraries do at the end of a process can take seconds.
@@ -289,8 +292,9 @@ def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
     overrides: dict[str, Any] = {}
     flags = (("data", "data.path"), ("epochs", "optim.epochs"), ("seed", "seed"))
     for flag, path in flags:
-        if getattr(arguments, flag, None) is not None:
-            overrides[path] = getattr(arguments, flag)
+        if (given := getattr(arguments, flag, None)) is not None:
+            check_text(Path(given), what=f"--{flag}")
+            overrides[path] = given
     for text in arguments.set:
         path, equals, value = text.partition("=")
         if not equals:
@@ -300,16 +304,27 @@ def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
         overrides[path] = value
     config = config.with_overrides(overrides)
     # Workers run in other folders and on other machines.
-    places: dict[str, Any] = {"data.path": _absolute(config.data.path, "synthetic")}
+    places: dict[str, Any] = {
+        "data.path": _absolute(config.data.path, "synthetic", setting="data.path")
+    }
     encoder = config.model.text.encoder
-    if Path(encoder).expanduser().is_dir():
-        places["model.text.encoder"] = _absolute(encoder, "scratch")
+    if os.path.isdir(expanded(encoder, what="model.text.encoder")):
+        places["model.text.encoder"] = _absolute(encoder, "scratch", setting="model.text.encoder")
     return config.with_overrides(places)
 
 
 def settings(arguments: argparse.Namespace) -> Settings:
+    """Where things are; what trains in this process asks for no cluster.
+
+    Raises:
+        ConfigError, ServiceError: as `Settings.resolve`.
+    """
+    address = arguments.address
+    if getattr(arguments, "in_process", False) or getattr(arguments, "workers", None) == 0:
+        # A flag that is no address is a mistake nevertheless; a variable is not about this.
+        address = (address or "").strip() or "local"
     return Settings.resolve(
-        output=arguments.output, tracking_uri=arguments.tracking_uri, address=arguments.address
+        output=arguments.output, tracking_uri=arguments.tracking_uri, address=address
     )
 
 
@@ -481,7 +496,7 @@ def comparison_plan(
     where = settings(arguments)
     name = run_name(arguments, kind, where)
     folder, fingerprint = checked_data(config, where, num_regions=config.data.num_regions)
-    results = (arguments.results or where.output / "results").expanduser().absolute()
+    results = expanded(arguments.results or where.output / "results", what="--results").absolute()
     plan = StudyPlan(
         kind=kind,
         name=name,
@@ -538,7 +553,9 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     print(f"{'rSum':16}{metrics['rsum']:7.1f}")
 
 
-def _absolute(path: str, name: str) -> Plain:
+def _absolute(path: str, name: str, *, setting: str) -> Plain:
     if path == name or "://" in path:
         return path
-    return str(Path(path).expanduser().absolute())
+    absolute = expanded(path, what=setting).absolute()
+    check_text(absolute, what=setting)
+    return str(absolute)

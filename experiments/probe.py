@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError, CpfeanError
+from cpfean.folders import expanded
 from experiments import command_line
 from experiments.trained import (
     MODEL,
@@ -453,7 +454,7 @@ def named_models(given: Sequence[str]) -> list[tuple[str, Path]]:
         name, equals, folder = text.partition("=")
         if not (name.strip() and equals and folder):
             raise ConfigError(f"--model needs NAME=FOLDER, e.g. --model full=runs/a; got {text!r}.")
-        path = Path(folder).expanduser()
+        path = expanded(folder, what="--model")
         if any(path.resolve() == other.resolve() for _, other in models):
             raise ConfigError(f"--model: {folder} is given twice, but a seed counts once.")
         models.append((name.strip(), path))

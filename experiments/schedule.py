@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean.errors import ConfigError, message_of
+from cpfean.folders import expanded
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
@@ -92,7 +93,7 @@ def body(arguments: argparse.Namespace, given: list[str]) -> int:
         what = ("no name", "the NAME of a suite", "NAME and SLOT")[wanted]
         raise ConfigError(f"{arguments.command} takes {what}.")
     schedule = Schedule(
-        arguments.output.expanduser().absolute(),
+        expanded(arguments.output, what="--output").absolute(),
         script=Path(__file__).resolve(),
         python=sys.executable,
     )
@@ -279,7 +280,7 @@ def _from_anywhere(given: list[str]) -> list[str]:
 def _absolute(flag: str, value: str) -> str:
     """The path; what is none stays: a URL, generated data, a configuration's or model's name."""
     is_name = "://" in value or value == "synthetic" or (flag == "--config" and value in BASELINES)
-    path = Path(value).expanduser()
+    path = expanded(value, what=flag)
     is_path = not is_name and (path.exists() or flag == "--results")
     return str(path.absolute()) if is_path else value
 

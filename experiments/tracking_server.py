@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from cpfean.folders import expanded
 from experiments import command_line
 
 _EPILOG = """\
@@ -53,15 +54,15 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.addresses import shown, tracking_address
     from orchestration.server import ServerPlan
+    from orchestration.tracking_address import shown, tracking_address
 
-    output = arguments.output.expanduser().absolute()
+    output = expanded(arguments.output, what="--output").absolute()
     artifacts = arguments.artifacts
     if artifacts is None:
         artifacts = str(output / "mlflow-artifacts")
     elif artifacts and ":" not in artifacts:
-        artifacts = str(Path(artifacts).expanduser().absolute())
+        artifacts = str(expanded(artifacts, what="--artifacts").absolute())
     if arguments.store is None:
         store = tracking_address(f"sqlite:///{output / 'mlflow.db'}", asked="--output")
     else:

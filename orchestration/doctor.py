@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
-from orchestration.addresses import is_web, shown, sqlite_file, without_password
+from cpfean.folders import can_be_written
+from orchestration.ray_address import check_this_host
 from orchestration.records import RunFolder, read_json
-from orchestration.settings import Settings
+from orchestration.settings import Settings, token_file
+from orchestration.tracking_address import is_web, shown, sqlite_file, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,8 +87,8 @@ def check_token() -> str:
         return "switched off by RAY_AUTH_MODE=disabled"
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "from RAY_AUTH_TOKEN"
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not file.is_file():
+    file = token_file()
+    if not os.path.isfile(file):
         raise Ill(
             f"{file} does not exist",
             "`ray get-auth-token --generate` makes one; a cluster that runs has its own there",
@@ -103,6 +105,7 @@ def check_cluster(settings: Settings) -> str:
     from orchestration import tuner
 
     if settings.address is None:
+        check_this_host()
         return "none: studies run on this machine"
     cluster = tuner.connect(settings)
     return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"
@@ -241,11 +244,11 @@ def missing_workers(there: int) -> str:
     Empty if not; and on other machines, and where Ray was started by hand: nobody knows how many
     there should be.
     """
-    file = Path("~/ray_bootstrap_config.yaml").expanduser()
     try:
+        file = Path("~/ray_bootstrap_config.yaml").expanduser()
         types = json.loads(file.read_text(encoding="utf-8"))["available_node_types"]
         wanted = sum(kind.get("min_workers", 0) for kind in types.values())
-    except (OSError, ValueError, LookupError):
+    except (OSError, RuntimeError, ValueError, LookupError):  # without a home it is no head
         return ""
     return f"{there} of {wanted} worker(s) have joined" if there < wanted else ""
 
@@ -268,7 +271,13 @@ def check_storage(settings: Settings) -> str:
 
 
 def check_disk(folders: Sequence[Path], *, least_gb: float = _DISK_GB) -> str:
-    """Free space where records, data and Ray's files go."""
+    """Rights and free space where records, data and Ray's files go."""
+    for folder in folders:
+        if not can_be_written(folder):
+            raise Ill(
+                f"{folder} cannot be written by this user",
+                "its rights, or another: --output, CPFEAN_CACHE, RAY_TMPDIR",
+            )
     free = {folder: shutil.disk_usage(_existing(folder)).free / 1e9 for folder in folders}
     short = [f"{folder}: {gb:.1f} GB free" for folder, gb in free.items() if gb < least_gb]
     if short:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from cpfean import commands
 from cpfean.errors import ConfigError, message_of
-from orchestration.addresses import shown, sqlite_file, tracking_address
 from orchestration.passwords import ADMIN, PASSWORD, check_password
 from orchestration.settings import ServiceError
+from orchestration.tracking_address import shown, sqlite_file, tracking_address
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")

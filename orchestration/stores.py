@@ -26,8 +26,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from cpfean import commands
 from cpfean.errors import message_of
-from orchestration.addresses import is_web, shown, sqlite_file
 from orchestration.settings import ServiceError
+from orchestration.tracking_address import is_web, shown, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

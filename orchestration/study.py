@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError, message_of
-from orchestration.addresses import is_web, shown
 from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, eta, free_bytes
 from orchestration.checkpoints import KEPT, CheckpointFolder
 from orchestration.doctor import ask_nodes, missing_workers, versions
@@ -37,6 +36,7 @@ from orchestration.room import Room
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
 from orchestration.tracking import TrackedRun, Tracker, git_commit
+from orchestration.tracking_address import is_web, shown
 from orchestration.worker import test_metrics, this_device
 
 if TYPE_CHECKING:
@@ -663,7 +663,7 @@ class _Study:
         from orchestration import tuner
 
         storage = self._settings.storage
-        cluster = tuner.connect(self._settings)
+        cluster = tuner.connect(self._settings, give_up=self._leave_for)
         try:
             if not cluster.is_local:
                 threading.Thread(target=self._watch_head, name="head", daemon=True).start()
@@ -964,6 +964,10 @@ class _Study:
             self._close(outcome, seconds=STOPPED_SECONDS)
         finally:
             os._exit(code)
+
+    def _leave_for(self, error: CpfeanError) -> None:
+        self._error = self._error or error
+        self._leave()
 
     def _give_up(self, error: CpfeanError) -> None:
         self._error = self._error or error

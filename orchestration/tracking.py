@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
 from cpfean.errors import message_of
-from orchestration.addresses import shown, sqlite_file, without_password
 from orchestration.records import TrialRecord
 from orchestration.settings import ServiceError
 from orchestration.stores import (
@@ -42,6 +41,7 @@ from orchestration.stores import (
     experiment_of,
     open_store,
 )
+from orchestration.tracking_address import shown, sqlite_file, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -838,9 +838,10 @@ def git_commit() -> str | None:
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *words],
+            ["git", "-c", f"safe.directory={root}", "-C", str(root), *words],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},

@@ -12,11 +12,13 @@ import atexit
 import json
 import logging
 import os
+import secrets
 import signal
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,20 +32,29 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cpfean.errors import LostPartnerError, StoppedError
+from cpfean.errors import CpfeanError, LostPartnerError, ServiceError, StoppedError
+from cpfean.folders import can_be_written
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
 from orchestration.failures import known_failure
+from orchestration.ray_address import check_head, check_this_host, parse_address
 from orchestration.records import TrialRecord
 from orchestration.room import Node, Room, places
 from orchestration.search import METRIC
-from orchestration.settings import ServiceError, Settings, prepare_environment, usable_cpus
+from orchestration.settings import (
+    Settings,
+    prepare_environment,
+    token_file,
+    usable_cpus,
+)
 
 _RETRIED = ("infra", "preempted")
 MAX_RETRIES = 3
 _PAUSE_SECONDS = 2.0  # times the number of the retry, where a disk or a store has refused
 _CLOSE_SECONDS = 10.0
+_JOIN_SECONDS = 40.0  # a cluster that is well takes a few
+_ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us
 _ELASTIC_START_SECONDS = 30
 
 
@@ -125,7 +136,7 @@ class _HeadStart:
         self._is_done = threading.Event()
         self._is_over = threading.Event()
         self._cluster: Cluster | None = None
-        self._error: ServiceError | None = None
+        self._error: CpfeanError | None = None
         threading.Thread(target=self._run, name="ray", daemon=True).start()
         atexit.register(self.end)
 
@@ -133,7 +144,7 @@ class _HeadStart:
         """What there is; waits for Ray.
 
         Raises:
-            ServiceError: Ray does not start.
+            ConfigError, ServiceError: Ray does not start.
         """
         self.wait()
         if self._error is not None:
@@ -157,8 +168,8 @@ class _HeadStart:
 
     def _run(self) -> None:
         try:
-            self._cluster = _connected(self._settings)
-        except ServiceError as error:
+            self._cluster = _connected(self._settings, _end)
+        except CpfeanError as error:
             self._error = error
         except BaseException as error:
             self._error = ServiceError(f"Ray does not start: {error!r}")
@@ -188,19 +199,26 @@ def wait_for_start() -> None:
         _head_start.wait()
 
 
-def connect(settings: Settings) -> Cluster:
+def connect(
+    settings: Settings, *, give_up: Callable[[ServiceError], None] | None = None
+) -> Cluster:
     """Joins the cluster, or starts Ray on this machine.
 
+    Args:
+        give_up: ends the process where Ray does not come back from joining a cluster, from another
+            thread; None says why and exits.
+
     Raises:
+        ConfigError: a folder for Ray's files that cannot be.
         ServiceError: no cluster at the address, or Ray does not start.
     """
     if settings.address is None and _head_start is not None:
         return _head_start.cluster()
-    return _connected(settings)
+    return _connected(settings, give_up or _end)
 
 
-def _connected(settings: Settings) -> Cluster:
-    settings.check_address()
+def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> Cluster:
+    _check(settings)
     cpus = usable_cpus()
     try:
         with _sigterm_kept():
@@ -214,21 +232,64 @@ def _connected(settings: Settings) -> Cluster:
                     object_store_memory=200 * 2**20,
                 )
             else:
-                ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+                _join(settings, give_up)
         if settings.address is not None:
             _check_actors_start()
     # Ray raises many kinds here, down to OSError and its own.
     except Exception as error:
         where, hint = settings.address or "on this machine", ""
         if settings.address:
+            where += f", from {settings.address_source}"
             hint = (
                 "\nDoes this machine have the cluster's ~/.ray/auth_token? If the cluster wants "
-                "none, set RAY_AUTH_MODE=disabled."
+                "none, set RAY_AUTH_MODE=disabled. Without the cluster: --address local."
             )
         raise ServiceError(f"Ray does not start or answer ({where}): {error}{hint}") from error
     # An instance that a neighbour started on this host must not be taken for ours.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     return cluster_now(is_local=settings.address is None)
+
+
+def _check(settings: Settings) -> None:
+    """Finds in seconds what Ray would try for many minutes, or fall over in the middle of."""
+    settings.check_address()
+    if settings.address is None:
+        check_this_host()
+        # Ray's own parts read it, and take it for theirs.
+        os.environ.pop("RAY_ADDRESS", None)
+        _give_a_token()
+    else:
+        check_head(parse_address(settings.address, source=settings.address_source))
+
+
+def _join(settings: Settings, give_up: Callable[[ServiceError], None]) -> None:
+    """Joins the cluster; where its part on this host is dead Ray waits, and ends the process."""
+    error = ServiceError(
+        f"the head of the Ray cluster at {settings.address} (from {settings.address_source}) "
+        f"answers, and cannot be joined from this machine within {_JOIN_SECONDS:.0f} s. Is this "
+        "one of its machines, and does `ray status` list it? `ray start` on it joins; --address "
+        "local runs on this machine alone."
+    )
+    timer = threading.Timer(_JOIN_SECONDS, give_up, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+    finally:
+        timer.cancel()
+
+
+def _end(error: ServiceError) -> None:
+    """Ends the process from another thread, as the main thread hangs in Ray."""
+    print(error, file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
+def _give_a_token() -> None:
+    """Ray started here asks for a token, and makes it in the home; without one it is in memory."""
+    there = os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file())
+    if not there and not can_be_written(Path.home() / ".ray"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def cluster_now(*, is_local: bool) -> Cluster:
@@ -271,9 +332,9 @@ def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
     Raises:
         ServiceError: no cluster at the address.
     """
-    settings.check_address()
+    _check(settings)
     try:
-        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        _join(settings, _end)
         return cluster_now(is_local=False), node_types()
     except Exception as error:  # Ray raises many kinds here
         raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
@@ -351,7 +412,7 @@ def _grows() -> bool | None:
 def _check_actors_start() -> None:
     """Starts an actor: where client and cluster disagree about tokens, that alone goes wrong."""
     probe = ray.remote(num_cpus=0)(_Probe).remote()
-    ray.get(probe.answer.remote(), timeout=120)
+    ray.get(probe.answer.remote(), timeout=_ACTOR_SECONDS)
 
 
 class _Probe:

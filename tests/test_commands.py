@@ -1,6 +1,8 @@
 """What is printed to be typed works when it is pasted: every kind of line, with awkward names."""
 
 import inspect
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +46,15 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
         lambda: commands.for_owner_alone(Path(AWKWARD)),
         ["chmod", "600", AWKWARD],
     ),
+    "submit_job": (
+        lambda: commands.submit_job(
+            "http://head:8265", "sweep.py", ["--data", AWKWARD, "--address", "x"]
+        ),
+        [
+            *("ray", "job", "submit", "--address", "http://head:8265", "--", "bash", "-c"),
+            f"cd ~/cpfean && python experiments/sweep.py --data {commands.shell(AWKWARD)}",
+        ],
+    ),
     "cluster_status": (lambda: commands.cluster_status(), ["ray", "status"]),
     "pip_install": (
         lambda: commands.pip_install("cpfean[syntax]"),
@@ -60,7 +71,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stand_in = (
         f"#!{sys.executable}\nimport os, sys\n"
         "words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]\n"
-        f"open({str(tmp_path / 'called')!r}, 'w').write('\\0'.join(words))\n"
+        f"open({str(tmp_path / 'called')!r}, 'wb').write(os.fsencode('\\0'.join(words)))\n"
     )
     for _, words in LINES.values():
         (folder / words[0]).write_text(stand_in, encoding="utf-8")
@@ -75,7 +86,7 @@ def pasted(line: str, programs: Path) -> list[str]:
     called = programs.with_name("called")
     called.unlink(missing_ok=True)
     subprocess.run(["/bin/bash", "-c", line], cwd=programs.parent, capture_output=True)
-    return called.read_text(encoding="utf-8").split("\0") if called.exists() else []
+    return os.fsdecode(called.read_bytes()).split("\0") if called.exists() else []
 
 
 def test_every_kind_of_line_has_an_example() -> None:
@@ -92,6 +103,20 @@ def test_a_line_that_is_pasted_calls_what_it_says(name: str, programs: Path) -> 
     make, words = LINES[name]
     called = pasted(make(), programs)
     assert [Path(word).name if word.endswith(".py") else word for word in called] == words
+
+
+@pytest.mark.parametrize("word", [AWKWARD, "/Ω/“x”", os.fsdecode(b"/\xff/x'y"), "/a\nb\x1b[31m"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_line_can_be_pasted_from_a_terminal_that_cannot_show_its_words(
+    word: str, encoding: str, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        line = commands.shell("awk", word)
+    assert line.isprintable()
+    line.encode(encoding)
+    called = pasted(line, programs)
+    assert [os.fsencode(each) for each in called] == [b"awk", os.fsencode(word)]
 
 
 def test_a_program_beside_this_python_is_named_by_its_path(

@@ -27,6 +27,7 @@ from cpfean.config import DataConfig, SyntheticConfig
 from cpfean.data import concepts, scenes, synthetic, wording
 from cpfean.data.split import native_names
 from cpfean.errors import DataError
+from cpfean.folders import cannot_write, expanded, made
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def resolve_data(config: DataConfig, *, cache_dir: Path) -> Path:
             f'data.path {path!r}: expected "synthetic", a folder or an s3:// URL; copy the data to '
             "one of them."
         )
-    folder = Path(path).expanduser()
+    folder = expanded(path, what="data.path")
     if folder.is_dir():
         return folder
     raise DataError(f"data.path {path!r}: expected a folder, found none{_nearby(folder)}")
@@ -80,8 +81,7 @@ def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
     url = url.rstrip("/")
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = cache_dir / f"remote-{name}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir / f"remote-{name}.lock"):
+    with _alone(made(cache_dir) / f"remote-{name}.lock"):
         listed = _listed(filesystem, url)
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(f"{_UNFINISHED}*"):
@@ -134,10 +134,9 @@ def _generated(config: SyntheticConfig, cache_dir: Path) -> Path:
     for module in (concepts, scenes, wording, synthetic):  # another generator, another set
         digest.update(inspect.getsource(module).encode())
     folder = cache_dir / f"synthetic-{digest.hexdigest()[:12]}"
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir / f"{folder.name}.lock"):
+    with _alone(made(cache_dir) / f"{folder.name}.lock"):
         if not folder.is_dir():
             for leftover in cache_dir.glob(f"{folder.name}-*"):
                 shutil.rmtree(leftover)
@@ -222,6 +221,10 @@ def _alone(path: Path) -> Iterator[None]:
             f"{path}: another process has been preparing the same data for {_WAIT / 60:.0f} "
             "minutes; see whether it hangs, then try again."
         ) from None
+    except PermissionError as error:  # the lock of another user, in a cache of both
+        if error.filename != str(path):
+            raise
+        raise cannot_write(path, error) from None
 
 
 def _has(path: Path, size: int) -> bool:

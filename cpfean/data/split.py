@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cpfean import folders
 from cpfean.data.findings import Finding, Findings
 from cpfean.data.regions import RegionFiles, RegionStore
 from cpfean.errors import DataError
@@ -171,7 +173,8 @@ def check_folder(
     if cache_dir is not None:
         state = _state(folder, (num_regions, sorted(splits), train_images))
     note = None if cache_dir is None or state is None else cache_dir / f"sound-{state}"
-    if note is not None and note.exists():
+    # A folder that may not be looked into holds no note for us.
+    if note is not None and os.path.exists(note):
         logger.info("%s: unchanged since all of it was checked", folder)
         return
     found = validate_folder(
@@ -181,8 +184,7 @@ def check_folder(
         lines = "\n".join(f"  {finding}" for finding in found)
         raise DataError(f"{folder}: faults in the data.\n{lines}")
     if note is not None:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"{folder}\n", encoding="utf-8")
+        folders.note(note, f"{folder}\n")
 
 
 def data_fingerprint(folder: Path) -> str:

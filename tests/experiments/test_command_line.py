@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.baselines import BASELINES
 from orchestration.records import TUNING, RunFolder
@@ -276,3 +277,16 @@ def test_what_is_to_be_resumed_is_fetched_if_it_is_not_here(
     asked.resume = True
     assert command_line.run_name(asked, kind, where) == "s"
     assert sorted(path.name for path in where.output.iterdir()) == names
+
+
+@pytest.mark.parametrize("asked", [{"workers": 0}, {"workers": 1, "in_process": True}])
+def test_what_trains_in_this_process_does_not_mind_an_address_of_something_else(
+    asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    flags = {"output": tmp_path, "tracking_uri": None, "address": None} | asked
+    assert command_line.settings(argparse.Namespace(**flags)).address is None
+    with pytest.raises(ConfigError, match="--address"):
+        command_line.settings(argparse.Namespace(**flags | {"address": "nowhere"}))
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        command_line.settings(argparse.Namespace(**flags | {"workers": 1, "in_process": False}))

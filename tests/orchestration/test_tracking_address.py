@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cpfean.errors import ConfigError
-from orchestration.addresses import shown, sqlite_file, tracking_address
 from orchestration.settings import Settings
+from orchestration.tracking_address import shown, sqlite_file, tracking_address
 
 
 @pytest.fixture(autouse=True)
