@@ -47,8 +47,7 @@ def open_whole(folder: Path, name: str) -> Split:
     Raises:
         DataError: as `open_split`.
     """
-    features = np.load(folder / f"{name}_ims.npy", mmap_mode="r", allow_pickle=False)
-    return open_split(folder, name, num_regions=features.shape[1])
+    return open_split(folder, name, num_regions=None)
 
 
 def first_regions(split: Split, count: int) -> Split:

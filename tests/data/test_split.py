@@ -231,14 +231,14 @@ REFUSALS: dict[str, tuple[Edit, str, str, tuple[str, ...]]] = {
     "boxes as shares of the image": (
         pixels_to_shares,
         "box-format",
-        "train_boxes.npy",
-        ("shares", "multiply"),
+        "train_boxes.npy, image 0 (train0.jpg), region 0",
+        ("x1, y1, x2, y2 as shares", "--scan", "--box-units shares"),
     ),
     "boxes as corner and extent": (
         corners_to_extents,
         "box-format",
-        "train_boxes.npy",
-        ("x, y, width, height",),
+        "train_boxes.npy, image 0 (train0.jpg), region 1",
+        ("x, y, width, height", "--box-order xywh"),
     ),
     "a box that is not a number": (
         put("dev_boxes.npy", (1, 0, 2), nan),
