@@ -51,6 +51,7 @@ class RegionStore:
         confidences: of the labels, in [0, 1]; None without scores.
         counts: real regions of each image, the first ones; at least 1.
         num_clipped: boxes that reached out of their image by a pixel at most, and were cut.
+        sizes: width and height of each image; None without boxes.
         cut: what is to be said of the regions that were left out; "" if there is nothing.
     """
 
@@ -61,6 +62,7 @@ class RegionStore:
     confidences: Float[np.ndarray, "image region"] | None
     counts: Int[np.ndarray, "image"]
     num_clipped: int = 0
+    sizes: Float[np.ndarray, "image 2"] | None = None
     cut: str = ""
 
     @property
@@ -229,6 +231,7 @@ class RegionFiles:
             confidences=None if confidences is None else confidences[:, :num_regions],
             counts=np.minimum(told.counts, num_regions),
             num_clipped=told.num_clipped,
+            sizes=told.sizes,
             cut=_cut(num_regions, told.counts, confidences),
         )
 

@@ -368,6 +368,7 @@ def _first(split: Split, num_images: int) -> Split:
         confidences=cut(whole.confidences),
         counts=whole.counts[:num_images],
         num_clipped=whole.num_clipped,
+        sizes=cut(whole.sizes),
         cut=whole.cut,
     )
     return Split(

@@ -67,6 +67,7 @@ def first_regions(split: Split, count: int) -> Split:
         confidences=cut(whole.confidences),
         counts=np.minimum(whole.counts, count),
         num_clipped=whole.num_clipped,
+        sizes=whole.sizes,
     )
     return replace(split, regions=regions)
 

@@ -408,7 +408,7 @@ REFUSALS: dict[str, tuple[Callable[[list[Entry]], object], tuple[str, ...]]] = {
     "infinity in a feature": (put(1, features=with_feature(np.inf)), ("not-finite", "inf")),
     "a cut line": (
         lambda rows: rows[1].update(features=rows[1]["features"][:-8]),
-        ("row 2 (1000)", "a multiple of 24 bytes", "found 186", "cut"),
+        ("row 2 (1000)", "192 bytes of features", "6 regions of 8 numbers", "found 186", "cut"),
     ),
     "features of another width": (
         put(3, features=coded(np.ones((REGIONS, DIM + 1), "<f4"))),
@@ -422,8 +422,8 @@ REFUSALS: dict[str, tuple[Callable[[list[Entry]], object], tuple[str, ...]]] = {
         put(1, boxes=coded(np.ones((REGIONS, 4)))),
         ("row 2 (1000)", "96 bytes of boxes", "192"),
     ),
-    "an image twice": (
-        lambda rows: rows.append(dict(rows[1])),
+    "an image twice, with other numbers": (
+        lambda rows: rows.append(rows[1] | {"features": rows[2]["features"]}),
         ("duplicate-id", "row 2 of a.tsv", "row 13 (1000)"),
     ),
     "images without features": (

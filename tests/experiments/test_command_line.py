@@ -210,6 +210,10 @@ def test_a_training_is_evaluated_as_json_with_what_it_printed(tmp_path: Path) ->
     answer = call("evaluate.py", "runs/t", "--split", "test", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     metrics = json.loads(answer.stdout)
+    size = {key: metrics.pop(key) for key in ("images", "captions", "folds")}
+    images = TINY.data.synthetic.test_images
+    assert size == {"images": images, "captions": 5 * images, "folds": 1}
+    assert f"test: ranked among {images} images and {5 * images} captions" in answer.stderr
     recalls = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     assert set(metrics) == {*recalls, "rsum"}
     assert metrics["rsum"] == pytest.approx(sum(metrics[name] for name in recalls))
