@@ -128,12 +128,31 @@ def _thinned(rows: np.ndarray) -> np.ndarray:
     return rows[:: max(1, len(rows) // _TRIED)]
 
 
-def wrong_layout(guess: Layout, declared: Layout, example: np.ndarray, size: np.ndarray) -> str:
-    """What a finding says of boxes that are written in another way than was said."""
-    return (
-        f"expected {declared}, found {numbers(example)} in an image of {numbers(size)}; nearly all "
-        f"boxes fit as {guess}"
+def wrong_layout(
+    guess: Layout,
+    declared: Layout,
+    boxes: Float[np.ndarray, "box 4"],
+    sizes: Float[np.ndarray, "box 2"],
+) -> str:
+    """What a finding says of boxes that are written in another way than was said.
+
+    Args:
+        guess: how they seem to be written.
+        declared: how they were said to be.
+        boxes: as they are written; one that does not fit is shown.
+        sizes: of the image of each.
+    """
+    bad = misfits(corners(boxes, sizes, declared), sizes)
+    shown = int(bad.argmax())
+    said = (
+        f"expected {declared}, found {numbers(boxes[shown])} in an image of {numbers(sizes[shown])}"
     )
+    if bad.any():
+        said += f" and {bad.sum():,} of {len(bad):,} boxes that do not fit so"
+    said += f"; nearly all boxes fit as {guess}"
+    if guess.units == "shares" and guess.order in ("xyxy", "yxyx"):
+        said += " (which of x and y comes first, shares do not tell)"
+    return said
 
 
 def numbers(values: np.ndarray) -> str:

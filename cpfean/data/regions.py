@@ -420,13 +420,13 @@ class RegionFiles:
     ) -> None:
         wrong = misfits(corners(boxes, sizes[:, None], self._layout), sizes[:, None]) & real
         image, region = np.argwhere(wrong if wrong.any() else real)[0]
-        file = self.file("boxes")
-        given = wrong_layout(guess, self._layout, boxes[image, region], sizes[image])
+        of_each = np.broadcast_to(sizes[:, None], (*real.shape, 2))[real]
+        given = wrong_layout(guess, self._layout, boxes[real], of_each)
         self._findings.add(
             "box-format",
-            file,
-            f"{given} and {wrong.sum():,} of {real.sum():,} do not fit as they are; if they are "
-            f"that, {self._declare(*(guess.flags or ('--box-order', 'xyxy')))}",
+            self.file("boxes"),
+            f"{given}; if they are that, "
+            f"{self._declare(*(guess.flags or ('--box-order', 'xyxy')))}",
             place=f"{self.place(image)}, region {region}",
         )
 

@@ -27,8 +27,8 @@ def read_vocabulary(path: Path) -> list[str]:
     """
     findings = Findings()
     if not os.path.exists(path):
-        link = f", but a link to {os.readlink(path)}" if is_there(path) else ""
-        raise DataError(f"{path}: cannot be read: no such file{link}; check the path.")
+        link = f"a link that leads nowhere, to {os.readlink(path)}" if is_there(path) else ""
+        raise DataError(f"{path}: cannot be read: {link or 'no such file'}; check the path.")
     lines = read_lines(path, findings) or []
     if not findings and not blank_end(path, lines, findings):
         names = [line.split(",")[0].strip() for line in lines]

@@ -32,7 +32,6 @@ from cpfean.data.boxes import (
     Layout,
     corners,
     guessed_layout,
-    misfits,
     numbers,
     wrong_layout,
 )
@@ -426,15 +425,11 @@ class _Reader:
         wrong = [at for at, (_, fault) in faults.items() if fault.kind in _NOT_CUT]
         path, number = wrong[0] if wrong else (self._paths[0], 0)
         place = faults[path, number][0] if wrong else ""
-        bad = misfits(corners(boxes, sizes, self._layout), sizes)
-        example = int(bad.argmax())
-        given = wrong_layout(guess, self._layout, boxes[example], sizes[example])
         flags = commands.shell(*(guess.flags or ("--box-order", "xyxy")))
         findings.add(
             "box-format",
             path.name,
-            f"{given} and {bad.sum():,} of the first {len(bad):,} do not fit as they are; if they "
-            f"are that, say so: {flags}",
+            f"{wrong_layout(guess, self._layout, boxes, sizes)}; if they are that, say so: {flags}",
             place=place,
         )
         for at in wrong:
