@@ -162,8 +162,7 @@ class RegionFiles:
                 "dtype",
                 name,
                 "expected float16 or float32, little-endian, in C order, found "
-                f"{features.dtype.str!r}{order}; save "
-                "numpy.ascontiguousarray(features, dtype='<f4')",
+                f"{features.dtype.str!r}{order}; {self._anew()}",
             )
             return None
         if features.ndim != 3:
@@ -434,9 +433,13 @@ class RegionFiles:
         """How to say what these files are, for the end of a message."""
         if self._converting:
             return f"say so: {commands.shell(*flags)}"
+        return self._anew(*flags)
+
+    def _anew(self, *flags: str) -> str:
+        """How to write the folder in the native format, for the end of a message."""
         new = f"{self._folder}.new"
         line = commands.script("prepare.py", new, "--scan", self._folder, *flags)
-        return f"make a folder of them that says so: {line}"
+        return f"write the folder anew: {line}"
 
     def _box_findings(
         self,

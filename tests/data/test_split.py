@@ -718,6 +718,9 @@ def test_a_folder_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
         "lines of an old Mac",
         "boxes as corner and extent",
         "y before x",
+        "features in double precision",
+        "features in big-endian order",
+        "features in Fortran order",
     ],
 )
 def test_the_command_that_is_told_mends_what_it_is_told_for(fault: str, folder: Path) -> None:

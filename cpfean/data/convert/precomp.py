@@ -247,7 +247,8 @@ def _open(
         )
         return None
     if features.dtype not in (np.dtype("<f2"), np.dtype("<f4")):
-        logger.info("%s: read as %s, stored as float32", file, features.dtype.name)
+        order = ", big-endian" if features.dtype.str[0] == ">" else ""
+        logger.info("%s: read as %s%s, stored as float32", file, features.dtype.name, order)
     agreed = agree(
         stem,
         findings,
