@@ -170,6 +170,53 @@ def submit_job(address: str, name: str, typed: Sequence[str]) -> str:
     return shell(program("ray"), "job", "submit", "--address", address, "--", "bash", "-c", line)
 
 
+def first_lines(file: Path, count: int) -> str:
+    """Cuts a text behind its first so many lines."""
+    return _rewritten(shell("head", "-n", str(count), _path(file)), file)
+
+
+def without_lines(file: Path, numbers: Sequence[int]) -> str:
+    """Takes lines out of a text, by their numbers from 1."""
+    return _rewritten(shell("sed", ";".join(f"{n}d" for n in numbers), _path(file)), file)
+
+
+def without_first_bytes(file: Path, count: int) -> str:
+    """Takes the first so many bytes off a file."""
+    return _rewritten(shell("tail", "-c", f"+{count + 1}", _path(file)), file)
+
+
+def as_utf8(file: Path, encoding: str) -> str:
+    """Makes UTF-8 of a text in another encoding, under a name that iconv knows."""
+    return _rewritten(shell("iconv", "-f", encoding, "-t", "UTF-8", _path(file)), file)
+
+
+def as_unix_lines(file: Path) -> str:
+    """Ends the lines of a text that carriage returns end with newlines."""
+    return _rewritten(shell("awk", "-v", "RS=\\r", "1", _path(file)), file)
+
+
+def unpickled_sizes(file: Path, to: Path) -> str:
+    """Makes JSON of a pickle of GSMN's sizes: for whoever trusts it, as that runs what is in it."""
+    code = (
+        "import json, sys, numpy; "
+        'sizes = numpy.load(sys.argv[1], allow_pickle=True, encoding="latin1"); '
+        "json.dump([{k: int(v) for k, v in size.items()} for size in sizes], "
+        'open(sys.argv[2], "w"))'
+    )
+    return shell(program(Path(sys.executable).name), "-c", code, file, to)
+
+
+def _path(file: Path) -> str:
+    """A path that no program takes for a flag."""
+    return os.path.join(".", file) if str(file).startswith("-") else str(file)
+
+
+def _rewritten(line: str, file: Path) -> str:
+    """Puts what a command writes in the place of a file, once all of it is written."""
+    new = f"{_path(file)}.new"
+    return f"{line} > {shell(new)} && {shell('mv', new, _path(file))}"
+
+
 def cluster_status() -> str:
     """What Ray's cluster is made of."""
     return shell(program("ray"), "status")

@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from cpfean.errors import ConfigError
+from cpfean.files import read_file
 
 Plain = bool | int | float | str
+
+_LARGEST_TOML = 1_000_000  # bytes; ours take two thousand
 
 
 class _Part:
@@ -467,9 +470,15 @@ class ExperimentConfig(_Part):
                 and what `from_dict` raises.
         """
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from None
+            text = read_file(path, limit=_LARGEST_TOML).decode("utf-8-sig")
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read as a configuration: {error.strerror}; name a TOML file."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: cannot be read as a configuration: {error}; save it as UTF-8."
+            ) from None
         try:
             return cls.from_dict(tomllib.loads(text))
         except (ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError

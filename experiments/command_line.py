@@ -458,7 +458,9 @@ def stored_regions(folder: Path) -> int:
     """Regions that every image of the data has."""
     import numpy as np
 
-    files = [folder / f"{split}_ims.npy" for split in ("train", "dev", "test")]
+    from cpfean.data.split import split_stem
+
+    files = [folder / f"{split_stem(folder, s)}_ims.npy" for s in ("train", "dev", "test")]
     return min(np.load(file, mmap_mode="r").shape[1] for file in files if file.exists())
 
 

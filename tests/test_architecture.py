@@ -46,8 +46,11 @@ class Room:
 ROOMS = {
     "cpfean": Room(ours=FOUNDATION),
     "cpfean.commands": Room(ours=frozenset(), only_standard_library=True),
-    "cpfean.config": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
+    "cpfean.config": Room(
+        ours=frozenset({"cpfean.errors", "cpfean.files"}), only_standard_library=True
+    ),
     "cpfean.errors": Room(ours=frozenset(), only_standard_library=True),
+    "cpfean.files": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.data": Room(ours=FOUNDATION),
     "cpfean.losses": Room(ours=FOUNDATION),
     "cpfean.metrics": Room(ours=FOUNDATION),

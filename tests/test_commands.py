@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 from cpfean import commands
 
 AWKWARD = "/data/my run's $HOME/Übung `x`\t!"
+FILE = AWKWARD.replace("/", "_")  # beside us, so that it can be written to
+SIZES = shlex.split(commands.unpickled_sizes(Path("a"), Path("b")))[2]
 SECRET = "https://someone:s3cret-word@host/"
 
 # Of every function that makes a line: one with awkward words, and the words that must arrive.
@@ -55,6 +58,30 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
             f"cd ~/cpfean && python experiments/sweep.py --data {commands.shell(AWKWARD)}",
         ],
     ),
+    "first_lines": (
+        lambda: commands.first_lines(Path(FILE), 3),
+        ["head", "-n", "3", FILE],
+    ),
+    "without_lines": (
+        lambda: commands.without_lines(Path(FILE), [3, 7]),
+        ["sed", "3d;7d", FILE],
+    ),
+    "without_first_bytes": (
+        lambda: commands.without_first_bytes(Path(FILE), 3),
+        ["tail", "-c", "+4", FILE],
+    ),
+    "as_utf8": (
+        lambda: commands.as_utf8(Path(FILE), "UTF-16"),
+        ["iconv", "-f", "UTF-16", "-t", "UTF-8", FILE],
+    ),
+    "as_unix_lines": (
+        lambda: commands.as_unix_lines(Path(FILE)),
+        ["awk", "-v", "RS=\\r", "1", FILE],
+    ),
+    "unpickled_sizes": (
+        lambda: commands.unpickled_sizes(Path(AWKWARD), Path("b")),
+        ["python", "-c", SIZES, AWKWARD, "b"],
+    ),
     "cluster_status": (lambda: commands.cluster_status(), ["ray", "status"]),
     "pip_install": (
         lambda: commands.pip_install("cpfean[syntax]"),
@@ -79,6 +106,34 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     monkeypatch.setenv("PATH", str(folder))
     return folder
+
+
+def test_what_is_told_to_do_with_a_text_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (FILE, "-n"):
+        for line, before, after in (
+            (commands.first_lines(Path(name), 2), b"a\nb\n\n\n", b"a\nb\n"),
+            (commands.without_lines(Path(name), [1, 3]), b"a\nb\nc\nd\n", b"b\nd\n"),
+            (commands.without_first_bytes(Path(name), 3), b"\xef\xbb\xbfa\n", b"a\n"),
+            (
+                commands.as_utf8(Path(name), "UTF-16"),
+                "Übung\n".encode("utf-16"),
+                "Übung\n".encode(),
+            ),
+            (
+                commands.as_utf8(Path(name), "LATIN1"),
+                "Übung\n".encode("latin1"),
+                "Übung\n".encode(),
+            ),
+            (commands.as_unix_lines(Path(name)), b"a\rb\r", b"a\nb\n"),
+        ):
+            (tmp_path / name).write_bytes(before)
+            subprocess.run(["/bin/bash", "-c", line], check=True)
+            assert (tmp_path / name).read_bytes() == after
+            assert [path.name for path in tmp_path.iterdir()] == [name]
+            (tmp_path / name).unlink()
 
 
 def pasted(line: str, programs: Path) -> list[str]:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpfean.config import TextConfig
-from cpfean.data.split import _CONTROL, _says_something
+from cpfean.data.texts import _CONTROL, says_something
 from cpfean.data.tokens import (
     CaptionTokenizer,
     Graph,
@@ -148,7 +148,7 @@ def test_a_caption_without_a_word_is_refused() -> None:
 
 def test_every_character_that_makes_a_caption_for_the_loader_makes_a_word() -> None:
     scalars = (chr(c) for c in range(0, 0x110000, 97) if not 0xD800 <= c < 0xE000)
-    captions = [c for c in scalars if not _CONTROL.search(c) and _says_something(c)]
+    captions = [c for c in scalars if not _CONTROL.search(c) and says_something(c)]
     assert len(captions) > 1000
     assert (minilm().encode(captions).num_words == 1).all()
 
