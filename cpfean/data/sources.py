@@ -93,6 +93,8 @@ def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
         for leftover in folder.glob(f"{_UNFINISHED}*"):
             leftover.unlink()
         record = _read_record(folder / _RECORD)
+        if record or not is_there(folder / _RECORD):  # of a damaged one nobody knows
+            _refuse_strange(folder, record, url=url)
         changed = [
             name
             for name, (_, size, version) in listed.items()
@@ -104,15 +106,30 @@ def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
         progress = _Progress(url, total)
         for name in changed:
             source, size, version = listed[name]
-            record.pop(name, None)
+            record[name] = []  # on its way: what is there of it is ours
             _write_record(folder / _RECORD, record)
             _fetch(filesystem, source, folder / name, size=size, progress=progress)
             record[name] = [size, version]
             _write_record(folder / _RECORD, record)
-        for name in native_names():
-            if name not in listed:
-                (folder / name).unlink(missing_ok=True)
+        for name in record.keys() - listed.keys():
+            (folder / name).unlink(missing_ok=True)
+            del record[name]
+            _write_record(folder / _RECORD, record)
     return folder
+
+
+def _refuse_strange(folder: Path, record: dict[str, list[Any]], *, url: str) -> None:
+    """Refuses data in a cached folder that was not fetched: it would be replaced or removed.
+
+    Raises:
+        DataError: names the first such file.
+    """
+    for name in native_names():
+        if is_there(folder / name) and name not in record:
+            raise DataError(
+                f"{folder / name}: expected nothing but what was fetched from {url}, found a file "
+                "that was not; move it elsewhere."
+            )
 
 
 class _Progress(Callback):
@@ -144,9 +161,11 @@ def _generated(config: SyntheticConfig, cache_dir: Path) -> Path:
         return folder
     with _alone(made(cache_dir) / f"{folder.name}.lock"):
         if not folder.is_dir():
-            for leftover in cache_dir.glob(f"{folder.name}-*"):
+            # Under a name that nobody gives to a folder, such as a copy of ours.
+            prefix = f"{_UNFINISHED}{folder.name}-"
+            for leftover in cache_dir.glob(f"{prefix}*"):
                 shutil.rmtree(leftover)
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache_dir))
+            unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=cache_dir))
             try:
                 synthetic.write_synthetic(unfinished, config)
                 unfinished.rename(folder)
@@ -242,7 +261,8 @@ def _read_record(path: Path) -> dict[str, list[Any]]:
         record = json.loads(read_file(path, limit=_LARGEST_RECORD))
     except (OSError, ValueError):
         return {}  # nothing was fetched yet, or a damaged record: fetch everything
-    return record if isinstance(record, dict) else {}
+    known = record if isinstance(record, dict) else {}
+    return {name: of for name, of in known.items() if name in native_names()}
 
 
 def _write_record(path: Path, record: dict[str, list[Any]]) -> None:

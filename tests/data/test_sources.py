@@ -111,7 +111,7 @@ def test_a_generator_that_dies_leaves_nothing_that_looks_whole(
 
     monkeypatch.setattr(synthetic, "write_synthetic", write)
     made = resolve_data(config, cache_dir=tmp_path)
-    killed = tmp_path / f"{made.name}-killed"  # as SIGKILL would leave it
+    killed = tmp_path / f".unfinished-{made.name}-killed"  # as SIGKILL would leave it
     made.rename(killed)
     assert validate_folder(resolve_data(config, cache_dir=tmp_path)) == []
     assert not killed.exists()
@@ -158,7 +158,7 @@ def test_a_fetch_that_fails_keeps_the_old_file_and_is_taken_up_again(
     with pytest.raises(DataError, match=r"dev_caps\.txt: cannot be read: reset by peer"):
         fetch_folder(storage, URL, cache_dir=tmp_path)
     assert (fetched / "dev_caps.txt").read_bytes() == before
-    assert "dev_caps.txt" not in json.loads((fetched / "fetched.json").read_text("utf-8"))
+    assert json.loads((fetched / "fetched.json").read_text("utf-8"))["dev_caps.txt"] == []
     assert list(fetched.glob(".unfinished-*")) == []
 
     (fetched / ".unfinished-killed").write_bytes(b"half")  # as SIGKILL would leave it
@@ -286,3 +286,27 @@ def test_a_long_fetch_says_how_long_it_still_takes(
         f"fetching {URL}: 25 %, about 33 s left",
         f"fetching {URL}: 75 %, about 7 s left",
     ]
+
+
+def test_what_was_not_fetched_is_neither_replaced_nor_removed(
+    storage: Storage, tmp_path: Path
+) -> None:
+    storage.inner.rm(f"{URL}/test_scores.npy")
+    cached = fetch_folder(storage, URL, cache_dir=tmp_path)
+    for name in ("notes.txt", "test_scores.npy"):
+        (cached / name).write_text("theirs", encoding="utf-8")
+    with pytest.raises(DataError, match=r"test_scores\.npy: expected nothing but what was fetched"):
+        fetch_folder(storage, URL, cache_dir=tmp_path)
+    assert (cached / "test_scores.npy").read_text(encoding="utf-8") == "theirs"
+    (cached / "test_scores.npy").unlink()
+    fetch_folder(storage, URL, cache_dir=tmp_path)
+    assert (cached / "notes.txt").read_text(encoding="utf-8") == "theirs"
+
+
+def test_a_copy_of_the_synthetic_set_beside_it_is_left_alone(tmp_path: Path) -> None:
+    config = DataConfig(synthetic=TINY)
+    made = resolve_data(config, cache_dir=tmp_path)
+    backup = tmp_path / f"{made.name}-backup"
+    made.rename(backup)
+    assert resolve_data(config, cache_dir=tmp_path) == made
+    assert backup.is_dir()
