@@ -5,7 +5,8 @@ Runs are found by their tags, so that a restarted driver writes on instead of st
 One background thread of the driver is the only writer. It is handed records, and from the record
 and from what MLflow already has it works out what is missing: no step and no file is sent twice,
 and a server that is away neither stalls nor stops the training. What a server refuses for one run
-is put aside with the reason; the other runs go on.
+is told with the reason, put aside and asked again later; the other runs go on. So do numbers where
+files are not taken.
 
 MLflow knows RUNNING, FINISHED, FAILED and KILLED. A trial that was stopped because others were
 better is FINISHED: it did what was asked of it. The tag `cpfean.state` tells the whole truth:
