@@ -29,7 +29,7 @@ _STARTS = (
     (b"\xfd7zXZ\x00", "a file compressed by xz"),
     (b"\x28\xb5\x2f\xfd", "a file compressed by zstd"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"\x89HDF", "an HDF5 file"),
     (b"PAR1\x15", "a Parquet file"),
     (b"ARROW1\0", "an Arrow file"),
     (b"SQLite format 3", "an SQLite database"),
