@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from cpfean.config import ExperimentConfig
+from cpfean.errors import DataError
 from experiments import command_line
 
 _EPILOG = """\
@@ -37,6 +40,8 @@ def body(arguments: argparse.Namespace) -> int:
     if arguments.regions is not None:
         command_line.positive(arguments.regions, "--regions")
     findings = validate_folder(arguments.folder, num_regions=arguments.regions)
+    if not findings:
+        _tell_unknown(arguments.folder)
     if arguments.json:
         told = {
             "folder": str(arguments.folder),
@@ -52,6 +57,19 @@ def body(arguments: argparse.Namespace) -> int:
         for line in summarize(arguments.folder).lines():
             print(line)
     return 3 if findings else 0
+
+
+def _tell_unknown(folder: Path) -> None:
+    """Warns of captions that a vocabulary made from the training captions knows nothing of.
+
+    No fault of the data: a pretrained text encoder may know them.
+    """
+    from cpfean.training.text_check import check_text
+
+    try:
+        check_text(ExperimentConfig(), data_folder=folder)
+    except DataError as error:
+        print(f'warning, for model.text.encoder = "scratch": {error}', file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from cpfean.errors import CheckpointError, ConfigError
 from cpfean.files import is_there, open_file
 from cpfean.json_files import read_object
 from cpfean.model.cpfean import Cpfean
-from cpfean.model.weights import check_finite, read_header
+from cpfean.model.weights import Spec, check_finite, read_header, specs
 from cpfean.training.sharding import like, whole_on_first
 
 logger = logging.getLogger(__name__)
@@ -287,11 +287,11 @@ def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         raise CheckpointError(f"{source}: optimizer_groups are not those of this model.")
     path = folder / "optimizer.safetensors"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own_specs = specs({str(index): parameter for index, parameter in enumerate(parameters)})
     for key, spec in read_header(path, error=CheckpointError).items():
         index, _, name = key.partition(".")
-        known = index.isdecimal() and int(index) < len(parameters)
-        shapes = [()] if name == "step" else [tuple(parameters[int(index)].shape)] if known else []
-        if not known or name not in _MOMENTS or spec.dtype != "F32" or spec.shape not in shapes:
+        fits = {"step": Spec("F32", ())}.get(name, own_specs.get(index))
+        if index not in own_specs or name not in _MOMENTS or spec != fits:
             raise CheckpointError(f"{path}: moments of another model: {key} is {spec}.")
     check_finite(path, error=CheckpointError)
     moments: dict[int, dict[str, Tensor]] = {}

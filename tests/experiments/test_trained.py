@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from cpfean.data.synthetic import write_synthetic
-from experiments import command_line, evaluate, show, train
+from experiments import command_line, evaluate, show, train, validate
 from tests.model.encoders import (
     NESTED,
     Damage,
@@ -146,6 +146,9 @@ def test_captions_of_another_script_are_refused_before_a_run_is_begun(
     code, said = run(evaluate, str(home / "model"), "--data", str(data), "--split", split)
     assert (code, "Traceback" in said) == (3, False)
     assert "another language" in said
+    code, said = run(validate, str(data))
+    assert code == 0  # a pretrained encoder may know them
+    assert f"{split}: the vocabulary knows no word of 30 of 30" in said
 
 
 def test_very_long_captions_are_trained_on(
