@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean.errors import CpfeanError
-from orchestration.records import RunFolder, read_json
+from orchestration.records import RunFolder
 from orchestration.settings import Settings
+from orchestration.stored import RecordError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -316,10 +317,13 @@ def check_runs(
 
     client, experiment = open_store(settings.tracking_uri)
     patience = _BEATS * HEARTBEAT_SECONDS
-    folders = {
-        (read_json(file) or {}).get("id"): RunFolder(file.parent)
-        for file in settings.output.glob("*/sweep.json")
-    }
+    folders = {}
+    for folder in RunFolder.all_in(settings.output):
+        try:
+            folders[folder.id] = folder
+        except RecordError as error:  # for all that is known its study runs
+            text, _, fix = str(error).partition("\n")
+            raise Ill(text, fix) from None
     before = _running_studies(client, experiment)
     suspects, beating, silent = set(), 0, 0
     for id, runs in before.items():

@@ -29,7 +29,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cpfean.errors import LostPartnerError, StoppedError
+from cpfean.errors import CheckpointError, LostPartnerError, StoppedError
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
 from orchestration.crew import HEAD, Crew, free
@@ -415,7 +415,7 @@ class _Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         try:
             return self._news()
-        except (TrainingFailedError, RayActorError, ServiceError) as error:
+        except (TrainingFailedError, RayActorError, ServiceError, CheckpointError) as error:
             refusal = _refusal(error)
             what = refusal or self._lost(error)
             self._dismiss()

@@ -13,7 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("cpfean", "orchestration", "experiments")
 CLUSTER = frozenset({"ray", "optuna", "mlflow"})
 FOUNDATION = frozenset(
-    f"cpfean.{name}" for name in ("commands", "config", "errors", "processes", "progress")
+    f"cpfean.{name}"
+    for name in (
+        "commands",
+        "config",
+        "errors",
+        "files",
+        "json_files",
+        "processes",
+        "progress",
+    )
 )
 
 
@@ -36,8 +45,11 @@ class Room:
 ROOMS = {
     "cpfean": Room(ours=FOUNDATION),
     "cpfean.commands": Room(ours=frozenset(), only_standard_library=True),
-    "cpfean.config": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
+    "cpfean.config": Room(
+        ours=frozenset({"cpfean.errors", "cpfean.files"}), only_standard_library=True
+    ),
     "cpfean.errors": Room(ours=frozenset(), only_standard_library=True),
+    "cpfean.files": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.data": Room(ours=FOUNDATION),
     "cpfean.losses": Room(ours=FOUNDATION),
     "cpfean.metrics": Room(ours=FOUNDATION),
