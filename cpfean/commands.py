@@ -22,7 +22,23 @@ _BARE = ("--resume", "--retry-failed", "--dry-run", "--")
 
 def shell(*words: str | Path) -> str:
     """The words as a shell has to be given them."""
-    return shlex.join(map(str, words))
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    """The word in quotes, if it needs any; in bytes, if the terminal could not show it."""
+    try:
+        word.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        shown = word.isprintable()
+    except UnicodeEncodeError:
+        shown = False
+    if shown:
+        return shlex.quote(word)
+    characters = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+        for byte in word.encode("utf-8", errors="surrogateescape")
+    )
+    return f"$'{''.join(characters)}'"
 
 
 def program(name: str) -> str:
@@ -105,8 +121,8 @@ def _from_here(path: Path) -> str:
 
 
 def look_at_runs(uri: str) -> str:
-    """MLflow's pages of what was tracked in a local store."""
-    return shell(program("mlflow"), "ui", "--backend-store-uri", uri)
+    """MLflow's pages of what was tracked in a store that is no server."""
+    return f"{shell(program('mlflow'), 'ui', '--backend-store-uri')} {_secretless(uri)}"
 
 
 def restore_experiment(uri: str, experiment: str) -> str:
@@ -120,6 +136,17 @@ def restore_experiment(uri: str, experiment: str) -> str:
     return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
 
 
+def restore_run(uri: str, run: str) -> str:
+    """Brings a run back that was deleted in MLflow's pages.
+
+    Args:
+        uri: of the store.
+        run: its id.
+    """
+    line = shell(program("mlflow"), "runs", "restore", "--run-id", run)
+    return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
+
+
 def holders(file: Path) -> str:
     """Which processes have a file open."""
     return shell("fuser", file)
@@ -130,9 +157,82 @@ def move(file: Path, to: Path) -> str:
     return shell("mv", file, to)
 
 
+def listeners(port: int) -> str:
+    """Which process listens at a port of this host."""
+    return shell("fuser", f"{port}/tcp")
+
+
 def for_owner_alone(file: Path) -> str:
     """Takes everybody else's rights to a file."""
     return shell("chmod", "600", file)
+
+
+def submit_job(address: str, name: str, typed: Sequence[str]) -> str:
+    """Sends a command as a job to a cluster made by `ray up`, where the code is in ~/cpfean.
+
+    Args:
+        address: of the job server.
+        name: of the script.
+        typed: the words after it; an address among them is the job's own business.
+    """
+    words = [f"experiments/{name}"]
+    skip = False
+    for word in typed:
+        if skip or word.startswith("--address="):
+            skip = False
+        elif word == "--address":
+            skip = True
+        else:
+            words.append(word)
+    line = f"cd ~/cpfean && python {' '.join(map(_secretless, words))}"
+    return shell(program("ray"), "job", "submit", "--address", address, "--", "bash", "-c", line)
+
+
+def first_lines(file: Path, count: int) -> str:
+    """Cuts a text behind its first so many lines."""
+    return _rewritten(shell("head", "-n", str(count), _path(file)), file)
+
+
+def without_lines(file: Path, numbers: Sequence[int]) -> str:
+    """Takes lines out of a text, by their numbers from 1."""
+    return _rewritten(shell("sed", ";".join(f"{n}d" for n in numbers), _path(file)), file)
+
+
+def without_first_bytes(file: Path, count: int) -> str:
+    """Takes the first so many bytes off a file."""
+    return _rewritten(shell("tail", "-c", f"+{count + 1}", _path(file)), file)
+
+
+def as_utf8(file: Path, encoding: str) -> str:
+    """Makes UTF-8 of a text in another encoding, under a name that iconv knows."""
+    return _rewritten(shell("iconv", "-f", encoding, "-t", "UTF-8", _path(file)), file)
+
+
+def as_unix_lines(file: Path) -> str:
+    """Ends the lines of a text that carriage returns end with newlines."""
+    return _rewritten(shell("awk", "-v", "RS=\\r", "1", _path(file)), file)
+
+
+def unpickled_sizes(file: Path, to: Path) -> str:
+    """Makes JSON of a pickle of GSMN's sizes: for whoever trusts it, as that runs what is in it."""
+    code = (
+        "import json, sys, numpy; "
+        'sizes = numpy.load(sys.argv[1], allow_pickle=True, encoding="latin1"); '
+        "json.dump([{k: int(v) for k, v in size.items()} for size in sizes], "
+        'open(sys.argv[2], "w"))'
+    )
+    return shell(program(Path(sys.executable).name), "-c", code, file, to)
+
+
+def _path(file: Path) -> str:
+    """A path that no program takes for a flag."""
+    return os.path.join(".", file) if str(file).startswith("-") else str(file)
+
+
+def _rewritten(line: str, file: Path) -> str:
+    """Puts what a command writes in the place of a file, once all of it is written."""
+    new = f"{_path(file)}.new"
+    return f"{line} > {shell(new)} && {shell('mv', new, _path(file))}"
 
 
 def cluster_status() -> str:

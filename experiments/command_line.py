@@ -17,13 +17,15 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
+from cpfean.folders import expanded
 from experiments.baselines import BASELINES
+from experiments.terminal import make_forgiving
 from orchestration.budget import Budget, Prices
 from orchestration.disks import cannot_write, is_disk_error
 from orchestration.mirror import fetch_records
 from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, SearchSpace
-from orchestration.settings import Settings, check_name, prepare_environment
+from orchestration.settings import Settings, check_name, check_text, prepare_environment
 from orchestration.study import (
     Interrupted,
     StudyPlan,
@@ -124,10 +126,10 @@ def _text(value: str) -> str:
         raise argparse.ArgumentTypeError(
             f"expected at most {_LONGEST} characters, found {len(value)}"
         )
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is not UTF-8; rename what it names, or set a locale that is"
-        )
+    try:
+        check_text(Path(value), what="")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
     if not value.isprintable():
         odd = next(letter for letter in value if not letter.isprintable())
         raise argparse.ArgumentTypeError(f"{value!r} has {odd!r}, which cannot be shown")
@@ -143,11 +145,9 @@ def _path(value: str) -> Path:
                 f"no file can have a name of {len(part)} characters: {part[:40]}..."
             )
     try:
-        return path.expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"nobody here has the home folder {path.parts[0]}"
-        ) from None
+        return expanded(path, what="")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
 
 
 def place(value: str) -> str:
@@ -330,11 +330,12 @@ def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bo
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
     """Parses, runs, and turns what went wrong into a message and an exit code."""
+    make_forgiving()
     arguments = parser.parse_args()
-    prepare_environment()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cpfean").setLevel(logging.INFO)
     try:
+        prepare_environment()
         sys.exit(body(arguments))
     except Interrupted as stopped:
         # All is written; what libraries do at the end of a process can take seconds.
@@ -378,8 +379,9 @@ def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
     overrides: dict[str, Any] = {}
     flags = (("data", "data.path"), ("epochs", "optim.epochs"), ("seed", "seed"))
     for flag, path in flags:
-        if getattr(arguments, flag, None) is not None:
-            overrides[path] = getattr(arguments, flag)
+        if (given := getattr(arguments, flag, None)) is not None:
+            check_text(Path(given), what=f"--{flag}")
+            overrides[path] = given
     for text in arguments.set:
         path, equals, value = text.partition("=")
         if not equals:
@@ -389,22 +391,29 @@ def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
         overrides[path] = value
     config = config.with_overrides(overrides)
     # Workers run in other folders and on other machines.
-    places: dict[str, Any] = {"data.path": _absolute(config.data.path, "synthetic", "data.path")}
+    places: dict[str, Any] = {
+        "data.path": _absolute(config.data.path, "synthetic", setting="data.path")
+    }
     encoder = config.model.text.encoder
-    absolute = _absolute(encoder, "scratch", "model.text.encoder")
-    if Path(str(absolute)).is_dir():
+    absolute = _absolute(encoder, "scratch", setting="model.text.encoder")
+    if os.path.isdir(str(absolute)):
         places["model.text.encoder"] = absolute
     return config.with_overrides(places)
 
 
 def settings(arguments: argparse.Namespace) -> Settings:
-    """Where things are.
+    """Where things are; what trains in this process asks for no cluster.
 
     Raises:
-        ConfigError: flags that do not do, or an output folder that a training cannot write to.
+        ConfigError: as `Settings.resolve`, or an output folder that a training cannot write to.
+        ServiceError: as `Settings.resolve`.
     """
+    address = arguments.address
+    if getattr(arguments, "in_process", False) or getattr(arguments, "workers", None) == 0:
+        # A flag that is no address is a mistake nevertheless; a variable is not about this.
+        address = (address or "").strip() or "local"
     where = Settings.resolve(
-        output=arguments.output, tracking_uri=arguments.tracking_uri, address=arguments.address
+        output=arguments.output, tracking_uri=arguments.tracking_uri, address=address
     )
     if not getattr(arguments, "dry_run", True):
         there = next(p for p in (where.output, *where.output.parents) if os.path.lexists(p))
@@ -520,23 +529,37 @@ def named(plan: StudyPlan, arguments: argparse.Namespace, where: Settings) -> It
                 empty.rmdir()
 
 
+def start_early(arguments: argparse.Namespace, where: Settings) -> None:
+    """Lets Ray start on this machine while the data is checked, for a study that will need it.
+
+    What is resumed may have nothing left to run.
+    """
+    if arguments.dry_run or arguments.resume or where.address is not None:
+        return
+    from orchestration import tuner
+
+    say("starting Ray on this machine, and checking the data meanwhile.")
+    tuner.start_early(where)
+
+
 def checked_data(
     config: ExperimentConfig, where: Settings, *, num_regions: int
 ) -> tuple[Path, str]:
     """Fetches or makes the data and checks all of it; returns its folder and fingerprint.
 
-    A text encoder that is not there is found here too, and not by every worker again.
+    A text encoder that is damaged, is none, or does not know the captions' words is found here too,
+    and not by every worker again.
 
     Args:
         num_regions: the most that any trial asks for.
 
     Raises:
         DataError: every fault that was found.
-        ConfigError: no such text encoder.
+        ConfigError: no such text encoder, or what is wrong with it.
     """
     from cpfean.data.sources import resolve_data
     from cpfean.data.split import check_folder, data_fingerprint
-    from cpfean.data.tokens import load_tokenizer
+    from cpfean.training.text_check import check_text
 
     folder = resolve_data(config.data, cache_dir=where.cache_dir)
     check_folder(
@@ -545,13 +568,7 @@ def checked_data(
         train_images=config.data.train_images,
         cache_dir=where.cache_dir,
     )
-    if config.model.text.encoder != "scratch":
-        load_tokenizer(
-            config.model.text,
-            train_captions=[],
-            max_tokens=config.data.max_tokens,
-            graph=config.model.words.graph,
-        )
+    check_text(config, data_folder=folder)
     return folder, data_fingerprint(folder)
 
 
@@ -574,7 +591,9 @@ def stored_regions(folder: Path) -> int:
     """Regions that every image of the data has."""
     import numpy as np
 
-    files = [folder / f"{split}_ims.npy" for split in ("train", "dev", "test")]
+    from cpfean.data.split import split_stem
+
+    files = [folder / f"{split_stem(folder, s)}_ims.npy" for s in ("train", "dev", "test")]
     return min(np.load(file, mmap_mode="r").shape[1] for file in files if file.exists())
 
 
@@ -670,11 +689,11 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     print(f"{'rSum':16}{metrics['rsum']:7.1f}")
 
 
-def _absolute(path: str, name: str, setting: str) -> Plain:
+def _absolute(path: str, name: str, *, setting: str) -> Plain:
     """The path from any folder; what is none stays: the name that stands for one, or a URL."""
     if path == name or "://" in path:
         return path
     try:
         return str(_path(path).absolute())
     except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"{setting}: {error}.") from None
+        raise ConfigError(f"{setting}: {str(error).rstrip('.')}.") from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from cpfean.errors import ConfigError, CpfeanError, ServiceError
 from experiments import command_line
 
 _EPILOG = """\
@@ -49,8 +49,23 @@ def main() -> None:
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.config import DataConfig
     from orchestration import doctor
+    from orchestration.ray_address import ray_folder
+    from orchestration.settings import Settings
 
-    where = command_line.settings(arguments)
+    refused: CpfeanError | None = None
+    try:
+        where = command_line.settings(arguments)
+    except (ConfigError, ServiceError) as error:
+        # If that is about the cluster, the rest can be looked at all the same.
+        where = Settings.resolve(
+            output=arguments.output, tracking_uri=arguments.tracking_uri, address="local"
+        )
+        refused = error
+
+    def check_cluster() -> str:
+        if refused is not None:
+            raise refused
+        return doctor.check_cluster(where)
 
     def check_data() -> str:
         from cpfean.data.sources import resolve_data
@@ -65,12 +80,10 @@ def body(arguments: argparse.Namespace) -> int:
         on_cluster = {"token": doctor.check_token}
     checks: dict[str, Callable[[], str]] = {
         **on_cluster,
-        "cluster": lambda: doctor.check_cluster(where),
-        "nodes": lambda: doctor.check_nodes(where),
+        "cluster": check_cluster,
+        **({} if refused else {"nodes": lambda: doctor.check_nodes(where)}),
         "storage": lambda: doctor.check_storage(where),
-        "disk": lambda: doctor.check_disk(
-            [where.output, where.cache_dir, Path(os.environ.get("RAY_TMPDIR") or "/tmp")]
-        ),
+        "disk": lambda: doctor.check_disk([where.output, where.cache_dir, ray_folder()]),
         "data": check_data,
         "tracking": lambda: doctor.check_tracking(where),
         "runs": lambda: doctor.check_runs(where, repair=arguments.repair, say=command_line.say),

@@ -21,7 +21,8 @@ _EPILOG = """\
   python experiments/evaluate.py runs/NAME --data DIR --split test
   python experiments/evaluate.py runs/NAME/best_model --data DIR --protocol coco-1k
 
-Six recalls in percent and their sum, rSum (0 to 600). Everything else goes to standard error.
+Six recalls in percent and their sum, rSum (0 to 600); among how many images and captions they were
+ranked, and of how many such folds it is the mean. Everything else goes to standard error.
 Exit codes: 0 done, 2 flags, 3 data, 5 checkpoint.
 """
 
@@ -47,24 +48,42 @@ def main() -> None:
 def body(arguments: argparse.Namespace) -> int:
     import torch
 
-    from cpfean.training.setup import evaluate_checkpoint
+    from cpfean.training.evaluation import COCO_FOLD, evaluate
+    from cpfean.training.setup import open_checkpoint
 
     model = model_folder(arguments.checkpoint)
     config = trained_configuration(model)
     cache_dir = cache_folder()
     folder = checked_split(config, arguments.data, split=arguments.split, cache_dir=cache_dir)
-    metrics = evaluate_checkpoint(
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = open_checkpoint(
         model,
         data_folder=folder,
         split=arguments.split,
-        protocol=arguments.protocol or config.evaluation.protocol,
         cache_dir=cache_dir,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         num_regions=config.data.num_regions,
+    )
+    split = trained.dataset.split
+    protocol = arguments.protocol or config.evaluation.protocol
+    metrics = evaluate(
+        trained.model,
+        trained.dataset,
+        protocol=protocol,
         batch_size=config.evaluation.batch_size,
+        device=device,
         products=arguments.products or config.evaluation.products,
     )
-    json.dump(metrics.as_dict(), sys.stdout, indent=1)
+    images = COCO_FOLD if protocol == "coco-1k" else split.num_images
+    captions = images * split.captions_per_image
+    folds = split.num_images // images
+    mean = f", the mean of {folds} such folds" if protocol == "coco-1k" else ""
+    print(
+        f"{split.name}: ranked among {images:,} images and {captions:,} captions{mean}",
+        file=sys.stderr,
+    )
+    told = metrics.as_dict() | {"images": images, "captions": captions, "folds": folds}
+    json.dump(told, sys.stdout, indent=1)
     print()
     return 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cpfean import commands
+from cpfean.data.boxes import ORDERS, UNITS, Layout
 from cpfean.errors import ConfigError
 from experiments import command_line
 
@@ -21,6 +23,7 @@ the formats, docs/reproduce.md where to get the files.
       --instances instances_train2014.json --instances instances_val2014.json
   python experiments/prepare.py DIR --table coco2017.tsv \\
       --captions train=captions_train2017.json --captions test=captions_val2017.json
+  python experiments/prepare.py DIR --scan old/folder --box-order yxyx --labels-from 1
 
 Exit codes: 0 done, 2 flags, 3 faults in the files or no room on the disk, 130 stopped.
 """
@@ -30,7 +33,9 @@ def main() -> None:
     parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the folder to make")
     features = parser.add_argument_group("features: one of the two")
-    features.add_argument("--scan", metavar="DIR", type=Path, help="a folder of SCAN's release")
+    features.add_argument(
+        "--scan", metavar="DIR", type=Path, help="a folder of SCAN's release, or of our own format"
+    )
     features.add_argument(
         "--table",
         metavar="FILE",
@@ -71,6 +76,35 @@ def main() -> None:
         default=[],
         help="label regions by the human boxes of this COCO file; may be repeated",
     )
+    read = parser.add_argument_group("what the numbers are, if not what docs/data.md says")
+    read.add_argument(
+        "--box-order",
+        metavar="ORDER",
+        choices=tuple(ORDERS),
+        default="xyxy",
+        help=f"coordinates of the boxes: {', '.join(ORDERS)} (default: xyxy)",
+    )
+    read.add_argument(
+        "--box-units",
+        metavar="UNITS",
+        choices=UNITS,
+        default="pixels",
+        help="pixels, or shares of width and height (default: pixels)",
+    )
+    read.add_argument(
+        "--labels-from",
+        metavar="N",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="the number of the vocabulary's first label, 0 or 1 (default: 0)",
+    )
+    read.add_argument(
+        "--feature-type",
+        metavar="TYPE",
+        choices=("float16", "float32", "float64"),
+        help="of a table's features: float16, float32, float64 (default: found by looking at them)",
+    )
     stored = parser.add_argument_group("what is stored")
     stored.add_argument(
         "--regions", metavar="K", type=int, help="the first K of an image (default: 36, or all)"
@@ -91,12 +125,30 @@ def body(arguments: argparse.Namespace) -> int:
             boxes=arguments.boxes,
             num_regions=arguments.regions,
             half=arguments.half,
+            layout=_layout(arguments),
+            labels_from=arguments.labels_from,
         )
     else:
         _convert_tables(arguments)
     print(f"{arguments.folder}: done, and nothing wrong.")
-    print(f"next: python experiments/train.py --data {arguments.folder} --config NAME")
+    _tell(arguments.folder)
     return 0
+
+
+def _tell(folder: Path) -> None:
+    """What is in the new folder, to be checked by eye, and what to do with it."""
+    from cpfean.data.split import SPLITS
+    from cpfean.data.summary import summarize
+
+    summary = summarize(folder)
+    for line in summary.lines():
+        print(line)
+    if len(summary.splits) == len(SPLITS):
+        print(f"next: {commands.script('train.py', '--data', folder)}")
+
+
+def _layout(arguments: argparse.Namespace) -> Layout:
+    return Layout(arguments.box_order, arguments.box_units)
 
 
 def _convert_tables(arguments: argparse.Namespace) -> None:
@@ -120,6 +172,9 @@ def _convert_tables(arguments: argparse.Namespace) -> None:
         vocabulary=vocabulary,
         keep_labels=not arguments.no_labels,
         objects=CocoObjects(arguments.instances) if arguments.instances else None,
+        layout=_layout(arguments),
+        labels_from=arguments.labels_from,
+        features_as=arguments.feature_type,
     )
 
 
@@ -140,7 +195,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--boxes goes with --scan; tables have boxes of their own.")
     if arguments.no_restval and arguments.karpathy is None:
         raise ConfigError("--no-restval goes with --karpathy.")
-    for name in ("karpathy", "captions", "vocabulary", "instances", "no_labels"):
+    for name in (
+        "karpathy",
+        "captions",
+        "vocabulary",
+        "instances",
+        "no_labels",
+        "feature_type",
+    ):
         if not tables and getattr(arguments, name):
             raise ConfigError(f"--{name.replace('_', '-')} goes with --table.")
     labels = [n for n in ("vocabulary", "instances", "no_labels") if getattr(arguments, n)]

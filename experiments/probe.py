@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError, CpfeanError
+from cpfean.folders import expanded
 from experiments import command_line
 from experiments.trained import (
     MODEL,
@@ -158,6 +159,7 @@ class Probed:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.training.probing import open_whole, region_counts
+    from orchestration.outputs import own_folder
 
     command_line.positive(arguments.seed, "--seed", least=0)
     command_line.positive(arguments.bins, "--bins")
@@ -175,6 +177,7 @@ def body(arguments: argparse.Namespace) -> int:
         if arguments.transfer is not None:
             elsewhere = checked_split(config, arguments.transfer, split=_SPLIT, cache_dir=cache_dir)
     assert folder is not None
+    own_folder(arguments.output, flag="--output")
     models = open_models(given, configs, arguments, data_folder=folder, cache_dir=cache_dir)
     whole = open_whole(folder, _SPLIT)
 
@@ -461,7 +464,7 @@ def named_models(given: Sequence[str]) -> list[tuple[str, Path]]:
         name, equals, folder = text.partition("=")
         if not (name.strip() and equals and folder):
             raise ConfigError(f"--model needs NAME=FOLDER, e.g. --model full=runs/a; got {text!r}.")
-        path = Path(folder).expanduser()
+        path = expanded(folder, what="--model")
         if any(path.resolve() == other.resolve() for _, other in models):
             raise ConfigError(f"--model: {folder} is given twice, but a seed counts once.")
         models.append((name.strip(), path))

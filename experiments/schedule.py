@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean import commands
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, message_of
+from cpfean.folders import expanded
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
@@ -93,7 +94,7 @@ def body(arguments: argparse.Namespace, given: list[str]) -> int:
         what = ("no name", "the NAME of a suite", "NAME and SLOT")[wanted]
         raise ConfigError(f"{arguments.command} takes {what}.")
     schedule = Schedule(
-        arguments.output.expanduser().absolute(),
+        expanded(arguments.output, what="--output").absolute(),
         script=Path(__file__).resolve(),
         python=sys.executable,
     )
@@ -164,8 +165,7 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
             schedule.ended(suite, slot, "stopped")
             raise
         except BaseException as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            schedule.ended(suite, slot, "failed", line[:200])
+            schedule.ended(suite, slot, "failed", message_of(error))
             raise
         what: Ended = "changed" if code == CHANGED else "done"
         schedule.ended(suite, slot, what, "some runs failed" if code not in (0, CHANGED) else "")
@@ -287,7 +287,7 @@ def _from_anywhere(given: list[str]) -> list[str]:
 def _absolute(flag: str, value: str) -> str:
     """The path; what is none stays: a URL, generated data, a configuration's or model's name."""
     is_name = "://" in value or value == "synthetic" or (flag == "--config" and value in BASELINES)
-    path = Path(value).expanduser()
+    path = expanded(value, what=flag)
     is_path = not is_name and (path.exists() or flag == "--results")
     return str(path.absolute()) if is_path else value
 

@@ -72,11 +72,13 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
+    from orchestration.outputs import own_folder
     from orchestration.pictures.queries import open_gallery
 
     command_line.positive(arguments.count, "--count")
     command_line.positive(arguments.seed, "--seed", least=0)
     folders = [model_folder(path) for path in (arguments.model, arguments.against) if path]
+    own_folder(arguments.output, flag="--output")
     configs = [trained_configuration(folder) for folder in folders]
     cache_dir = cache_folder()
     galleries = []

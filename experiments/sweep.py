@@ -56,6 +56,7 @@ def body(arguments: argparse.Namespace) -> int:
     budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "sweep", where)
+    command_line.start_early(arguments, where)
     folder, fingerprint = command_line.checked_data(
         config, where, num_regions=config.data.num_regions
     )

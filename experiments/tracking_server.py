@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from cpfean.folders import expanded
 from experiments import command_line
 
 _EPILOG = """\
@@ -54,11 +55,21 @@ def main() -> None:
 
 def body(arguments: argparse.Namespace) -> int:
     from orchestration.server import ServerPlan
+    from orchestration.tracking_address import shown, tracking_address
 
-    output = arguments.output.expanduser().absolute()
+    output = expanded(arguments.output, what="--output").absolute()
+    artifacts = arguments.artifacts
+    if artifacts is None:
+        artifacts = str(output / "mlflow-artifacts")
+    elif artifacts and ":" not in artifacts:
+        artifacts = str(expanded(artifacts, what="--artifacts").absolute())
+    if arguments.store is None:
+        store = tracking_address(f"sqlite:///{output / 'mlflow.db'}", asked="--output")
+    else:
+        store = tracking_address(arguments.store, asked="--store")
     plan = ServerPlan(
-        store=arguments.store or f"sqlite:///{output / 'mlflow.db'}",
-        artifacts=arguments.artifacts or str(output / "mlflow-artifacts"),
+        store=store,
+        artifacts=artifacts,
         folder=output / "tracking_server",
         host=arguments.host,
         port=arguments.port,
@@ -66,9 +77,10 @@ def body(arguments: argparse.Namespace) -> int:
         allowed_hosts=tuple(arguments.allowed_host),
     )
     plan.check(os.environ)
+    plan.check_port()
     environment = plan.environment(os.environ)
     output.mkdir(parents=True, exist_ok=True)
-    command_line.say(f"http://{plan.host}:{plan.port} serves {plan.store.rsplit('@')[-1]}")
+    command_line.say(f"http://{plan.host}:{plan.port} serves {shown(plan.store)}")
     command = plan.command()
     os.execve(command[0], command, environment)
 

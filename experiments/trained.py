@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpfean.config import DataConfig, ExperimentConfig
-from cpfean.errors import CheckpointError
+from cpfean.errors import CheckpointError, ConfigError
+from cpfean.files import read_file
+from cpfean.json_files import read_object
 from experiments import command_line
 
 MODEL = "folder of a run, checkpoint or model"  # what every such command takes
+_LONGEST_TOML = 2**20  # bytes
 
 
 def add_data_flags(parser: command_line.Parser) -> None:
@@ -71,9 +74,43 @@ def model_folder(path: Path) -> Path:
 
 
 def trained_configuration(folder: Path) -> ExperimentConfig:
-    """The experiment that a model or checkpoint comes from."""
+    """The experiment that a model or checkpoint comes from.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not the model's beside it.
+    """
     from cpfean.training.checkpoint import read_state
 
-    if (folder / "config.toml").is_file():
-        return ExperimentConfig.from_toml(folder / "config.toml")
-    return read_state(folder).config
+    path = folder / "config.toml"
+    if not path.is_file():
+        return read_state(folder).config
+    try:
+        read_file(path, limit=_LONGEST_TOML)
+        config = ExperimentConfig.from_toml(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    _check_of_model(config, folder)
+    return config
+
+
+def _check_of_model(config: ExperimentConfig, folder: Path) -> None:
+    """Refuses an experiment whose model is not the one that lies beside it."""
+    plain = read_object(folder / "config.json", error=CheckpointError).get("model")
+    try:
+        saved = ExperimentConfig.from_dict({"model": plain})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not a saved model: {error}") from None
+    told, found = config.flat(), saved.flat()
+    # Where an encoder lies says nothing.
+    differing = [
+        f"{path} is {told[path]!r} and {found[path]!r}"
+        for path in told
+        if path.startswith("model.") and path != "model.text.encoder" and told[path] != found[path]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder}: config.toml and config.json are not of one model: "
+            f"{', '.join(differing[:3])}."
+        )

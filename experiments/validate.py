@@ -9,8 +9,8 @@ from pathlib import Path
 from experiments import command_line
 
 _EPILOG = """\
-Of each kind of fault the first 20 in each file are listed, and how many more there are.
-docs/data.md describes the files.
+Of each kind of fault the first 20 in each file are listed, and how many more there are. Then a
+summary to be checked by eye, of the splits without a fault. docs/data.md describes the files.
 
   python experiments/validate.py DIR
   python experiments/validate.py DIR --json --regions 36
@@ -32,18 +32,25 @@ def main() -> None:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.data.split import validate_folder
+    from cpfean.data.summary import summarize
 
     if arguments.regions is not None:
         command_line.positive(arguments.regions, "--regions")
     findings = validate_folder(arguments.folder, num_regions=arguments.regions)
     if arguments.json:
-        listed = [finding._asdict() for finding in findings]
-        print(json.dumps({"folder": str(arguments.folder), "findings": listed}, indent=1))
+        told = {
+            "folder": str(arguments.folder),
+            "findings": [finding._asdict() for finding in findings],
+            "summary": summarize(arguments.folder).as_dict(),
+        }
+        print(json.dumps(told, indent=1))
     else:
         for finding in findings:
             print(finding)
         if not findings:
             print(f"{arguments.folder}: nothing wrong.")
+        for line in summarize(arguments.folder).lines():
+            print(line)
     return 3 if findings else 0
 
 

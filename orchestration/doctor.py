@@ -20,10 +20,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpfean.errors import CpfeanError
+from cpfean import commands
+from cpfean.errors import CpfeanError, message_of
+from cpfean.folders import can_be_written
+from orchestration.ray_address import check_this_host
 from orchestration.records import RunFolder
-from orchestration.settings import Settings
+from orchestration.settings import Settings, token_file
 from orchestration.stored import RecordError
+from orchestration.tracking_address import is_web, shown, sqlite_file, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,8 +79,7 @@ def examine(checks: Mapping[str, Check]) -> Iterator[Finding]:
             yield Finding(name=name, ok=False, text=text, fix=more.strip() or "see above")
         # A check that falls over has found something as well.
         except Exception as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            yield Finding(name=name, ok=False, text=text[:300], fix="see the message")
+            yield Finding(name=name, ok=False, text=message_of(error), fix="see the message")
 
 
 def check_token() -> str:
@@ -85,15 +88,16 @@ def check_token() -> str:
         return "switched off by RAY_AUTH_MODE=disabled"
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "from RAY_AUTH_TOKEN"
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not file.is_file():
+    file = token_file()
+    if not os.path.isfile(file):
         raise Ill(
             f"{file} does not exist",
             "`ray get-auth-token --generate` makes one; a cluster that runs has its own there",
         )
     mode = file.stat().st_mode & 0o777
     if mode & 0o077:
-        raise Ill(f"{file} can be read by others (mode {mode:o})", f"chmod 600 {file}")
+        fix = commands.for_owner_alone(file)
+        raise Ill(f"{file} can be read by others (mode {mode:o})", fix)
     return str(file)
 
 
@@ -102,6 +106,7 @@ def check_cluster(settings: Settings) -> str:
     from orchestration import tuner
 
     if settings.address is None:
+        check_this_host()
         return "none: studies run on this machine"
     cluster = tuner.connect(settings)
     return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"
@@ -240,11 +245,11 @@ def missing_workers(there: int) -> str:
     Empty if not; and on other machines, and where Ray was started by hand: nobody knows how many
     there should be.
     """
-    file = Path("~/ray_bootstrap_config.yaml").expanduser()
     try:
+        file = Path("~/ray_bootstrap_config.yaml").expanduser()
         types = json.loads(file.read_text(encoding="utf-8"))["available_node_types"]
         wanted = sum(kind.get("min_workers", 0) for kind in types.values())
-    except (OSError, ValueError, LookupError):
+    except (OSError, RuntimeError, ValueError, LookupError):  # without a home it is no head
         return ""
     return f"{there} of {wanted} worker(s) have joined" if there < wanted else ""
 
@@ -267,7 +272,13 @@ def check_storage(settings: Settings) -> str:
 
 
 def check_disk(folders: Sequence[Path], *, least_gb: float = _DISK_GB) -> str:
-    """Free space where records, data and Ray's files go."""
+    """Rights and free space where records, data and Ray's files go."""
+    for folder in folders:
+        if not can_be_written(folder):
+            raise Ill(
+                f"{folder} cannot be written by this user",
+                "its rights, or another: --output, CPFEAN_CACHE, RAY_TMPDIR",
+            )
     free = {folder: shutil.disk_usage(_existing(folder)).free / 1e9 for folder in folders}
     short = [f"{folder}: {gb:.1f} GB free" for folder, gb in free.items() if gb < least_gb]
     if short:
@@ -279,21 +290,55 @@ def check_disk(folders: Sequence[Path], *, least_gb: float = _DISK_GB) -> str:
 
 
 def check_tracking(settings: Settings) -> str:
-    """Whether MLflow answers."""
-    from orchestration.tracking import open_store
+    """Whether MLflow takes numbers and files, and gives them back; removes what it has sent.
 
+    A deleted run named "doctor" stays in MLflow's trash, one for each machine.
+    """
+    from orchestration.stores import (
+        ExperimentDeletedError,
+        FilesElsewhereError,
+        experiments_of_ours,
+        try_out,
+    )
+
+    uri = settings.tracking_uri
     try:
-        client, experiment = open_store(settings.tracking_uri)
-        client.search_runs([experiment], max_results=1)
+        client, experiment = try_out(uri)
+        others = list(experiments_of_ours(client, experiment).values())[1:]
+    except ExperimentDeletedError as error:
+        raise Ill(error.wrong, f"`{error.line}`; then --resume sends what is missing") from None
+    except FilesElsewhereError as error:
+        raise Ill(error.wrong, error.fix) from None
     # Whatever a tracker, its database or the network raises.
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Ill(
-            f"{settings.tracking_uri}: {text[:200]}",
-            "start it (experiments/tracking_server.py), or look at MLFLOW_TRACKING_URI; studies "
-            "run without it, and --resume sends what is missing",
-        ) from None
-    return settings.tracking_uri
+        text = without_password(message_of(error), uri)
+        named = text if text.startswith(shown(uri)) else f"{shown(uri)}: {text}"
+        raise Ill(named, _mends_tracking(uri, error)) from None
+    renamed = f"; runs of ours are also in {', '.join(map(repr, others))}" if others else ""
+    return f"{shown(uri)} takes numbers and files{renamed}"
+
+
+def _mends_tracking(uri: str, error: Exception) -> str:
+    """What to do about a tracker that does not take what was sent."""
+    from mlflow.exceptions import MlflowException
+
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
+    file = sqlite_file(uri)
+    if is_web(uri) and status in (401, 403):
+        return (
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of somebody who may write; "
+            "a server that was started with --allowed-host answers to those names alone"
+        )
+    if file is not None and "readonly" in str(error):
+        return (
+            f"{file} and its folder have to be yours to write; or name another with --tracking-uri"
+        )
+    if is_web(uri) and 400 <= status < 500:
+        return "it answers, and does not take this: see its log, and whether it is a MLflow server"
+    return (
+        "start it (experiments/tracking_server.py), or look at MLFLOW_TRACKING_URI; studies "
+        "run without it, and --resume sends what is missing"
+    )
 
 
 def check_runs(
@@ -313,9 +358,11 @@ def check_runs(
         say: shows the user a line.
         wait: for so many seconds.
     """
-    from orchestration.tracking import HEARTBEAT_SECONDS, HEARTBEAT_TAG, open_store
+    from orchestration.stores import experiments_of_ours, open_store
+    from orchestration.tracking import HEARTBEAT_SECONDS, HEARTBEAT_TAG
 
     client, experiment = open_store(settings.tracking_uri)
+    experiments = list(experiments_of_ours(client, experiment))
     patience = _BEATS * HEARTBEAT_SECONDS
     folders = {}
     for folder in RunFolder.all_in(settings.output):
@@ -324,7 +371,7 @@ def check_runs(
         except RecordError as error:  # for all that is known its study runs
             text, _, fix = str(error).partition("\n")
             raise Ill(text, fix) from None
-    before = _running_studies(client, experiment)
+    before = _running_studies(client, experiments)
     suspects, beating, silent = set(), 0, 0
     for id, runs in before.items():
         beats = _heartbeats(runs)
@@ -346,7 +393,7 @@ def check_runs(
     if lost:
         say(f"watching {len(lost)} run(s) of {_names(lost)} for {patience:.0f} s ...")
         wait(patience)
-        after = _running_studies(client, experiment)
+        after = _running_studies(client, experiments)
         lost = []
         for id in sorted(suspects & after.keys()):
             if _heartbeats(after[id]) == _heartbeats(before[id]):
@@ -366,10 +413,10 @@ def check_runs(
     return "; ".join(told) or "none is left without its driver"
 
 
-def _running_studies(client: MlflowClient, experiment: str) -> dict[str, list[Run]]:
+def _running_studies(client: MlflowClient, experiments: list[str]) -> dict[str, list[Run]]:
     """Runs of ours that are RUNNING, by the id of their study."""
     studies: dict[str, list[Run]] = defaultdict(list)
-    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'"):
         if "cpfean.id" in run.data.tags:
             studies[run.data.tags["cpfean.id"]].append(run)
     return studies
@@ -402,9 +449,8 @@ def _write_token(storage: str) -> str:
         filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(f"{path}/.doctor-{token}", token.encode())
     except Exception as error:  # fsspec's stores raise their own
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Ill(
-            f"{storage} cannot be written: {text[:200]}", "rights, credentials, space"
+            f"{storage} cannot be written: {message_of(error)}", "rights, credentials, space"
         ) from None
     return token
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
     from cpfean.training.loop import EpochReport
 
+_MEET_SECONDS = 5.0  # for the tracker's first answer; what is wrong with it is told by then
+
 
 def run_here(
     plan: StudyPlan, settings: Settings, *, resume: bool, say: Callable[[str], None]
@@ -80,6 +82,7 @@ def _tracker(
         return _NoTracker()
     tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
     tracker.start()
+    tracker.meet(seconds=_MEET_SECONDS)
     return tracker
 
 
@@ -138,6 +141,8 @@ class _Stop:
 
 class _NoTracker:
     """Takes note of nothing."""
+
+    first = ""
 
     def update(self, record: TrialRecord) -> None: ...
 
@@ -206,7 +211,7 @@ class _Here:
             seconds = seconds_to_stop(self._stop.told) if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
                 self._say(
-                    "tracking: not everything is sent; the rest is sent by:\n"
+                    f"tracking: not everything is sent; {self._tracker.first}the rest is sent by:\n"
                     f"{resume_line(self._plan)}"
                 )
 

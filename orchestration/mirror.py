@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, message_of
 from cpfean.files import is_there, read_file
 from orchestration.budget import SPENT
 from orchestration.records import RunFolder, write_text
@@ -167,10 +167,9 @@ class Mirror:
         self._away = True
         if not self._warned:
             self._warned = True
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._say(
-                f"the records are not copied to {self._copy.uri} ({line[:200]}); training goes on, "
-                "and they are when it answers."
+                f"the records are not copied to {self._copy.uri} ({message_of(error)}); training "
+                "goes on, and they are when it answers."
             )
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cpfean import commands
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, message_of
 from cpfean.files import is_there, open_file, read_file
 from orchestration.settings import ServiceError
 from orchestration.stored import LARGEST, aside, checked, of_type
@@ -210,10 +210,9 @@ class RayJobs:
             yield JobSubmissionClient(self._address)
         # Ray raises its own kinds, requests' and plain ones, at any call.
         except Exception as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ServiceError(
-                f"no Ray cluster takes jobs at {self._address} ({line[:200]}); start one, or name "
-                "its dashboard with --jobs."
+                f"no Ray cluster takes jobs at {self._address} ({message_of(error)}); start one, "
+                "or name its dashboard with --jobs."
             ) from None
 
 

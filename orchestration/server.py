@@ -7,25 +7,25 @@ off: nothing here needs a server that runs code.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpfean.errors import ConfigError
+from cpfean import commands
+from cpfean.errors import ConfigError, message_of
+from orchestration.passwords import ADMIN, PASSWORD, check_password
 from orchestration.settings import ServiceError
+from orchestration.tracking_address import shown, sqlite_file, tracking_address
 
-PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"  # the variable that MLflow itself reads
-ADMIN = "admin"
-_LEAST = 12
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Twelve characters and more that are tried first by whoever guesses.
-_WELL_KNOWN = (
-    "password", "passw0rd", "123456", "qwerty", "letmein", "welcome", "admin", "mlflow",
-    "changeme", "secret", "iloveyou", "abc123", "default",
-)  # fmt: skip
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +50,54 @@ class ServerPlan:
     allowed_hosts: tuple[str, ...] = ()
 
     def check(self, environment: Mapping[str, str]) -> None:
-        """Raises ConfigError if strangers could write to the server."""
+        """Raises ConfigError for a flag that cannot be, or if strangers could write to it."""
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port must be from 1 to 65535; got {self.port}.")
+        if not _HOST.fullmatch(self.host) and not re.fullmatch(r"[0-9a-fA-F:.]+", self.host):
+            raise ConfigError(
+                f"--host must be a name or an address of this host; got {self.host!r}."
+            )
         if self.host not in _LOOPBACK and not self.auth:
             raise ConfigError(
                 f"--host {self.host} lets everybody who reaches this machine write to the records; "
                 "add --auth, or leave --host out and reach the server through a tunnel."
             )
-        if "*" in self.allowed_hosts:
-            raise ConfigError("--allowed-host must name a host; '*' lets any web page in.")
+        for name in self.allowed_hosts:
+            _check_allowed(name)
+        _check_folder(self.folder.parent, "--output")
+        check_store(self.store)
+        check_artifacts(self.artifacts)
         if self.auth:
-            check_password(environment.get(PASSWORD, ""))
+            check_password(environment.get(PASSWORD, ""), known=[self.host, *self.allowed_hosts])
+
+    def check_port(self) -> None:
+        """Whether the server will be able to listen.
+
+        Raises:
+            ConfigError: not at this address, or not at this port.
+            ServiceError: something listens there already.
+        """
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+                trial.listen()
+        except socket.gaierror as error:
+            raise ConfigError(f"--host {self.host}: no such host ({error}).") from None
+        except PermissionError:
+            raise ConfigError(
+                f"--port {self.port} is for root alone; take one above 1023."
+            ) from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServiceError(
+                    f"--port {self.port}: something listens there already, another server perhaps; "
+                    f"`{commands.listeners(self.port)}` names it. Take another --port, or stop it."
+                ) from None
+            raise ConfigError(f"--host {self.host} is no address of this host ({error}).") from None
 
     def command(self) -> list[str]:
         """The command line of the server; its database is told by the environment.
@@ -118,23 +156,96 @@ class ServerPlan:
         }
 
 
-def check_password(password: str) -> None:
-    """Raises ConfigError for a password that is absent, short or well known."""
-    if not password:
+def check_store(store: str) -> None:
+    """Raises ConfigError if a server cannot keep its runs there."""
+    address = tracking_address(store, asked="--store")
+    kind = address.partition(":")[0].partition("+")[0]
+    if kind not in _DATABASES:
         raise ConfigError(
-            f"--auth needs the password of the user {ADMIN!r} in {PASSWORD}: at least {_LEAST} "
-            "characters, e.g. from `openssl rand -base64 24`."
+            f"--store {shown(store)!r} is no database; write sqlite:///FILE or "
+            "postgresql://USER@HOST/NAME."
         )
-    if len(password) < _LEAST:
-        raise ConfigError(f"{PASSWORD}: {len(password)} characters; {_LEAST} are the least.")
-    # What is left when the guesses are taken out, as in "password1234", "MLflow-Admin-1".
-    rest = password.lower()
-    for word in _WELL_KNOWN:
-        rest = rest.replace(word, "")
-    if len(set(rest)) < 6:
+    file = sqlite_file(address)
+    if file is None:
+        _check_driver(address)
+        return
+    from orchestration.stores import check_is_store
+
+    _check_folder(file.parent, "--store")
+    if file.exists():
+        if not os.access(file, os.R_OK | os.W_OK):
+            raise ConfigError(f"--store {file}: you may not read and write it.")
+        try:
+            check_is_store(file)
+        except ServiceError as error:
+            raise ConfigError(f"--store {error}") from None
+
+
+def _check_driver(address: str) -> None:
+    """Raises ConfigError if the library of a database is not there, or the address is none."""
+    from sqlalchemy import make_url
+
+    try:
+        make_url(address).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        line = commands.pip_install("cpfean[postgres]")
+        hint = f": `{line}`" if address.startswith("postgresql") else ""
+        raise ConfigError(f"--store {shown(address)} needs {error.name}{hint}.") from None
+    # SQLAlchemy has its own kinds, and int() speaks of a port.
+    except Exception as error:
+        raise ConfigError(f"--store {shown(address)!r}: {message_of(error)}.") from None
+
+
+def check_artifacts(artifacts: str) -> None:
+    """Raises ConfigError if a server cannot keep files there."""
+    if not artifacts.strip():
+        raise ConfigError("--artifacts must name a folder or a URL; it is empty.")
+    scheme, is_url, rest = artifacts.partition("://")
+    if not is_url:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", artifacts):
+            raise ConfigError(f"--artifacts {artifacts!r} is neither a folder nor a URL.")
+        _check_folder(Path(artifacts), "--artifacts")
+        return
+    if scheme.lower() == "file":
+        _check_folder(Path(rest), "--artifacts")
+        return
+    from mlflow.store.artifact.artifact_repository_registry import (
+        get_registered_artifact_repositories,
+    )
+
+    own = {"", "file", "http", "https", "mlflow-artifacts", "runs", "models", "dbfs"}
+    known = sorted(set(get_registered_artifact_repositories()) - own)
+    if scheme not in known or not rest.strip("/"):
         raise ConfigError(
-            f"{PASSWORD} is one of those that are tried first, or says the same few characters "
-            "over and over; take a random one."
+            f"--artifacts {shown(artifacts)!r} is no place for files: a folder, s3://BUCKET/PATH, "
+            f"or another of {', '.join(known)}."
+        )
+
+
+def _check_folder(folder: Path, flag: str) -> None:
+    """Raises ConfigError if a path is no folder, and can be none."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise ConfigError(f"{flag} {folder}: {there} is a file, and has to be a folder.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"{flag} {folder}: you may not write to {there}.")
+    except (OSError, ValueError) as error:  # too long a name, a NUL
+        raise ConfigError(f"{flag} {str(folder)!r} cannot be a folder: {error}.") from None
+
+
+def _check_allowed(name: str) -> None:
+    """Raises ConfigError if the name of a host is none; MLflow reads it as a pattern."""
+    if "*" in name:
+        raise ConfigError(
+            f"--allowed-host must name a host, and {name!r} has a '*', which lets any web page in."
+        )
+    host, colon, port = name.partition(":")
+    is_port = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
+    if not _HOST.fullmatch(host) or (colon and not is_port):
+        raise ConfigError(
+            f"--allowed-host must be the name of one host, or HOST:PORT, without http://; "
+            f"got {name!r}. It may be repeated."
         )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
-from cpfean.errors import CpfeanError
+from cpfean.errors import CpfeanError, message_of
 from orchestration.budget import OTHER, SPENT, Budget, Disk, Meter, check_disk, eta, free_bytes
 from orchestration.checkpoints import KEPT, CheckpointFolder
 from orchestration.doctor import ask_nodes, missing_workers, versions
@@ -35,7 +35,8 @@ from orchestration.results import Results, encoder_fingerprint
 from orchestration.room import Room
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
-from orchestration.tracking import TrackedRun, Tracker, git_commit, ui_command
+from orchestration.tracking import TrackedRun, Tracker, git_commit
+from orchestration.tracking_address import is_web, shown
 from orchestration.worker import test_metrics, this_device
 
 if TYPE_CHECKING:
@@ -443,6 +444,10 @@ class _Study:
                 self._leaving.cancel()
 
     def _run(self) -> StudyResult:
+        if self._num_open() > 0:
+            from orchestration import tuner
+
+            tuner.wait_for_start()  # importing MLflow beside it can deadlock
         self._tracker.start()
         self._tracker.update_parent("running", {})
         if self._mirror is not None:
@@ -690,7 +695,7 @@ class _Study:
         from orchestration import tuner
 
         storage = self._settings.storage
-        cluster = tuner.connect(self._settings)
+        cluster = tuner.connect(self._settings, give_up=self._leave_for)
         try:
             if not cluster.is_local:
                 threading.Thread(target=self._watch_head, name="head", daemon=True).start()
@@ -708,7 +713,8 @@ class _Study:
             device = "1 GPU" if resources.use_gpu else f"{resources.cpus} CPU(s)"
             self._say(
                 f"{self._num_open()} trial(s) to run on {where}, {resources.concurrent} at a time, "
-                f"each with {resources.workers} worker(s) of {device}."
+                f"each with {resources.workers} worker(s) of {device}; the first "
+                "processes are started, which takes a while."
             )
             self._nodes = tuner.node_types
             self._plan.budget.check_prices(self._nodes())
@@ -823,8 +829,7 @@ class _Study:
             )
         # Whatever is wrong with drawing, the result is there and has been tested.
         except Exception as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"no pictures of {best.name}: {line[:200]}")
+            self._say(f"no pictures of {best.name}: {message_of(error)}")
             return []
 
     def _test_metrics(self, record: TrialRecord) -> dict[str, float]:
@@ -864,7 +869,8 @@ class _Study:
             self._mirror.close(seconds=seconds / 2)
         if not self._tracker.close(seconds=max(0.0, end - time.monotonic())):
             self._say(
-                f"tracking: not everything is sent; the rest is sent by:\n{self._resume_line()}"
+                f"tracking: not everything is sent; {self._tracker.first}the rest is sent by:\n"
+                f"{self._resume_line()}"
             )
 
     def _count(self) -> None:
@@ -990,6 +996,10 @@ class _Study:
             self._close(outcome, seconds=STOPPED_SECONDS)
         finally:
             os._exit(code)
+
+    def _leave_for(self, error: CpfeanError) -> None:
+        self._error = self._error or error
+        self._leave()
 
     def _give_up(self, error: CpfeanError) -> None:
         self._error = self._error or error
@@ -1240,7 +1250,9 @@ def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
         lines.append(f"spent           {result.spent}")
     if result.used_up:
         lines.append(f"budget          {result.used_up}")
-    return [*lines, f"look at it      {ui_command(settings.tracking_uri)}"]
+    uri = settings.tracking_uri
+    look = shown(uri) if is_web(uri) else commands.look_at_runs(uri)
+    return [*lines, f"look at it      {look}"]
 
 
 def _failures(records: Sequence[TrialRecord]) -> str:

@@ -15,7 +15,6 @@ RUNNING the tag `cpfean.heartbeat` tells when its driver last lived, by the driv
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import logging
@@ -23,23 +22,31 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from cpfean import commands
+from cpfean.errors import message_of
 from orchestration.records import TrialRecord
 from orchestration.settings import ServiceError
+from orchestration.stores import (
+    ExperimentDeletedError,
+    FilesElsewhereError,
+    check_keeps_files,
+    check_lives,
+    experiment_of,
+    open_store,
+)
+from orchestration.tracking_address import shown, sqlite_file, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-EXPERIMENT = "cpfean"
 HEARTBEAT_TAG = "cpfean.heartbeat"
 HEARTBEAT_SECONDS = 60.0
 _STATUS = {
@@ -55,8 +62,8 @@ _PLACES = {"data.path", "model.text.encoder"}  # may change between two drivers 
 _CONFIG_TAG = "cpfean.file.config.toml"
 _LIBRARIES = ("torch", "transformers", "ray", "optuna", "mlflow", "numpy", "cpfean")
 _RETRY_SECONDS = 15.0
+_REFUSED_SECONDS = 60.0  # what was refused may have been mended: a run restored, say
 _AWAY_SECONDS = 5.0  # the end of a study waits no longer for a tracker that has not answered
-_LOCK_SECONDS = 30.0
 _IN_A_BATCH = 1000  # metrics; MLflow takes no more
 _NOT_NOW = (401, 403, 408, 429)  # answers that are about the server, not about the run
 
@@ -101,13 +108,17 @@ class Tracker:
         self._pending: dict[int, TrialRecord] = {}
         self._parent: _Update | None = _Update("running", {}, {}) if run.has_parent else None
         self._files: list[_Files] = []
-        self._refused: dict[int | None, tuple[str, str]] = {}
+        self._with_config: set[int] = set()
+        self._refused: dict[_Subject, float] = {}
         self._aside: list[_Task] = []
         self._asked_again = False
+        self._greeted = self._has_met = False
         self._closing = False
         self._ended = False
         self._away = False
-        self._warned = False
+        self._told: set[object] = set()
+        self._is_deleted = False
+        self._files_kept: bool | None = None
         self._current: _Task | None = None
         self._last_try = False
         self._client: MlflowClient | None = None
@@ -130,12 +141,21 @@ class Tracker:
         try:
             import mlflow  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ServiceError(f"MLflow is not installed ({error}): pip install mlflow.") from None
+            line = commands.pip_install("mlflow[auth]")
+            raise ServiceError(f"MLflow is not installed ({error}): `{line}`") from None
 
         # What they log as errors reaches us as exceptions.
         for library in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._thread.start()
+
+    def meet(self, *, seconds: float) -> None:
+        """Waits until the tracker has answered for the first time, or not; no longer than this.
+
+        What is wrong with it is told by then, before hours are spent on a training.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_met, timeout=seconds)
 
     def update(self, record: TrialRecord) -> None:
         """Takes note of a trial; returns at once."""
@@ -169,7 +189,7 @@ class Tracker:
     def close(self, *, seconds: float = 60.0) -> bool:
         """Waits until all is sent, but no longer than this; not for a tracker that is away.
 
-        Tells the user what was refused, and how much is not sent.
+        Tells the user what is not sent.
 
         Returns:
             Whether all is sent. What is not is in the records and goes out with the next resume.
@@ -186,42 +206,71 @@ class Tracker:
                     break
                 self._changed.wait(left)
             done = self._done()
-            refused = list(self._refused.values())
-            unsent = self._num_unsent()
-        for name, reason in refused:
-            self._say(f"tracking: {_shown(self.uri)} refuses {name} ({reason}).")
+            unsent = self._unsent()
         if unsent:
-            self._say(f"tracking: {unsent} epoch(s) are not sent; they are kept in the records.")
+            self._say(f"tracking: {unsent} are not sent; they are kept in the records.")
         return done
+
+    @property
+    def first(self) -> str:
+        """What has to come before a resume that sends the rest; empty if it needs nothing."""
+        return "once that is mended, " if self._refused or self._is_deleted else ""
 
     def _done(self) -> bool:
         return self._current is None and not (
             self._pending or self._files or self._parent is not None or self._aside
         )
 
-    def _num_unsent(self) -> int:
-        """Epochs of the records that MLflow is not known to have."""
-        held = [*self._aside, self._current]
+    def _unsent(self) -> str:
+        """Epochs and files of the records that MLflow is not known to have; empty if it has all."""
+        held = [*self._aside, *self._files, self._current]
         records = {task.number: task for task in held if isinstance(task, TrialRecord)}
-        return sum(
+        epochs = sum(
             max(0, record.epochs - self._last_steps.get(number, 0))
             for number, record in (records | self._pending).items()
         )
+        files = [name for task in held if isinstance(task, _Files) for name in task.names]
+        parts = [f"{epochs} epoch(s)"] if epochs else []
+        if files:
+            shown = ", ".join(dict.fromkeys(files[:3]))
+            parts.append(f"{len(files)} file(s) ({shown}{', ...' if len(files) > 3 else ''})")
+        return " and ".join(parts)
 
     def _work(self) -> None:
         while (task := self._wait()) is not None:
             try:
                 self._connect()
                 self._deliver(task)
+                self._is_deleted = False
                 self._tell_away(False)
+            except _FilesError as error:
+                self._put_aside(error.left, error.cause)
             # Whatever a tracker, its database or the network raises must not end the training.
             except Exception as error:
+                if self._is_connected() and _is_refusal(error):
+                    error = self._deleted() or error
                 if self._is_connected() and _is_refusal(error):
                     self._put_aside(task, error)
                 elif not self._retry(task, error):
                     break
+            self._tell_met()
         with self._changed:
-            self._current, self._ended = None, True
+            self._current, self._ended, self._has_met = None, True, True
+            self._changed.notify_all()
+
+    def _deleted(self) -> ExperimentDeletedError | None:
+        """What to say if our experiment was deleted, by which all is refused."""
+        try:
+            check_lives(self._need_client().get_experiment(self._experiment_id), self.uri)
+        except ExperimentDeletedError as error:
+            return error
+        except Exception:  # it is not known, then
+            return None
+        return None
+
+    def _tell_met(self) -> None:
+        with self._changed:
+            self._has_met = True
             self._changed.notify_all()
 
     def _wait(self) -> _Task | None:
@@ -237,7 +286,8 @@ class Tracker:
                     return task
                 if self._closing:
                     return None
-                self._changed.wait(max(0.0, self._next_beat - time.monotonic()))
+                due = min([self._next_beat, *self._refused.values()])
+                self._changed.wait(max(0.0, due - time.monotonic()))
 
     def _beat(self) -> None:
         """Tells of each open run that its driver lives, if it is time to.
@@ -260,6 +310,8 @@ class Tracker:
                     return
 
     def _next(self) -> _Task | None:
+        now = time.monotonic()
+        self._recall({subject for subject, due in self._refused.items() if due <= now})
         while (task := self._take()) is not None:
             if _subject(task) not in self._refused:
                 return task
@@ -268,17 +320,26 @@ class Tracker:
             return None
         # Once more at the end, and that is all.
         self._asked_again = True
-        self._refused.clear()
-        aside, self._aside = self._aside, []
-        for task in reversed(aside):  # of one trial's records the last is put back
-            self._put_back(task)
+        self._recall(set(self._refused))
         return self._take()
+
+    def _recall(self, subjects: set[_Subject]) -> None:
+        """Lets what was put aside be asked once more."""
+        recalled = [task for task in self._aside if _subject(task) in subjects]
+        self._aside = [task for task in self._aside if _subject(task) not in subjects]
+        for subject in subjects:
+            del self._refused[subject]
+        for task in reversed(recalled):  # of one trial's records the last is put back
+            self._put_back(task)
 
     def _take(self) -> _Task | None:
         """Numbers before files, which are large; the end of the whole after that of its trials."""
         task: _Task
         beginning = self._parent is not None and self._parent.state == "running"
-        if self._parent is not None and (beginning or not self._pending):
+        if not self._greeted:
+            self._greeted = True
+            task = _Greeting()
+        elif self._parent is not None and (beginning or not self._pending):
             task, self._parent = self._parent, None
         elif self._pending:
             task = self._pending.pop(next(iter(self._pending)))
@@ -290,6 +351,8 @@ class Tracker:
 
     def _put_back(self, task: _Task) -> None:
         """Unless there is later news."""
+        if isinstance(task, _Greeting):
+            return  # what comes next connects
         if isinstance(task, _Update):
             self._parent = self._parent or task
         elif isinstance(task, _Files):
@@ -298,27 +361,68 @@ class Tracker:
             self._pending.setdefault(task.number, task)
 
     def _put_aside(self, task: _Task, error: Exception) -> None:
-        number = _subject(task)
+        """Keeps what is refused, tells of it once, and goes on with the rest."""
+        if isinstance(task, _Greeting):
+            return  # what comes next is refused as well, and says so
+        subject = _subject(task)
+        files, number = subject
         name = self._run.name
         if not isinstance(task, _Update) and number is not None:
             record = task.record if isinstance(task, _Files) else task
             name = record.name if record is not None and self._run.has_parent else name
+        seconds = _RETRY_SECONDS if files else _REFUSED_SECONDS
         with self._changed:
-            self._refused.setdefault(number, (name, self._line(error)))
+            self._refused[subject] = time.monotonic() + seconds
             self._aside.append(task)
+            is_news = subject not in self._told
+            self._told.add(subject)
+        if not is_news:
+            return
+        if isinstance(task, _Files):
+            self._say(
+                f"tracking: {shown(self.uri)} does not take {', '.join(task.names)} of {name} "
+                f"({self._line(error)}); numbers go on, and files are tried again meanwhile."
+            )
+        else:
+            self._say(
+                f"tracking: {shown(self.uri)} refuses {name} ({self._line(error)}"
+                f"{self._remedy(number)})."
+            )
+
+    def _remedy(self, number: int | None) -> str:
+        """What brings a run back that was deleted; empty if it was not."""
+        run_id = self._parent_id if number is None else self._run_ids.get(number, "")
+        try:
+            if self._need_client().get_run(run_id).info.lifecycle_stage != "deleted":
+                return ""
+        except Exception:  # gone for good
+            return ""
+        return (
+            f"; it was deleted: `{commands.restore_run(self.uri, run_id)}` brings it back, and a "
+            "later --resume makes a new one with all numbers"
+        )
 
     def _retry(self, task: _Task, error: Exception) -> bool:
         """Waits before the next try; False if there is to be none."""
         # It may have arrived although it raised: ask what is there before sending more.
         self._runs.clear()
+        deleted = isinstance(error, ExperimentDeletedError)
         with self._changed:
             self._put_back(task)
-        if not self._warned:
-            self._warned = True
+            self._is_deleted = deleted
+            is_news = (kind := "deleted" if deleted else "away") not in self._told
+            self._told.add(kind)
+        if is_news and deleted:
             self._say(
-                f"tracking: {_shown(self.uri)} does not take our numbers ({self._line(error)}); "
+                f"tracking: {self._line(error)}; training goes on, and all is sent within a minute "
+                "after that, or by a later --resume."
+            )
+        elif is_news:
+            self._say(
+                f"tracking: {shown(self.uri)} does not take our numbers ({self._line(error)}); "
                 "training goes on, and they are sent when it answers, or by a later --resume."
             )
+        self._tell_met()
         self._tell_away(True)
         if self._last_try:
             return False
@@ -332,28 +436,48 @@ class Tracker:
             self._changed.notify_all()
 
     def _line(self, error: Exception) -> str:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "database is locked" in line:
-            line = f"locked by another process, see `fuser {sqlite_file(self.uri) or ''}`"
-        return _without_password(line, self.uri)[:200]
+        line = message_of(error)
+        if "database is locked" in line and (file := sqlite_file(self.uri)):
+            line = f"locked by another process, see `{commands.holders(file)}`"
+        return without_password(line, self.uri)
 
     def _is_connected(self) -> bool:
         return self._client is not None and bool(self._parent_id or not self._run.has_parent)
 
     def _connect(self) -> None:
         if self._client is None:
-            self._client, self._experiment_id = open_store(self.uri)
+            client, self._experiment_id = open_store(self.uri)
+            if renamed := experiment_of(client, self._experiment_id, self._run.id):
+                self._experiment_id = renamed.experiment_id
+                self._say(
+                    f"tracking: the runs of {self._run.name} are in the experiment "
+                    f"{renamed.name!r}, and go on there."
+                )
+            self._client = client
         if self._run.has_parent and not self._parent_id:
             role = {"cpfean.kind": self._run.kind, "cpfean.role": "parent"}
             self._parent_id = self._sole_run(self._run.name, role, dict(self._run.tags))
 
     def _deliver(self, task: _Task) -> None:
-        if isinstance(task, _Update):
+        if isinstance(task, _Greeting):
+            self._keeps_files()
+        elif isinstance(task, _Update):
             self._send_parent(task)
         elif isinstance(task, _Files):
             self._send_files(task)
         else:
             self._send(task)
+
+    def _keeps_files(self) -> bool:
+        """Whether files can be sent; tells of it, once, if they cannot."""
+        if self._files_kept is None:
+            try:
+                check_keeps_files(self._need_client(), self.uri, self._experiment_id)
+                self._files_kept = True
+            except FilesElsewhereError as error:
+                self._files_kept = False
+                self._say(f"tracking: {self._line(error)}.")
+        return self._files_kept
 
     def _send_parent(self, update: _Update) -> None:
         client = self._need_client()
@@ -414,34 +538,59 @@ class Tracker:
             self._log(known.run_id, tags=tags)
             self._set_status(known.run_id, record.state)
             known.state = record.state
+        if not known.has_config and record.number not in self._with_config:
+            self._with_config.add(record.number)
+            with self._changed:
+                self._files.insert(0, _Files((), _copy(record), with_config=True))
         # Last, since a run whose parameters somebody else has set refuses ours.
         if not known.described:
             self._log(known.run_id, parameters=record.experiment.flat())
             known.described = True
-            if not known.has_config:
-                with self._changed:
-                    self._files.insert(0, _Files((), record))
 
     def _send_files(self, files: _Files) -> None:
+        """Sends those of which the run's tags do not say that they are there.
+
+        Raises:
+            _FilesError: some were not taken; the others are sent.
+        """
         run_id = self._parent_id
         record = files.record
         if record is not None:
             self._runs[record.number] = self._runs.get(record.number) or self._open(record)
             run_id = self._runs[record.number].run_id
         client = self._need_client()
-        tags = client.get_run(run_id).data.tags
-        if record is not None and _CONFIG_TAG not in tags:
+        if not self._keeps_files():
+            return
+        run = client.get_run(run_id)
+        left: list[Path] = []
+        failure: Exception | None = None
+        with_config = False
+        if files.with_config and record is not None and _CONFIG_TAG not in run.data.tags:
             text = record.experiment.to_toml()
-            client.log_text(run_id, text, "config.toml")
-            client.set_tag(run_id, _CONFIG_TAG, hashlib.sha256(text.encode()).hexdigest())
+            try:
+                client.log_text(run_id, text, "config.toml")
+            # Every kind of storage raises its own.
+            except Exception as error:
+                failure, with_config = error, True
+            else:
+                client.set_tag(run_id, _CONFIG_TAG, hashlib.sha256(text.encode()).hexdigest())
         for file in files.paths:
             if not file.is_file():
                 continue
             tag = f"cpfean.file.{file.name}"
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            if tags.get(tag) != digest:
+            try:
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                if run.data.tags.get(tag) == digest:
+                    continue
                 client.log_artifact(run_id, str(file))
+            # Every kind of storage raises its own.
+            except Exception as error:
+                failure = failure or error
+                left.append(file)
+            else:
                 client.set_tag(run_id, tag, digest)
+        if failure is not None:
+            raise _FilesError(replace(files, paths=tuple(left), with_config=with_config), failure)
 
     def _open(self, record: TrialRecord) -> _Known:
         """The trial's run, found or made, and what it holds."""
@@ -582,21 +731,42 @@ class _Update:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Files for the run of a trial, or for the parent run."""
+    """Files for the run of a trial, or for the parent run; its configuration is one of them."""
 
     paths: tuple[Path, ...]
     record: TrialRecord | None
+    with_config: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [*(["config.toml"] if self.with_config else []), *(path.name for path in self.paths)]
 
 
-_Task = _Update | TrialRecord | _Files
+@dataclass(frozen=True, slots=True)
+class _Greeting:
+    """The first thing of all: to see whether the tracker is there."""
 
 
-def _subject(task: _Task) -> int | None:
-    """The number of the trial that it is about; None for the whole."""
-    if isinstance(task, _Update):
-        return None
-    record = task.record if isinstance(task, _Files) else task
-    return None if record is None else record.number
+_Task = _Greeting | _Update | TrialRecord | _Files
+_Subject = tuple[bool, int | None]
+
+
+class _FilesError(Exception):
+    """Files that were not taken, and why."""
+
+    def __init__(self, left: _Files, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.left = left
+        self.cause = cause
+
+
+def _subject(task: _Task) -> _Subject:
+    """Whether it is of files, and the number of the trial that it is about; None for the whole."""
+    if isinstance(task, (_Greeting, _Update)):
+        return False, None
+    if isinstance(task, _Files):
+        return True, None if task.record is None else task.record.number
+    return False, task.number
 
 
 def _now() -> str:
@@ -627,75 +797,6 @@ def _is_refusal(error: Exception) -> bool:
     return 400 <= status < 500 and status not in _NOT_NOW
 
 
-def _without_password(text: str, uri: str) -> str:
-    password = urlsplit(uri).password
-    return text.replace(password, "***") if password else text
-
-
-def _shown(uri: str) -> str:
-    """The address as others may read it."""
-    return _without_password(uri, uri)
-
-
-def open_store(uri: str) -> tuple[MlflowClient, str]:
-    """A client, and the id of our experiment; makes database and experiment when they are new.
-
-    Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
-    lets them in one by one. Nor can MLflow go on where a process was killed that made the tables: a
-    file whose making was not completed, of which a mark tells, is made anew.
-
-    Raises:
-        ServiceError: an address that MLflow cannot use, or a file that cannot be written.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    file = sqlite_file(uri)
-    if file is None:
-        client = MlflowClient(uri)
-        return client, _experiment(client, artifacts=None)
-    with _alone(file):
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        if unfinished.exists():
-            for part in (file, file.with_name(f"{file.name}-journal")):
-                part.unlink(missing_ok=True)
-        if not file.exists():
-            unfinished.touch()
-        try:
-            client = MlflowClient(uri)
-            artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
-            experiment = _experiment(client, artifacts=artifacts)
-            unfinished.unlink(missing_ok=True)
-            return client, experiment
-        except MlflowException as error:
-            raise ServiceError(f"{file}: cannot be used as a tracking store: {error}") from None
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Keeps other processes from opening a database at the same time."""
-    end = time.monotonic() + _LOCK_SECONDS
-    beside = file.with_name(f".{file.name}.lock")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = beside.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ServiceError(f"{file}: cannot be written: {error}") from None
-    with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ServiceError(
-                        f"{file}: another process has been opening it for {_LOCK_SECONDS:.0f} s; "
-                        f"see `fuser {beside}`."
-                    ) from None
-                time.sleep(0.05)
-        yield
-
-
 def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
     """Adds tags to the parent run of a study that has ended.
 
@@ -707,43 +808,16 @@ def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
     """
     try:
         client, experiment = open_store(uri)
+        if renamed := experiment_of(client, experiment, id):
+            experiment = renamed.experiment_id
         query = f"tags.`cpfean.id` = '{id}' and tags.`cpfean.role` = 'parent'"
         for run in client.search_runs([experiment], query):
             for name, value in tags.items():
                 client.set_tag(run.info.run_id, name, value)
     # Whatever a tracker, its database or the network raises.
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        line = _without_password(line, uri)[:200]
-        raise ServiceError(f"{_shown(uri)} does not take our tags: {line}") from None
-
-
-def _experiment(client: MlflowClient, *, artifacts: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return found.experiment_id
-    try:
-        return client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-    except MlflowException:
-        # Another driver was faster.
-        found = client.get_experiment_by_name(EXPERIMENT)
-        if found is None:
-            raise
-        return found.experiment_id
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file behind a sqlite address, or None for any other address."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def ui_command(uri: str) -> str:
-    """What to type to look at the runs."""
-    if uri.startswith(("http://", "https://")):
-        return f"open {_shown(uri)}"
-    return f"mlflow ui --backend-store-uri {_shown(uri)}"
+        line = without_password(message_of(error), uri)
+        raise ServiceError(f"{shown(uri)} does not take our tags: {line}") from None
 
 
 @functools.cache
@@ -768,9 +842,10 @@ def git_commit() -> str | None:
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *words],
+            ["git", "-c", f"safe.directory={root}", "-C", str(root), *words],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},

@@ -154,7 +154,11 @@ def free_port() -> int:
 class TrackingServer:
     """An MLflow server that is killed and started again."""
 
-    def __init__(self, folder: Path, *, store: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, store: str | None = None, files_at: Path | None = None
+    ) -> None:
+        """With `files_at`, clients write files themselves, to a folder of the server's disk."""
+        self._files_at = files_at
         self.port = free_port()
         self.log = folder / "server.log"
         self._plan = ServerPlan(
@@ -171,9 +175,14 @@ class TrackingServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        command = [*self._plan.command(), "--workers", "1"]
+        if self._files_at is not None:
+            where = command.index("--artifacts-destination")
+            own = ["--no-serve-artifacts", "--default-artifact-root", str(self._files_at)]
+            command[where : where + 2] = own
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._plan.command(), "--workers", "1"],
+                command,
                 env=self._plan.environment(os.environ),
                 stdout=log,
                 stderr=log,

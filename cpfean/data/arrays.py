@@ -7,62 +7,77 @@ Nothing is ever unpickled and nothing is allocated by what a header says.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from cpfean.data.findings import Findings
+from cpfean.files import NotAFileError, open_file, what_it_is
 
 _LONGEST_HEADER = 10_000  # bytes, numpy's own limit; ours are about 120
+_SMALL = 2**24  # bytes that are read in no time, whatever they hold
+_MOST_HOLES = 10_000
 
 
 def map_array(path: Path, findings: Findings) -> np.ndarray | None:
     """Maps an array of numbers, read-only; None, and a finding, for anything else."""
     name = path.name
     try:
-        if not path.is_file():
-            findings.add("not-npy", name, "expected a file, found something else; replace it")
-            return None
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(12)
-            if start[:6] != np.lib.format.MAGIC_PREFIX:
-                found = "an empty file" if not size else f"a file that starts with {start[:6]!r}"
-                findings.add(
-                    "not-npy",
-                    name,
-                    f"expected an npy file, found {found}; write it with numpy.save",
-                )
-                return None
-            # Versions 1 and 2 differ in the width of the header's length; 3 is for field names.
-            width = {b"\x01\x00": 2, b"\x02\x00": 4}.get(start[6:8])
-            if width is None:
-                findings.add(
-                    "not-npy",
-                    name,
-                    f"expected npy format 1.0 or 2.0, found the version bytes {start[6:8]!r}; "
-                    "write it again with numpy.save",
-                )
-                return None
-            length = int.from_bytes(start[8 : 8 + width], "little")
-            offset = 8 + width + length
-            if length > _LONGEST_HEADER or offset > size:
-                findings.add(
-                    "bad-header",
-                    name,
-                    f"expected a short header, found {length:,} bytes in a file of {size:,}; "
-                    "copy the file again",
-                )
-                return None
-            file.seek(8)
-            header = io.BytesIO(file.read(width + length))
+        with open_file(path) as file:
+            return _mapped(file, name, findings)
+    except NotAFileError as error:
+        findings.add("not-npy", name, f"{error.strerror}; replace it")
+    except FileNotFoundError as error:
+        findings.add("missing", name, f"{error.strerror}; put the file there")
     except OSError as error:
-        findings.add("unreadable", name, f"cannot be read: {error}; check the disk and the rights")
-        return None
+        findings.add(
+            "unreadable",
+            name,
+            f"cannot be read: {error.strerror or error}; check the disk and the rights",
+        )
+    return None
 
+
+def _mapped(file: BinaryIO, name: str, findings: Findings) -> np.ndarray | None:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(64)
+    if start[:6] != np.lib.format.MAGIC_PREFIX:
+        known = what_it_is(start)
+        found = known or (f"a file that starts with {start[:6]!r}" if size else "an empty file")
+        advice = (
+            "take the array out of it and write it with numpy.save"
+            if known
+            else "write it with numpy.save"
+        )
+        findings.add("not-npy", name, f"expected an npy file, found {found}; {advice}")
+        return None
+    # Versions 1 and 2 differ in the width of the header's length; 3 is for field names.
+    width = {b"\x01\x00": 2, b"\x02\x00": 4}.get(start[6:8])
+    if width is None:
+        findings.add(
+            "not-npy",
+            name,
+            f"expected npy format 1.0 or 2.0, found the version bytes {start[6:8]!r}; "
+            "write it again with numpy.save",
+        )
+        return None
+    length = int.from_bytes(start[8 : 8 + width], "little")
+    offset = 8 + width + length
+    if length > _LONGEST_HEADER or offset > size:
+        findings.add(
+            "bad-header",
+            name,
+            f"expected a short header, found {length:,} bytes in a file of {size:,}; "
+            "copy the file again",
+        )
+        return None
+    file.seek(8)
+    header = io.BytesIO(file.read(width + length))
     read = (
         np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
     )
@@ -106,11 +121,45 @@ def map_array(path: Path, findings: Findings) -> np.ndarray | None:
             f"{advice}",
         )
         return None
+    written = _written(file, size)
+    if written < size // 2:
+        findings.add(
+            "truncated",
+            name,
+            f"expected {size:,} bytes of numbers, found a file of which {written:,} were ever "
+            "written (the others are a hole, as a copy that was broken off leaves it); copy it "
+            "again",
+        )
+        return None
     try:
         mapped = np.memmap(
-            path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C"
+            file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C"
         )
     except (OSError, ValueError) as error:
         findings.add("unreadable", name, f"cannot be mapped: {error}; check the disk")
         return None
     return mapped.view(np.ndarray)  # indexing a memmap object costs more than the copy it makes
+
+
+def _written(file: BinaryIO, size: int) -> int:
+    """Bytes of a file that are no hole; all of them where the system does not tell."""
+    if size < _SMALL or not hasattr(os, "SEEK_DATA"):
+        return size
+    number, holes, end = file.fileno(), 0, 0
+    try:
+        for _ in range(_MOST_HOLES):
+            start = os.lseek(number, end, os.SEEK_HOLE)
+            if start >= size:
+                break
+            try:
+                end = os.lseek(number, start, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but the hole up to the end
+                    raise
+                end = size
+            holes += end - start
+            if end >= size:
+                break
+    except OSError:
+        return size
+    return size - holes

@@ -18,14 +18,25 @@ import numpy as np
 from jaxtyping import Float, Float16, Int, Int32
 from pycocotools import mask as coco_mask
 
+from cpfean import commands
 from cpfean.data.arrays import map_array
+from cpfean.data.boxes import (
+    NATIVE,
+    PIXEL,
+    Layout,
+    corners,
+    guessed_layout,
+    misfits,
+    numbers,
+    wrong_layout,
+)
 from cpfean.data.findings import Findings
+from cpfean.files import is_there
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 64 * 2**20  # of features, looked at together
 _ZERO_SHARE = 0.001  # all-zero vectors beyond this share mean a broken extraction
-_PIXEL = 1.0 + 1e-3  # rounding of box coordinates in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,8 @@ class RegionStore:
         confidences: of the labels, in [0, 1]; None without scores.
         counts: real regions of each image, the first ones; at least 1.
         num_clipped: boxes that reached out of their image by a pixel at most, and were cut.
+        sizes: width and height of each image; None without boxes.
+        cut: what is to be said of the regions that were left out; "" if there is nothing.
     """
 
     features: Float[np.ndarray, "image region feature"]
@@ -49,6 +62,8 @@ class RegionStore:
     confidences: Float[np.ndarray, "image region"] | None
     counts: Int[np.ndarray, "image"]
     num_clipped: int = 0
+    sizes: Float[np.ndarray, "image 2"] | None = None
+    cut: str = ""
 
     @property
     def num_images(self) -> int:
@@ -63,22 +78,66 @@ class RegionStore:
         return self.features.shape[2]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What the small files say of a split's regions; None for what there is no file of.
+
+    Attributes:
+        counts: real regions of each image, the first ones; at least 1.
+        boxes: x1, y1, x2, y2 in pixels, clipped to the image, and zero for padding.
+        sizes: width and height of each image.
+        num_clipped: boxes that reached out of their image by a pixel at most, and were cut.
+        labels: positions in the label vocabulary.
+        confidences: of the labels, in [0, 1].
+    """
+
+    counts: Int[np.ndarray, "image"]
+    boxes: Float[np.ndarray, "image region 4"] | None
+    sizes: Float[np.ndarray, "image 2"] | None
+    num_clipped: int
+    labels: Int32[np.ndarray, "image region"] | None
+    confidences: Float[np.ndarray, "image region"] | None
+
+
 class RegionFiles:
     """Reads and checks one split's region files; faults go to `findings`.
 
     Args:
+        stem: what the files' names begin with.
         names: the images' ids, for messages; may be shorter than there are images.
+        layout: how the boxes are written.
+        labels_from: the number of the vocabulary's first label.
+        converting: whether the command that runs has flags to declare these two; else messages
+            show the whole command that makes a folder of them.
+        boxes_file: where the boxes are, if not under their own name.
     """
 
-    def __init__(self, folder: Path, split: str, names: list[str], findings: Findings) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        names: list[str],
+        findings: Findings,
+        *,
+        layout: Layout = NATIVE,
+        labels_from: int = 0,
+        converting: bool = False,
+        boxes_file: str | None = None,
+    ) -> None:
         self._folder = folder
-        self._split = split
+        self._stem = stem
         self._names = names
         self._findings = findings
+        self._layout = layout
+        self._labels_from = labels_from
+        self._converting = converting
+        self._boxes_file = boxes_file
 
     def file(self, kind: str) -> str:
         """The name of a file of this split: `train_boxes.npy`."""
-        return f"{self._split}_{kind}.npy"
+        if kind == "boxes" and self._boxes_file is not None:
+            return self._boxes_file
+        return f"{self._stem}_{kind}.npy"
 
     def place(self, image: int) -> str:
         """An image as messages name it: its position, from 0, and its id."""
@@ -103,8 +162,7 @@ class RegionFiles:
                 "dtype",
                 name,
                 "expected float16 or float32, little-endian, in C order, found "
-                f"{features.dtype.str!r}{order}; save "
-                "numpy.ascontiguousarray(features, dtype='<f4')",
+                f"{features.dtype.str!r}{order}; {self._anew()}",
             )
             return None
         if features.ndim != 3:
@@ -124,6 +182,7 @@ class RegionFiles:
         num_regions: int,
         num_labels: int | None,
         scan: bool,
+        overlaps: bool,
     ) -> RegionStore | None:
         """Reads everything beside the features.
 
@@ -133,8 +192,8 @@ class RegionFiles:
             num_regions: keep the first so many regions.
             num_labels: size of the label vocabulary, None without one.
             scan: also read every feature: for numbers that are not finite, vectors that are all
-                zero, and whether rows stored five times are equal. Then no IoU is computed: who
-                only checks has no use for it.
+                zero, and whether rows stored five times are equal.
+            overlaps: compute the IoU; who only checks or looks has no use for it.
 
         Returns:
             None if a fault makes the store unusable.
@@ -151,37 +210,67 @@ class RegionFiles:
             )
             num_regions = stored
 
-        with np.errstate(all="ignore"):  # files may hold any bits; what comes of them is looked at
-            counts = self._counts(num_images, stored)
-            real = np.arange(stored) < counts[:, None]
-            boxes = self._boxes(num_images, real)
-            labels = self._labels(num_images, real, num_labels)
-            confidences = self._confidences(num_images, real)
+        told = self.annotations(num_images, stored, num_labels=num_labels)
         if scan:
+            real = np.arange(stored) < told.counts[:, None]
             self._scan(features, stride=stride, real=real)
         if len(self._findings) > before:
             return None
 
         geometry = iou = None
-        num_clipped = 0
-        if boxes is not None:
-            corners, sizes, num_clipped = boxes
-            geometry = _geometry(corners[:, :num_regions], sizes)
-            iou = None if scan else _overlaps(corners[:, :num_regions])
+        if told.boxes is not None and told.sizes is not None:
+            geometry = _geometry(told.boxes[:, :num_regions], told.sizes)
+            iou = _overlaps(told.boxes[:, :num_regions]) if overlaps else None
+        labels, confidences = told.labels, told.confidences
         return RegionStore(
             features=features[::stride, :num_regions],
             geometry=geometry,
             iou=iou,
             labels=None if labels is None else labels[:, :num_regions],
             confidences=None if confidences is None else confidences[:, :num_regions],
-            counts=np.minimum(counts, num_regions),
-            num_clipped=num_clipped,
+            counts=np.minimum(told.counts, num_regions),
+            num_clipped=told.num_clipped,
+            sizes=told.sizes,
+            cut=_cut(num_regions, told.counts, confidences),
         )
+
+    def annotations(
+        self,
+        num_images: int,
+        stored: int,
+        *,
+        num_labels: int | None,
+        boxes: np.ndarray | None = None,
+        sizes: np.ndarray | None = None,
+    ) -> Annotations:
+        """Reads and checks all files but that of the features.
+
+        Args:
+            num_images: in the split.
+            stored: regions of an image.
+            num_labels: size of the label vocabulary, None without one.
+            boxes, sizes: in place of those files, if they are elsewhere.
+        """
+        with np.errstate(all="ignore"):  # files may hold any bits; what comes of them is looked at
+            counts = self._counts(num_images, stored)
+            real = np.arange(stored) < counts[:, None]
+            if boxes is None:
+                boxes = self._rows("boxes", num_images, (stored, 4))
+                sizes = self._rows("sizes", num_images, (2,))
+            found = None if boxes is None else self._boxes(boxes, sizes, real)
+            return Annotations(
+                counts=counts,
+                boxes=None if found is None else found[0],
+                sizes=None if found is None else found[1],
+                num_clipped=0 if found is None else found[2],
+                labels=self._labels(num_images, real, num_labels),
+                confidences=self._confidences(num_images, real),
+            )
 
     def _rows(self, kind: str, num_images: int, shape: tuple[int, ...]) -> np.ndarray | None:
         """A small file as "image ...", or None if it is absent or a fault was found."""
         name = self.file(kind)
-        if not (self._folder / name).exists():
+        if not is_there(self._folder / name):
             return None
         array = map_array(self._folder / name, self._findings)
         if array is None:
@@ -263,16 +352,12 @@ class RegionFiles:
         return np.clip(counts, 1, stored).astype(np.int64)
 
     def _boxes(
-        self, num_images: int, real: np.ndarray
+        self, boxes: np.ndarray, sizes: np.ndarray | None, real: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Corners, clipped to the image and zero for padding; sizes; how many were clipped."""
-        boxes = self._rows("boxes", num_images, (real.shape[1], 4))
-        sizes = self._rows("sizes", num_images, (2,))
-        if boxes is None:
-            return None
         name = self.file("boxes")
         if sizes is None:
-            if not (self._folder / self.file("sizes")).exists():
+            if not is_there(self._folder / self.file("sizes")):
                 self._findings.add(
                     "no-size",
                     self.file("sizes"),
@@ -288,7 +373,7 @@ class RegionFiles:
             unsized,
             lambda i: (
                 self.place(i),
-                f"expected a width and a height above 0, found {_numbers(sizes[i])}; write the "
+                f"expected a width and a height above 0, found {numbers(sizes[i])}; write the "
                 "size in pixels that the boxes belong to",
             ),
         )
@@ -300,16 +385,16 @@ class RegionFiles:
         if len(unsized) or not_finite.any():
             return None
 
-        guess = _guessed_format(
-            boxes[real], np.broadcast_to(sizes[:, None], (*real.shape, 2))[real]
-        )
-        if guess:
-            self._findings.add("box-format", name, guess)
+        of_each = np.broadcast_to(sizes[:, None], (*real.shape, 2))[real]
+        guess = guessed_layout(boxes[real], of_each, self._layout)
+        if guess is not None:
+            self._other_layout(guess, boxes, sizes, real)
             return None
+        boxes = np.where(real[..., None], corners(boxes, sizes[:, None], self._layout), 0)
         limits = np.concatenate([sizes, sizes], axis=1)[:, None]  # image 1 4
         clipped = np.clip(boxes, 0, limits)
         far = np.abs(boxes - clipped).max(axis=-1)
-        outside = far > _PIXEL
+        outside = far > PIXEL
         self._box_findings(
             "box-outside",
             outside,
@@ -329,6 +414,33 @@ class RegionFiles:
         )
         return clipped, sizes, int((far > 0).sum())
 
+    def _other_layout(
+        self, guess: Layout, boxes: np.ndarray, sizes: np.ndarray, real: np.ndarray
+    ) -> None:
+        wrong = misfits(corners(boxes, sizes[:, None], self._layout), sizes[:, None]) & real
+        image, region = np.argwhere(wrong if wrong.any() else real)[0]
+        of_each = np.broadcast_to(sizes[:, None], (*real.shape, 2))[real]
+        given = wrong_layout(guess, self._layout, boxes[real], of_each)
+        self._findings.add(
+            "box-format",
+            self.file("boxes"),
+            f"{given}; if they are that, "
+            f"{self._declare(*(guess.flags or ('--box-order', 'xyxy')))}",
+            place=f"{self.place(image)}, region {region}",
+        )
+
+    def _declare(self, *flags: str) -> str:
+        """How to say what these files are, for the end of a message."""
+        if self._converting:
+            return f"say so: {commands.shell(*flags)}"
+        return self._anew(*flags)
+
+    def _anew(self, *flags: str) -> str:
+        """How to write the folder in the native format, for the end of a message."""
+        new = f"{self._folder}.new"
+        line = commands.script("prepare.py", new, "--scan", self._folder, *flags)
+        return f"write the folder anew: {line}"
+
     def _box_findings(
         self,
         kind: str,
@@ -342,8 +454,8 @@ class RegionFiles:
 
         def describe(position: int) -> tuple[str, str]:
             image, region = divmod(position, regions)
-            of = "" if sizes is None else f" in an image of {_numbers(sizes[image])}"
-            found = _numbers(boxes[image, region])
+            of = "" if sizes is None else f" in an image of {numbers(sizes[image])}"
+            found = numbers(boxes[image, region])
             place = f"{self.place(image)}, region {region}"
             return place, f"expected {expected}, found {found}{of}; {advice}"
 
@@ -357,18 +469,27 @@ class RegionFiles:
             return None
         if num_labels is None:
             return None  # `split` has said that the vocabulary is missing or unreadable
-        bad = ((labels < 0) | (labels >= num_labels)) & real
+        first = self._labels_from
+        last = first + num_labels - 1
+        bad = ((labels < first) | (labels > last)) & real
+        lowest, highest = labels[real].min(), labels[real].max()
+        advice = "are labels and vocabulary of one detector?"
+        if lowest > first and highest == last + 1:
+            advice = (
+                f"all are from {lowest} to {highest}: if they count from {first + 1}, "
+                f"{self._declare('--labels-from', str(first + 1))}"
+            )
 
         def describe(position: int) -> tuple[str, str]:
             image, region = divmod(position, real.shape[1])
             return (
                 f"{self.place(image)}, region {region}",
-                f"expected a line of objects_vocab.txt, from 0 to {num_labels - 1}, found "
-                f"{labels[image, region]}; are labels and vocabulary of one detector?",
+                f"expected a line of objects_vocab.txt, from {first} to {last}, found "
+                f"{labels[image, region]}; {advice}",
             )
 
         self._findings.add_rows("label-range", self.file("labels"), np.flatnonzero(bad), describe)
-        return None if bad.any() else np.where(real, labels, 0).astype(np.int32)
+        return None if bad.any() else np.where(real, labels - first, 0).astype(np.int32)
 
     def _confidences(
         self, num_images: int, real: np.ndarray
@@ -450,6 +571,25 @@ class RegionFiles:
             logger.warning("%s: %d feature vectors are all zero", name, len(places))
 
 
+def _cut(num_regions: int, counts: np.ndarray, confidences: np.ndarray | None) -> str:
+    """What the first regions of images with more are, if they need not be the best."""
+    cut = counts > num_regions
+    if not cut.any():
+        return ""
+    kept = f"the first {num_regions} of up to {counts.max()} regions an image are kept"
+    if confidences is None:
+        return f"{kept}; without scores nothing tells whether they are the best ones"
+    others = np.where(np.arange(confidences.shape[1]) < counts[:, None], confidences, -1)
+    better = others[:, num_regions:].max(axis=1) > others[:, :num_regions].min(axis=1)
+    share = (better & cut).sum() / cut.sum()
+    if share == 0:
+        return ""
+    return (
+        f"{kept}; in {share:.0%} of the images one of the others has a higher score, the order is "
+        "not that of confidence"
+    )
+
+
 def _geometry(
     corners: Float[np.ndarray, "image region 4"], sizes: Float[np.ndarray, "image 2"]
 ) -> Float[np.ndarray, "image region 5"]:
@@ -469,28 +609,3 @@ def _overlaps(
     for image in range(images):
         result[image] = coco_mask.iou(boxes[image], boxes[image], crowd)
     return result
-
-
-def _guessed_format(
-    boxes: Float[np.ndarray, "box 4"], sizes: Float[np.ndarray, "box 2"]
-) -> str | None:
-    """What else the boxes may be than corners in pixels; None if they look like those."""
-    if boxes.max() <= 1.01 and boxes.min() >= -0.01 and sizes.min() >= 8:
-        return (
-            "expected pixels, found no coordinate above 1: they look like shares of the image; "
-            "multiply x by the width and y by the height"
-        )
-    start, extent = boxes[:, :2], boxes[:, 2:]
-    inverted = (extent <= start).any(axis=1)
-    as_extent = (extent > 0).all() and (start + extent <= sizes + _PIXEL).all()
-    if inverted.any() and as_extent and start.min() >= -_PIXEL:
-        return (
-            f"expected x1, y1, x2, y2, found {inverted.sum():,} of {len(boxes):,} boxes with "
-            "x2 <= x1 or y2 <= y1, and all make sense as x, y, width, height; if they are, save "
-            "boxes[..., 2:] + boxes[..., :2] as x2, y2"
-        )
-    return None
-
-
-def _numbers(values: np.ndarray) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

@@ -25,12 +25,15 @@ from fsspec.callbacks import Callback
 
 from cpfean.config import DataConfig, SyntheticConfig
 from cpfean.data import concepts, scenes, synthetic, wording
-from cpfean.data.split import native_names
+from cpfean.data.split import native_names, used_names
 from cpfean.errors import DataError
+from cpfean.files import is_there, read_file
+from cpfean.folders import cannot_write, expanded, made
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "fetched.json"  # in a cached folder: which version of each file it holds
+_LARGEST_RECORD = 1_000_000  # bytes
 _UNFINISHED = ".unfinished-"
 _WAIT = 3600.0  # seconds to wait for another process that fetches the same data
 
@@ -57,18 +60,22 @@ def resolve_data(config: DataConfig, *, cache_dir: Path) -> Path:
             f'data.path {path!r}: expected "synthetic", a folder or an s3:// URL; copy the data to '
             "one of them."
         )
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = expanded(path, what="data.path")
+    if os.path.isdir(folder):
         return folder
-    raise DataError(f"data.path {path!r}: expected a folder, found none{_nearby(folder)}")
+    if not is_there(folder):
+        raise DataError(f"data.path {path!r}: expected a folder, found none{_nearby(folder)}")
+    link = os.path.islink(folder) and not os.path.exists(folder)
+    found = f"a link that leads nowhere, to {os.readlink(folder)}" if link else "a file"
+    raise DataError(f"data.path {path!r}: expected a folder, found {found}{_nearby(folder)}")
 
 
 def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
     """Brings a folder of object storage up to date in the cache.
 
-    Only files of the native format are fetched, and of those only what changed since the last
-    time, by size and by version (ETag, or time of change). Local files that are gone in the
-    storage are removed.
+    Only files of the native format that are read are fetched, and of those only what changed since
+    the last time, by size and by version (ETag, or time of change). Local files that are gone in
+    the storage, or are read no longer, are removed.
 
     Args:
         filesystem: an fsspec file system.
@@ -80,8 +87,7 @@ def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
     url = url.rstrip("/")
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = cache_dir / f"remote-{name}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir / f"remote-{name}.lock"):
+    with _alone(made(cache_dir) / f"remote-{name}.lock"):
         listed = _listed(filesystem, url)
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(f"{_UNFINISHED}*"):
@@ -134,10 +140,9 @@ def _generated(config: SyntheticConfig, cache_dir: Path) -> Path:
     for module in (concepts, scenes, wording, synthetic):  # another generator, another set
         digest.update(inspect.getsource(module).encode())
     folder = cache_dir / f"synthetic-{digest.hexdigest()[:12]}"
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir / f"{folder.name}.lock"):
+    with _alone(made(cache_dir) / f"{folder.name}.lock"):
         if not folder.is_dir():
             for leftover in cache_dir.glob(f"{folder.name}-*"):
                 shutil.rmtree(leftover)
@@ -155,16 +160,16 @@ def _listed(filesystem: Any, url: str) -> dict[str, tuple[str, int, str]]:
     with _readable(url):
         filesystem.invalidate_cache()
         entries = filesystem.ls(url, detail=True)
-    wanted = set(native_names())
+    named = [(entry["name"].rsplit("/", 1)[-1], entry) for entry in entries]
+    wanted = set(used_names(name for name, entry in named if entry["type"] == "file"))
     files = {}
-    for entry in entries:
-        name = entry["name"].rsplit("/", 1)[-1]
+    for name, entry in named:
         if entry["type"] == "file" and name in wanted:
             versions = (entry.get(key) for key in ("ETag", "LastModified", "mtime", "created"))
             version = next((str(v) for v in versions if v is not None), "")
             files[name] = (entry["name"], int(entry["size"]), version)
     if not files:
-        others = [entry["name"].rsplit("/", 1)[-1] for entry in entries]
+        others = [name for name, _ in named]
         raise DataError(
             f"{url}: expected files like train_ims.npy, found "
             f"{', '.join(sorted(others)[:5]) or 'nothing'}; check the prefix."
@@ -222,6 +227,10 @@ def _alone(path: Path) -> Iterator[None]:
             f"{path}: another process has been preparing the same data for {_WAIT / 60:.0f} "
             "minutes; see whether it hangs, then try again."
         ) from None
+    except PermissionError as error:  # the lock of another user, in a cache of both
+        if error.filename != str(path):
+            raise
+        raise cannot_write(path, error) from None
 
 
 def _has(path: Path, size: int) -> bool:
@@ -230,7 +239,7 @@ def _has(path: Path, size: int) -> bool:
 
 def _read_record(path: Path) -> dict[str, list[Any]]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_file(path, limit=_LARGEST_RECORD))
     except (OSError, ValueError):
         return {}  # nothing was fetched yet, or a damaged record: fetch everything
     return record if isinstance(record, dict) else {}

@@ -9,18 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import re
-import unicodedata
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from cpfean import folders
 from cpfean.data.findings import Finding, Findings
 from cpfean.data.regions import RegionFiles, RegionStore
+from cpfean.data.texts import blank_end, read_lines, says_something
 from cpfean.errors import DataError
+from cpfean.files import is_there, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,9 @@ VOCABULARY = "objects_vocab.txt"
 REQUIRED = ("ims.npy", "caps.txt", "ids.txt")
 OPTIONAL = ("boxes.npy", "sizes.npy", "labels.npy", "scores.npy", "counts.npy")
 
-_CHECKS = 1  # to be counted up with every check that is added: folders are then read again
-_LONGEST_LINE = 1_000_000  # characters
-# Line separators of Unicode, form feeds and the like are part of a caption, however odd.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f]")
-_LETTER = re.compile(r"\w")
+WHOLE_TEST = "testall"  # COCO's 5,000 test images, where "test" is a thousand of them
+
+_CHECKS = 2  # to be counted up with every check that is added: folders are then read again
 
 Caption = TypeVar("Caption", int, np.ndarray)  # one position in a split, or many
 
@@ -75,17 +75,19 @@ def open_split(
     folder: Path,
     name: str,
     *,
-    num_regions: int,
+    num_regions: int | None,
     num_images: int = 0,
     captions_per_image: int = 5,
+    overlaps: bool = True,
 ) -> Split:
     """Opens a split without reading its features.
 
     Args:
         folder: in the native format.
         name: "train", "dev" or "test".
-        num_regions: keep the first so many regions of an image.
+        num_regions: keep the first so many regions of an image; None keeps all.
         num_images: keep the first so many images; 0 keeps all.
+        overlaps: compute the IoU of the regions, which takes most of the time.
 
     Raises:
         DataError: files that are missing, damaged or do not belong together; all faults that do
@@ -93,7 +95,7 @@ def open_split(
     """
     findings = Findings()
     split = None
-    if _folder_exists(folder, findings):
+    if is_folder(folder, findings):
         split = _examine(
             folder,
             name,
@@ -102,6 +104,7 @@ def open_split(
             num_images=num_images,
             captions_per_image=captions_per_image,
             scan=False,
+            overlaps=overlaps,
         )
     findings.refuse(folder)
     assert split is not None
@@ -129,7 +132,7 @@ def validate_folder(
         means that `open_split` takes every one of `splits`.
     """
     findings = Findings()
-    if not _folder_exists(folder, findings):
+    if not is_folder(folder, findings):
         return findings.listed()
     opened = []
     for name in splits:
@@ -141,11 +144,12 @@ def validate_folder(
             num_images=train_images if name == "train" else 0,
             captions_per_image=5,
             scan=True,
+            overlaps=False,
         )
         if split is not None:
             opened.append(split)
     _compare(folder, splits, opened, findings)
-    _tell(opened)
+    _tell(folder, opened, num_regions=num_regions)
     return findings.listed()
 
 
@@ -171,7 +175,8 @@ def check_folder(
     if cache_dir is not None:
         state = _state(folder, (num_regions, sorted(splits), train_images))
     note = None if cache_dir is None or state is None else cache_dir / f"sound-{state}"
-    if note is not None and note.exists():
+    # A folder that may not be looked into holds no note for us.
+    if note is not None and os.path.exists(note):
         logger.info("%s: unchanged since all of it was checked", folder)
         return
     found = validate_folder(
@@ -181,14 +186,13 @@ def check_folder(
         lines = "\n".join(f"  {finding}" for finding in found)
         raise DataError(f"{folder}: faults in the data.\n{lines}")
     if note is not None:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"{folder}\n", encoding="utf-8")
+        folders.note(note, f"{folder}\n")
 
 
 def data_fingerprint(folder: Path) -> str:
     """Sixteen hexadecimal digits that change when the data does.
 
-    SHA-256 over name, size and content of the files of the native format, others left out. Of a
+    SHA-256 over name, size and content of the files that are used, others left out. Of a
     file above 16 MB only 64 blocks of 64 kB are read, evenly spread, first and last included: an
     edit of a few rows that keeps the size can go unseen, another extraction cannot.
 
@@ -201,7 +205,7 @@ def data_fingerprint(folder: Path) -> str:
         for path in native_files(folder):
             size = path.stat().st_size
             digest.update(f"{path.name}\0{size}\0".encode())
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 if size <= 2**24:
                     digest.update(file.read())
                     continue
@@ -231,18 +235,54 @@ def _state(folder: Path, asked: object) -> str | None:
 
 def native_names() -> list[str]:
     """Names of all files that belong to the native format."""
-    return [VOCABULARY] + [f"{s}_{part}" for s in SPLITS for part in REQUIRED + OPTIONAL]
+    stems = (*SPLITS, WHOLE_TEST)
+    return [VOCABULARY] + [f"{stem}_{part}" for stem in stems for part in REQUIRED + OPTIONAL]
+
+
+def used_names(names: Iterable[str]) -> list[str]:
+    """Those of some files that are read: of the native format, and one test split of two.
+
+    Args:
+        names: of all files of a folder.
+    """
+    known = set(native_names())
+    found = sorted(name for name in names if name in known)
+    if any(name.startswith(f"{WHOLE_TEST}_") for name in found):
+        found = [name for name in found if not name.startswith("test_")]
+    return found
 
 
 def native_files(folder: Path) -> list[Path]:
-    """Those files of the native format that a folder has, by name."""
-    return [folder / name for name in sorted(native_names()) if (folder / name).exists()]
+    """Those files of a folder that are read, by name; links that lead nowhere included."""
+    return [folder / name for name in used_names(n for n in native_names() if is_there(folder / n))]
 
 
-def _folder_exists(folder: Path, findings: Findings) -> bool:
-    if folder.is_dir():
-        return True
-    findings.add("missing", str(folder), "expected a folder, found none; check the path")
+def split_stem(folder: Path, split: str) -> str:
+    """What the names of a split's files begin with.
+
+    SCAN's folder of COCO has its 5,000 test images as "testall" and the first thousand of them as
+    "test". Where there is any file of "testall", it is the test split.
+    """
+    if split != "test":
+        return split
+    whole = (f"{WHOLE_TEST}_{part}" for part in REQUIRED + OPTIONAL)
+    return WHOLE_TEST if any(is_there(folder / name) for name in whole) else split
+
+
+def is_folder(folder: Path, findings: Findings) -> bool:
+    """Whether a folder is there and can be read; if not, with a finding."""
+    if os.path.isdir(folder):
+        if os.access(folder, os.R_OK | os.X_OK):
+            return True
+        findings.add("unreadable", str(folder), "the folder cannot be read; check the rights")
+        return False
+    if os.path.exists(folder):
+        found = "something else"
+    elif is_there(folder):
+        found = f"a link that leads nowhere, to {os.readlink(folder)}"
+    else:
+        found = "none"
+    findings.add("missing", str(folder), f"expected a folder, found {found}; check the path")
     return False
 
 
@@ -255,33 +295,38 @@ def _examine(
     num_images: int,
     captions_per_image: int,
     scan: bool,
+    overlaps: bool,
 ) -> Split | None:
     """Reads one split; None if a fault makes it unusable."""
     before = len(findings)
-    missing = [f"{name}_{part}" for part in REQUIRED if not (folder / f"{name}_{part}").exists()]
+    stem = split_stem(folder, name)
+    missing = [file for file in (f"{stem}_{p}" for p in REQUIRED) if not is_there(folder / file)]
     for file in missing:
-        findings.add("missing", file, f"no such file in {folder}{_nearest(folder, file)}")
-    captions = _captions(folder / f"{name}_caps.txt", findings)
-    ids = _ids(folder / f"{name}_ids.txt", findings)
+        findings.add("missing", file, absent(folder, file))
+    captions = read_captions(folder / f"{stem}_caps.txt", findings, captions_per_image)
+    num_captions = len(captions or [])
+    fitting = (num_captions // captions_per_image, num_captions)
+    ids = read_ids(folder / f"{stem}_ids.txt", findings, fitting)
     label_names = None
-    if (folder / f"{name}_labels.npy").exists():
-        label_names = _vocabulary(folder, findings)
+    if is_there(folder / f"{stem}_labels.npy"):
+        label_names = read_label_names(folder, findings)
 
-    files = RegionFiles(folder, name, ids or [], findings)
+    files = RegionFiles(folder, stem, ids or [], findings)
     features = None if files.file("ims") in missing else files.map_features()
     if features is None:
         return None
-    stride, ids = _agree(
-        name,
+    agreed = agree(
+        stem,
         findings,
         rows=len(features),
         captions=captions,
         ids=ids,
         per_image=captions_per_image,
     )
-    if features.shape[0] % stride:
+    if agreed is None or features.shape[0] % agreed[0]:
         return None
-    files = RegionFiles(folder, name, ids, findings)
+    stride, ids = agreed
+    files = RegionFiles(folder, stem, ids, findings)
     total = features.shape[0] // stride
     if num_images > total:
         findings.add(
@@ -296,6 +341,7 @@ def _examine(
         num_regions=features.shape[1] if num_regions is None else num_regions,
         num_labels=None if label_names is None else len(label_names),
         scan=scan,
+        overlaps=overlaps,
     )
     if regions is None or captions is None or len(findings) > before:
         return None
@@ -323,6 +369,8 @@ def _first(split: Split, num_images: int) -> Split:
         confidences=cut(whole.confidences),
         counts=whole.counts[:num_images],
         num_clipped=whole.num_clipped,
+        sizes=cut(whole.sizes),
+        cut=whole.cut,
     )
     return Split(
         name=split.name,
@@ -334,71 +382,18 @@ def _first(split: Split, num_images: int) -> Split:
     )
 
 
-def _lines(path: Path, findings: Findings) -> list[str] | None:
-    """A text file's lines, split at "\\n" and nowhere else; None after a fault of its encoding."""
-    name = path.name
-    if not path.exists():
-        return None
-    try:
-        if not path.is_file():
-            findings.add("not-text", name, "expected a file, found something else; replace it")
-            return None
-        content = path.read_bytes()
-    except OSError as error:
-        findings.add("unreadable", name, f"cannot be read: {error}; check the disk and the rights")
-        return None
-    before = len(findings)
-    if content.startswith(b"\xef\xbb\xbf"):
-        findings.add(
-            "bad-text",
-            name,
-            "expected plain UTF-8, found a byte order mark; save it without",
-            place="line 1, byte 0",
-        )
-    raw = content.split(b"\n")
-    if raw[-1] == b"":
-        raw.pop()  # the newline that ends the last line
-    lines: list[str] = []
-    offset = 0
-    for number, line in enumerate(raw, start=1):
-        try:
-            lines.append(line.decode().removesuffix("\r"))
-        except UnicodeDecodeError as error:
-            findings.add(
-                "bad-text",
-                name,
-                f"expected UTF-8, found the byte {line[error.start]:#04x}; convert the file",
-                place=f"line {number}, byte {offset + error.start}",
-            )
-            lines.append("")
-        control = _CONTROL.search(lines[-1])
-        if control:
-            at = len(lines[-1][: control.start()].encode())
-            findings.add(
-                "bad-text",
-                name,
-                f"expected text, found the control character {control[0]!r}; remove it",
-                place=f"line {number}, byte {offset + at}",
-            )
-        if len(line) > _LONGEST_LINE:
-            findings.add(
-                "long-line",
-                name,
-                f"expected at most {_LONGEST_LINE:,} bytes, found {len(line):,}; break it",
-                place=f"line {number}",
-            )
-        offset += len(line) + 1
-    return lines if len(findings) == before else None
-
-
-def _captions(path: Path, findings: Findings) -> list[str] | None:
-    captions = _lines(path, findings)
+def read_captions(path: Path, findings: Findings, per_image: int) -> list[str] | None:
+    """The captions of a split as they are; None, and findings, for a text that is none."""
+    captions = _read_lines(path, findings)
     if captions is None:
+        return None
+    # A last caption that is empty and one line too many are both blank; the number tells.
+    if len(captions) % per_image and blank_end(path, captions, findings):
         return None
     findings.add_rows(
         "empty-caption",
         path.name,
-        [i for i, caption in enumerate(captions) if not _says_something(caption)],
+        [i for i, caption in enumerate(captions) if not says_something(caption)],
         lambda i: (
             f"line {i + 1}",
             f"expected a caption, found {captions[i]!r}; write one, or drop the image's five",
@@ -407,16 +402,22 @@ def _captions(path: Path, findings: Findings) -> list[str] | None:
     return captions
 
 
-def _says_something(caption: str) -> bool:
-    # Tokenizers of the BERT family drop white space, controls, format characters and bare accents.
-    if _LETTER.search(caption):
-        return True
-    return any(unicodedata.category(c)[0] not in "ZCM" and c != "\ufffd" for c in caption)
+def _read_lines(path: Path, findings: Findings) -> list[str] | None:
+    """As `read_lines`; a link that leads nowhere is a finding too."""
+    if is_there(path) and not os.path.exists(path):
+        findings.add("missing", path.name, f"a link that leads nowhere, to {os.readlink(path)}")
+        return None
+    return read_lines(path, findings)
 
 
-def _ids(path: Path, findings: Findings) -> list[str] | None:
-    ids = _lines(path, findings)
-    if ids is None:
+def read_ids(path: Path, findings: Findings, fitting: Sequence[int]) -> list[str] | None:
+    """The names of a split's images; None, and findings, for a text that is none.
+
+    Args:
+        fitting: how many there may be; another number may come of blank lines at the end.
+    """
+    ids = _read_lines(path, findings)
+    if ids is None or (len(ids) not in fitting and blank_end(path, ids, findings)):
         return None
     ids = [line.strip() for line in ids]
     findings.add_rows(
@@ -428,22 +429,22 @@ def _ids(path: Path, findings: Findings) -> list[str] | None:
     return ids
 
 
-def _vocabulary(folder: Path, findings: Findings) -> list[str] | None:
+def read_label_names(folder: Path, findings: Findings) -> list[str] | None:
+    """The label vocabulary of a folder; None, and findings, without a sound one."""
     path = folder / VOCABULARY
-    if not path.exists():
+    if not is_there(path):
         findings.add(
             "vocabulary",
             VOCABULARY,
-            f"expected the names of the labels, one a line, found no such file in {folder}"
-            f"{_nearest(folder, VOCABULARY)}",
+            f"expected the names of the labels, one a line, found {absent(folder, VOCABULARY)}",
         )
         return None
     before = len(findings)
-    names = _lines(path, findings)
-    if names is None:
+    names = _read_lines(path, findings)
+    if names is None or blank_end(path, names, findings):
         return None
     names = [name.strip() for name in names]
-    empty = [i for i, name in enumerate(names) if not _says_something(name)]
+    empty = [i for i, name in enumerate(names) if not says_something(name)]
     findings.add_rows(
         "vocabulary",
         VOCABULARY,
@@ -455,7 +456,7 @@ def _vocabulary(folder: Path, findings: Findings) -> list[str] | None:
     return names if len(findings) == before else None
 
 
-def _agree(
+def agree(
     split: str,
     findings: Findings,
     *,
@@ -463,21 +464,19 @@ def _agree(
     captions: list[str] | None,
     ids: list[str] | None,
     per_image: int,
-) -> tuple[int, list[str]]:
-    """Finds how the features are stored: rows an image takes, and the images' ids, one each."""
+) -> tuple[int, list[str]] | None:
+    """Finds how the features are stored: rows an image takes, and the images' ids, one each.
+
+    None if all images have another number of captions than is supported: nothing fits then.
+    """
     ims, caps, names = f"{split}_ims.npy", f"{split}_caps.txt", f"{split}_ids.txt"
     num_ids = None if ids is None else len(ids)
     count = None if captions is None else len(captions)
     stride = per_image if count == rows and rows % per_image == 0 else 1
-    if stride > 1 and ids is not None and num_ids == rows == len(set(ids)):
-        findings.add(
-            "caption-count",
-            caps,
-            f"expected {per_image} captions an image, found {rows:,} captions, {rows:,} rows in "
-            f"{ims} and {rows:,} different names in {names}; if an image has a row for each of its "
-            "captions, write its name once",
-        )
-        return 1, ids
+    other = _other_number(rows=rows, captions=count, ids=ids, expected=per_image)
+    if other is not None:
+        findings.add("caption-count", caps, other)
+        return None
     num_images = rows // stride
     if count is not None and count != num_images * per_image:
         # The ids tell which of the two is short.
@@ -522,6 +521,36 @@ def _agree(
     return stride, ids
 
 
+def _other_number(
+    *, rows: int, captions: int | None, ids: Sequence[str] | None, expected: int
+) -> str | None:
+    """What to say of data with another number of captions an image; None if that is not it.
+
+    Args:
+        rows: of the features.
+        captions: how many there are.
+        ids: the images' names.
+        expected: captions an image.
+    """
+    if not captions or captions == expected * len(ids or []):
+        return None
+    different = len(set(ids)) if ids else 0
+    # An image may have a row, and a name, for each of its captions.
+    images = different if rows == captions and different == len(ids or []) else rows
+    if rows == captions and different and different != rows:
+        images = different
+    each, rest = divmod(captions, images)
+    if rest or each in (0, expected):
+        return None
+    if rows == captions and not different:
+        return None  # a row for each caption, of who knows how many images
+    return (
+        f"expected {expected} captions an image, the number that is supported, found "
+        f"{captions:,} captions for {images:,} images, {each:,} an image; give {expected} of each, "
+        f"{expected * images:,} in all"
+    )
+
+
 def _called(ids: list[str] | None, image: int) -> str:
     return f"image {image} ({ids[image]})" if ids and image < len(ids) else f"image {image}"
 
@@ -547,32 +576,39 @@ def _compare(folder: Path, names: Sequence[str], splits: list[Split], findings: 
         if split.regions.feature_dim != splits[0].regions.feature_dim:
             findings.add(
                 "feature-width",
-                f"{split.name}_ims.npy",
+                f"{split_stem(folder, split.name)}_ims.npy",
                 f"expected vectors of {splits[0].regions.feature_dim} numbers as in "
                 f"{splits[0].name}_ims.npy, found {split.regions.feature_dim}; extract both alike",
             )
+    stems = [split_stem(folder, name) for name in names]
     for part in OPTIONAL[:-1]:
-        have = [name for name in names if (folder / f"{name}_{part}").exists()]
-        for name in names:
-            if have and name not in have and (folder / f"{name}_ims.npy").exists():
+        have = [stem for stem in stems if is_there(folder / f"{stem}_{part}")]
+        for stem in stems:
+            if have and stem not in have and is_there(folder / f"{stem}_ims.npy"):
                 findings.add(
                     "missing",
-                    f"{name}_{part}",
+                    f"{stem}_{part}",
                     f"expected it, because {have[0]}_{part} is there; give it to every split or to "
                     "none",
                 )
+    # What nobody asks for is not looked for, so that a slip of the case would go unseen.
+    present = {name.lower(): name for name in _present(folder)}
+    for name in (f"{stem}_{part}" for stem in stems for part in OPTIONAL):
+        found = present.get(name)
+        if not is_there(folder / name) and found is not None:
+            findings.add("missing", name, f"expected this name, found {found}; rename it")
     # Plain counting from 0 names rows, not images, and every split counts anew.
     named = [s for s in splits if s.image_ids != [str(i) for i in range(s.num_images)]]
     for position, split in enumerate(named):
         for other in named[:position]:
-            _leaks(split, other, findings)
+            _leaks(split_stem(folder, split.name), split, other, findings)
 
 
-def _leaks(split: Split, other: Split, findings: Findings) -> None:
+def _leaks(stem: str, split: Split, other: Split, findings: Findings) -> None:
     seen = {image: row for row, image in enumerate(other.image_ids)}
     findings.add_rows(
         "leak",
-        f"{split.name}_ids.txt",
+        f"{stem}_ids.txt",
         [i for i, image in enumerate(split.image_ids) if image in seen],
         lambda i: (
             f"image {i}",
@@ -582,8 +618,13 @@ def _leaks(split: Split, other: Split, findings: Findings) -> None:
     )
 
 
-def _tell(splits: list[Split]) -> None:
+def _tell(folder: Path, splits: list[Split], *, num_regions: int | None) -> None:
     for split in splits:
+        if split.name != split_stem(folder, split.name):
+            logger.info(
+                "test is testall, %s images; the smaller test_* is not used",
+                f"{split.num_images:,}",
+            )
         if split.regions.num_clipped:
             logger.info(
                 "%s: %d boxes reached out of their image by 1 pixel at most and were clipped",
@@ -596,17 +637,29 @@ def _tell(splits: list[Split]) -> None:
         logger.info("no labels: regions have no textual prior")
     elif splits and splits[0].regions.confidences is None:
         logger.info("labels without scores: all are trusted alike")
+    cut = [split.regions.cut for split in splits if split.regions.cut]
+    if cut:
+        logger.info("%s", cut[0])
 
 
-def _nearest(folder: Path, name: str) -> str:
-    try:
-        present = sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return ""
+def absent(folder: Path, name: str) -> str:
+    """What is there in place of a file that is not: the same in other letters, or near names."""
+    present = _present(folder)
+    same = [other for other in present if other.lower() == name]
+    if same:
+        return f"no such file in {folder}, but {same[0]}; rename it, letters count"
     near = difflib.get_close_matches(name, present, n=3, cutoff=0.6)
     if near:
-        return f"; nearest: {', '.join(near)}"
-    return f"; it has {', '.join(present[:5]) or 'nothing'}{', ...' if len(present) > 5 else ''}"
+        return f"no such file in {folder}; nearest: {', '.join(near)}"
+    has = f"{', '.join(present[:5]) or 'nothing'}{', ...' if len(present) > 5 else ''}"
+    return f"no such file in {folder}; it has {has}"
+
+
+def _present(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 __all__ = [
@@ -615,7 +668,10 @@ __all__ = [
     "Split",
     "check_folder",
     "data_fingerprint",
+    "is_folder",
     "native_files",
     "open_split",
+    "split_stem",
+    "used_names",
     "validate_folder",
 ]

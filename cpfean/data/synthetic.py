@@ -42,9 +42,11 @@ from cpfean.data.concepts import CONCEPTS, FAMILIES, SCENES, VALUES
 from cpfean.data.scenes import Scene, draw_scene
 from cpfean.data.wording import Caption, describe
 from cpfean.errors import DataError
+from cpfean.files import read_file
 
 CAPTIONS_PER_IMAGE = 5
 _SPLITS = ("train", "dev", "test")
+_LARGEST_TRUTH = 2**30  # bytes; a thousand images take one million
 _SALIENCE = {"main": 0, "side": 1, "ignored": 2}
 
 # By concept, the others of its family.
@@ -136,7 +138,7 @@ def load_truth(folder: Path, split: str) -> SyntheticTruth:
     """
     path = folder / f"{split}_truth.json"
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(read_file(path, limit=_LARGEST_TRUTH))
         return SyntheticTruth(
             concepts=np.array(plain["concepts"], dtype=np.int64),
             objects=np.array(plain["objects"], dtype=np.int64),

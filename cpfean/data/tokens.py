@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ from jaxtyping import Bool, Int32, Int64
 
 from cpfean.config import TextConfig
 from cpfean.errors import CheckpointError, ConfigError, DataError
+from cpfean.files import open_file
+from cpfean.json_files import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,15 @@ _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # BERT drops these, which would make one word of the two beside them.
 _SEPARATORS = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e\x1f\x85", " "))
 _CHUNK = 4096  # captions tokenized at a time
+# A caption is cut before it is tokenized where it has more characters than these for a piece.
+_LONGEST_PIECE = 64
+_AHEAD = 256  # characters behind a word that a tokenizer may look at, for a special piece
+_LONGEST_WORD = 1000  # characters; WordPiece takes a word of more than 100 for unknown
+_LARGEST_FILE = 2**28  # bytes, of any one file of a tokenizer
+_MOST_UNKNOWN = 0.01  # of a split's captions
+_ALPHABET = 4  # at most one in so many pieces of "scratch" is there for a character
+_SUFFIXES = (".json", ".txt", ".model")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 
 Units = Literal["words", "pieces"]
 Graph = Literal["dense", "window", "syntax"]
@@ -114,17 +126,7 @@ class CaptionTokenizer:
         graph: Graph = "dense",
         parser: Parser | None = None,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(
-                "model.text.encoder needs a fast tokenizer, which knows the word of each piece; "
-                f"{type(tokenizer).__name__} is none. Choose a BERT-type encoder."
-            )
-        for role in ("pad_token", "mask_token"):
-            if getattr(tokenizer, role) is None:
-                raise ConfigError(
-                    f"model.text.encoder needs a tokenizer with a {role}; this one has none. "
-                    "Choose a BERT-type encoder."
-                )
+        _check_suits(tokenizer)
         self.units = units
         self.max_tokens = max_tokens
         self.graph = graph
@@ -182,19 +184,19 @@ class CaptionTokenizer:
         num_truncated = 0
         for first in range(0, len(captions), _CHUNK):
             chunk = [c.translate(_SEPARATORS) for c in captions[first : first + _CHUNK]]
-            coded = self._tokenizer(
-                chunk, truncation=True, max_length=self.max_tokens, return_attention_mask=False
-            ).encodings
+            coded = self._coded(chunk)
             parses: Iterator[Sequence[ParsedToken] | None] = iter([None] * len(chunk))
             if self._parser is not None:
-                parses = iter(self._parser(chunk))
+                limit = _LONGEST_PIECE * self.max_tokens
+                parses = iter(self._parser([caption[:limit] for caption in chunk]))
             for row, (coding, parse) in enumerate(zip(coded, parses, strict=True), start=first):
                 num_truncated += bool(coding.overflowing)
                 words = _numbered(coding.word_ids)
                 if max(words, default=-1) < 0:
                     raise DataError(
                         f"caption {row}: expected words, found none that the text encoder knows in "
-                        f"{captions[row]!r}; write a caption, or drop the image with its captions."
+                        f"{_quoted(captions[row])}; write a caption, or drop the image with its "
+                        "captions."
                     )
                 if self.units == "pieces":
                     words = list(range(len(words)))
@@ -226,7 +228,7 @@ class CaptionTokenizer:
         With units "pieces", its pieces, specials included.
         """
         text = caption.translate(_SEPARATORS)
-        coded = self._tokenizer([text], truncation=True, max_length=self.max_tokens).encodings[0]
+        coded = self._coded([text])[0]
         if self.units == "pieces":
             return list(coded.tokens)
         spans: dict[int, tuple[int, int]] = {}
@@ -235,11 +237,79 @@ class CaptionTokenizer:
         spans.pop(-1, None)
         return [text[start:stop] for start, stop in spans.values()]
 
+    def unknown_captions(self, tokens: Tokens) -> Int64[np.ndarray, " unknown"]:
+        """Captions of which the vocabulary knows no word: marks alone do not make one known.
+
+        Args:
+            tokens: that `encode` made.
+        """
+        if self.unknown_id < 0:
+            return np.empty(0, dtype=np.int64)
+        starts = tokens.offsets[:-1]
+        known = np.add.reduceat(self._is_word_piece[tokens.pieces].astype(np.int64), starts)
+        unknown = np.add.reduceat((tokens.pieces == self.unknown_id).astype(np.int64), starts)
+        return np.flatnonzero((known == 0) & (unknown > 0))
+
+    def spelled(self, characters: Iterable[str]) -> set[str]:
+        """Those characters that never make a word unknown, wherever in it they are."""
+        listed = sorted(set(characters))
+        unknown = self.unknown_id
+        # Twice: what begins a word and what continues it are different pieces.
+        return {
+            character
+            for character, coding in zip(listed, self._cut([2 * c for c in listed]), strict=True)
+            if unknown not in coding.ids
+        }
+
+    @cached_property
+    def _is_word_piece(self) -> Bool[np.ndarray, " piece"]:
+        """Whether a piece is one of words, and neither of marks nor special."""
+        special = set(self.special_ids.tolist())
+        result = np.zeros(self.vocab_size, dtype=bool)
+        for piece, i in self._tokenizer.get_vocab().items():
+            result[i] = i not in special and any(c.isalnum() for c in piece)
+        return result
+
+    def _coded(self, texts: Sequence[str]) -> list[Any]:
+        """The tokenizer's encodings, cut to `max_tokens` pieces.
+
+        Of a long text only a beginning is tokenized: where its pieces are more than are kept, and
+        all that are kept are of words before its last one, the rest of the text changes none of
+        them. Where not, the beginning is doubled.
+        """
+        limit = _LONGEST_PIECE * self.max_tokens
+        if getattr(self._tokenizer, "truncation_side", "right") != "right":
+            limit = max(map(len, texts), default=0)
+        coded = self._cut([text[:limit] for text in texts])
+        for row, text in enumerate(texts):
+            size = limit
+            while size < len(text) and not _is_settled(coded[row], size):
+                size *= 2
+                coded[row] = self._cut([text[:size]])[0]
+        return coded
+
+    def _cut(self, texts: list[str]) -> list[Any]:
+        coded = self._tokenizer(
+            texts, truncation=True, max_length=self.max_tokens, return_attention_mask=False
+        )
+        return list(coded.encodings)
+
+    @property
+    def _vocabulary_key(self) -> str:
+        """SHA-256 of the vocabulary."""
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files and our settings; `load` takes them back."""
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(folder)
-        settings = {"units": self.units, "max_tokens": self.max_tokens, "graph": self.graph}
+        settings = {
+            "units": self.units,
+            "max_tokens": self.max_tokens,
+            "graph": self.graph,
+            "vocabulary_sha256": self._vocabulary_key,
+        }
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -250,17 +320,30 @@ class CaptionTokenizer:
             CheckpointError: files that are missing or damaged.
             ConfigError: graph "syntax" and no spaCy.
         """
+        path = folder / _SETTINGS
+        settings = read_object(path, error=CheckpointError)
+        units: Any = settings.get("units")
+        graph: Any = settings.get("graph")
+        max_tokens: Any = settings.get("max_tokens")
+        known = units in ("words", "pieces") and graph in ("dense", "window", "syntax")
+        if not known or isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+            raise CheckpointError(f"{path}: the tokenizer cannot be read: unknown settings.")
+        if not 4 <= max_tokens <= 1000:
+            raise CheckpointError(
+                f"{path}: the tokenizer cannot be read: max_tokens must be from 4 to 1000; got "
+                f"{max_tokens}."
+            )
         try:
-            settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-            units, graph = settings["units"], settings["graph"]
-            max_tokens = settings["max_tokens"]
-            known = units in ("words", "pieces") and graph in ("dense", "window", "syntax")
-            if not known or not isinstance(max_tokens, int):
-                raise ValueError(f"unknown settings {settings}")
             tokenizer = _pretrained(str(folder))
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            _check_suits(tokenizer)
+        except ConfigError as error:
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from None
-        return cls(tokenizer, units=units, max_tokens=max_tokens, graph=graph, parser=parser)
+        loaded = cls(tokenizer, units=units, max_tokens=max_tokens, graph=graph, parser=parser)
+        if settings.get("vocabulary_sha256", loaded._vocabulary_key) != loaded._vocabulary_key:
+            raise CheckpointError(
+                f"{folder}: the vocabulary is not the one that was saved with {_SETTINGS}."
+            )
+        return loaded
 
 
 def load_tokenizer(
@@ -283,7 +366,9 @@ def load_tokenizer(
         ConfigError: a tokenizer that cannot be loaded or lacks what is needed.
     """
     if text.encoder == "scratch":
-        tokenizer = _scratch(train_captions, size=text.scratch_vocabulary)
+        tokenizer = _scratch(
+            train_captions, size=text.scratch_vocabulary, limit=_LONGEST_PIECE * max_tokens
+        )
     else:
         tokenizer = _pretrained(text.encoder)
     return CaptionTokenizer(
@@ -317,12 +402,120 @@ def spacy_parser() -> Parser:
     return parse
 
 
+def check_known(
+    tokenizer: CaptionTokenizer,
+    tokens: Tokens,
+    captions: Sequence[str],
+    *,
+    split: str,
+    made_from: bool = False,
+) -> None:
+    """Warns of captions of which the vocabulary knows no word, and refuses a split with many.
+
+    Args:
+        tokenizer: that made `tokens` of `captions`.
+        tokens: of the whole split.
+        captions: their texts.
+        split: its name.
+        made_from: whether the vocabulary was made from this split; then it is not refused: there is
+            no better one.
+
+    Raises:
+        DataError: they are more than 1 % of the split.
+    """
+    unknown = tokenizer.unknown_captions(tokens).tolist()
+    if unknown and (made_from or len(unknown) <= _MOST_UNKNOWN * len(captions)):
+        logger.warning("%s", _unknown(unknown, captions, split=split))
+    else:
+        _refuse_unknown(unknown, captions, split=split)
+
+
+def check_vocabulary(
+    text: TextConfig,
+    captions: Mapping[str, Sequence[str]],
+    *,
+    max_tokens: int,
+    tokenizer: CaptionTokenizer | None = None,
+) -> None:
+    """Refuses splits of which the vocabulary knows too little, as `check_known` will.
+
+    Captions that any vocabulary of the kind can spell are told by their characters, so nothing is
+    tokenized, nor a vocabulary made, where all is well. Below 1 % nothing is said.
+
+    Args:
+        text: the text encoder.
+        captions: of each split, by its name; "train" is what the vocabulary of "scratch" is made
+            from.
+        max_tokens: pieces that a caption is cut to, specials included.
+        tokenizer: of an encoder that is not "scratch".
+
+    Raises:
+        DataError: more than 1 % of a split are captions of which the vocabulary knows no word.
+    """
+    train = captions["train"]
+    checked = {name: some for name, some in captions.items() if tokenizer or name != "train"}
+    if tokenizer is None:
+        seen: set[str] = set().union(*(c for c in train if len(c) <= _LONGEST_WORD))
+        # Of too large a script the vocabulary leaves characters out.
+        safe = seen if len(seen) <= text.scratch_vocabulary // _ALPHABET else set()
+    else:
+        safe = tokenizer.spelled(set().union(*(c for some in checked.values() for c in some)))
+    for split, some in checked.items():
+        doubtful = [row for row, caption in enumerate(some) if not _is_spelled(caption, safe)]
+        if len(doubtful) <= _MOST_UNKNOWN * len(some):
+            continue
+        tokenizer = tokenizer or load_tokenizer(text, train_captions=train, max_tokens=max_tokens)
+        tokens = tokenizer.encode([some[row] for row in doubtful])
+        unknown = [doubtful[place] for place in tokenizer.unknown_captions(tokens)]
+        _refuse_unknown(unknown, some, split=split)
+
+
+def _is_spelled(caption: str, safe: set[str]) -> bool:
+    """Whether a vocabulary that has these characters spells every word of a caption."""
+    # A character may become several before it is looked up, and 100 make a word unknown.
+    return safe.issuperset(caption) and all(len(run) <= 30 for run in caption.split())
+
+
+def _refuse_unknown(unknown: Sequence[int], captions: Sequence[str], *, split: str) -> None:
+    if len(unknown) > _MOST_UNKNOWN * len(captions):
+        raise DataError(
+            f"{_unknown(unknown, captions, split=split)}. At most {100 * _MOST_UNKNOWN:.0f} % may "
+            "be so. Are they in another language than the training captions or the text encoder, "
+            "was the file read in a wrong encoding, or does the vocabulary belong to another model?"
+        )
+
+
+def _unknown(unknown: Sequence[int], captions: Sequence[str], *, split: str) -> str:
+    """How many captions there are, in words, and the first of them."""
+    first = ", ".join(f"line {row + 1} {_quoted(captions[row])}" for row in unknown[:3])
+    return (
+        f"{split}: the vocabulary knows no word of {len(unknown):,} of {len(captions):,} captions "
+        f"({100 * len(unknown) / len(captions):.3g} %): {first}{', ...' if unknown[3:] else ''}"
+    )
+
+
+def _quoted(caption: str) -> str:
+    """A caption in a message, without most of a long one."""
+    return repr(caption if len(caption) <= 80 else f"{caption[:77]}...")
+
+
+def _is_settled(coding: Any, size: int) -> bool:
+    """Whether more text behind the `size` characters that were coded cannot change what is kept."""
+    if not coding.overflowing:
+        return False
+    kept = max((word for word in coding.word_ids if word is not None), default=-1)
+    last = max((word for word in coding.overflowing[-1].word_ids if word is not None), default=-1)
+    end = max(stop for _, stop in coding.offsets)
+    return kept < last and end + _AHEAD <= size
+
+
 def _pretrained(name: str) -> Any:
     from transformers import AutoTokenizer  # seconds to import
 
+    _check_files(Path(name))
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the library's own, and whatever it trips over in damaged files
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model.text.encoder {name!r}: no tokenizer can be loaded ({first}). Give a local "
@@ -331,8 +524,54 @@ def _pretrained(name: str) -> Any:
         ) from None
 
 
-def _scratch(captions: Sequence[str], *, size: int) -> Any:
-    """A lower-case WordPiece tokenizer whose vocabulary is made from the captions."""
+def _check_files(folder: Path) -> None:
+    """Refuses a local folder in which something stands in place of a tokenizer's file."""
+    if not folder.is_dir():
+        return
+    try:
+        present = [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read: {error.strerror}.") from None
+    if not any(path.name in _VOCABULARIES or path.suffix == ".model" for path in present):
+        raise ConfigError(
+            f"model.text.encoder {str(folder)!r}: no tokenizer can be loaded: expected one of "
+            f"{', '.join(_VOCABULARIES)}, found none. Copy it from where the encoder is from, or "
+            'choose "scratch".'
+        )
+    for path in present:
+        try:
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from None
+        if size > _LARGEST_FILE:
+            raise ConfigError(f"{path}: expected at most {_LARGEST_FILE:,} bytes, found {size:,}.")
+
+
+def _check_suits(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            "model.text.encoder needs a fast tokenizer, which knows the word of each piece; "
+            f"{type(tokenizer).__name__} is none. Choose a BERT-type encoder."
+        )
+    for role in ("pad_token", "mask_token"):
+        if getattr(tokenizer, role) is None:
+            raise ConfigError(
+                f"model.text.encoder needs a tokenizer with a {role}; this one has none. "
+                "Choose a BERT-type encoder."
+            )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ConfigError("model.text.encoder: the tokenizer's vocabulary is empty.")
+
+
+def _scratch(captions: Sequence[str], *, size: int, limit: int) -> Any:
+    """A lower-case WordPiece tokenizer whose vocabulary is made from the captions.
+
+    Args:
+        captions: the texts.
+        size: the most pieces that it may have.
+        limit: characters of a caption that are looked at.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -340,8 +579,8 @@ def _scratch(captions: Sequence[str], *, size: int) -> Any:
     splitter = pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
     for caption in captions:
-        text = normalizer.normalize_str(caption.translate(_SEPARATORS))
-        words.update(word for word, _ in splitter.pre_tokenize_str(text))
+        text = normalizer.normalize_str(caption[:limit].translate(_SEPARATORS))
+        words.update(w for w, _ in splitter.pre_tokenize_str(text) if len(w) <= _LONGEST_WORD)
     vocabulary = {piece: i for i, piece in enumerate(_vocabulary(words, size=size))}
 
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -377,7 +616,7 @@ def _vocabulary(words: Counter[str], *, size: int) -> list[str]:
         for character in word:
             counts[character] += count
     # Rare characters of a large script must leave room for words.
-    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[: size // 4]
+    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[: size // _ALPHABET]
     known = set(alphabet)
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
@@ -440,6 +679,8 @@ __all__ = [
     "ParsedToken",
     "Parser",
     "Tokens",
+    "check_known",
+    "check_vocabulary",
     "load_tokenizer",
     "spacy_parser",
 ]

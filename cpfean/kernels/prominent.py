@@ -15,10 +15,12 @@ next image's first or the slack of a row, and takes no part.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numba
 import numpy as np
 
+from cpfean.folders import can_be_written, code_folder, say_once
 from cpfean.kernels.lanes import (
     BITS,
     absolute,
@@ -47,7 +49,34 @@ _FAR = -1e30  # log g of what is no region
 _FAST = {"contract", "nsz", "arcp"}
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _kept(function):
+    """Keeps what is compiled for the next process: beside this file, or in the cache.
+
+    numba itself would go on to ~/.cache, wherever that is, and refuse to load where it may not
+    write there. Without any folder the functions are the same, and are compiled in each process.
+    """
+    if not numba.config.CACHE_DIR and not can_be_written(Path(__file__).parent / "__pycache__"):
+        folder = code_folder()
+        if folder is None:
+            say_once(
+                f"{Path(__file__).parent} and the cache cannot be written: each process compiles "
+                "the scores again, half a minute. CPFEAN_CACHE or NUMBA_CACHE_DIR name a folder "
+                "for them."
+            )
+            return function
+        numba.config.CACHE_DIR = str(folder)
+    try:
+        function.enable_caching()
+    except RuntimeError:  # NUMBA_CACHE_DIR, of which numba asks more than that it be there
+        say_once(
+            f"{numba.config.CACHE_DIR} cannot be written: each process compiles the scores again, "
+            "half a minute. NUMBA_CACHE_DIR names another folder for them."
+        )
+    return function
+
+
+@_kept
+@numba.njit(nogil=True, error_model="numpy")
 def local_scores(
     cosines,
     stride,
@@ -101,7 +130,8 @@ def local_scores(
     )
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_kept
+@numba.njit(nogil=True, error_model="numpy")
 def local_gradients(
     cosines,
     stride,
@@ -151,7 +181,8 @@ def local_gradients(
     )
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+@_kept
+@numba.njit(nogil=True, error_model="numpy", fastmath=_FAST)
 def _pairs(
     cosines,
     stride,

@@ -7,7 +7,9 @@ Axes:  image, caption   in the batch      region, word, piece   fragments of eac
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cpfean.config import ExperimentConfig, ModelConfig
-from cpfean.errors import CheckpointError
+from cpfean.errors import CheckpointError, ConfigError
+from cpfean.json_files import read_object
 from cpfean.model.alignment import (
     Alignment,
     ProminentAlignment,
@@ -27,12 +30,22 @@ from cpfean.model.alignment import (
 from cpfean.model.baselines import CrossAttention, GeneralizedPooling, HardCoding
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
 from cpfean.model.image_encoder import ImageEncoder
+from cpfean.model.pretrained import config_of, skeleton_of
 from cpfean.model.reasoning import RegionReasoning, WordReasoning
 from cpfean.model.scoring import local_scores
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.model.text_prior import TextPrior
+from cpfean.model.weights import (
+    Spec,
+    check_same,
+    check_tensor_finite,
+    read_header,
+    read_metadata,
+    specs,
+)
 
 _FORMAT = 1
+_DESCRIBED_BY = "config_sha256"  # in the header of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +274,11 @@ class Cpfean(nn.Module):
             "text_fingerprint": None if self.backbone.trainable else self.backbone.fingerprint(),
         }
         text = json.dumps(description, indent=1, ensure_ascii=False, default=str)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(state or self.own_state(), folder / "model.safetensors")
+        config = folder / "config.json"
+        config.write_text(text + "\n", encoding="utf-8")
+        # Many settings leave no trace in the weights, and change every score.
+        described = {_DESCRIBED_BY: hashlib.sha256(config.read_bytes()).hexdigest()}
+        save_file(state or self.own_state(), folder / "model.safetensors", metadata=described)
 
     @classmethod
     def from_pretrained(cls, folder: Path, *, text_encoder: str | None = None) -> Cpfean:
@@ -273,49 +289,58 @@ class Cpfean(nn.Module):
             text_encoder: where a frozen text encoder is now, if it has moved.
 
         Raises:
-            CheckpointError: the folder is not such a model, is damaged, or its frozen text encoder
-                is not the one it was trained with.
+            CheckpointError: the folder is not such a model, is damaged, holds weights that are not
+                finite, or its frozen text encoder is not the one it was trained with.
+            ConfigError: the frozen text encoder cannot be read.
         """
-        try:
-            description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "model.safetensors")
-            found = description["format"]
-            if found != _FORMAT:
-                raise CheckpointError(f"{folder}: format {found}, this release reads {_FORMAT}.")
-            config = ExperimentConfig.from_dict({"model": description["model"]}).model
-            names = description["inputs"].pop("label_names")
-            inputs = ModelInputs(
-                **description["inputs"], label_names=None if names is None else tuple(names)
+        described = _Described.read(folder / "config.json")
+        weights = folder / "model.safetensors"
+        header = read_header(weights, error=CheckpointError)
+        config = described.config
+        source = str(folder / "config.json")
+        # Nothing of a size that only config.json tells of is built before the header agrees.
+        if described.text_fingerprint is None:
+            shape = config_of(
+                described.text_encoder,
+                most_layers=len(header),
+                source=source,
+                error=CheckpointError,
             )
-            expected, shape = description["text_fingerprint"], description["text_encoder"]
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{folder}: not a saved model ({reason}).") from None
-        except Exception as error:  # safetensors has an exception of its own for damaged files
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise CheckpointError(f"{folder}/model.safetensors: damaged ({error}).") from None
-        if expected is None:
-            backbone = TextBackbone.from_shape(shape, trainable=True)
+            skeleton = skeleton_of(shape, source=source, error=CheckpointError)
+            backbone = TextBackbone(skeleton, trainable=True)
         else:
             if text_encoder is not None:
-                config = (
-                    ExperimentConfig(model=config)
-                    .with_overrides({"model.text.encoder": text_encoder})
-                    .model
-                )
+                changed = {"model.text.encoder": text_encoder}
+                config = ExperimentConfig(model=config).with_overrides(changed).model
             backbone = TextBackbone.build(config.text, vocab_size=0, pad_id=0)
-            if backbone.fingerprint() != expected:
+            if backbone.fingerprint() != described.text_fingerprint:
                 raise CheckpointError(
                     f"{folder}: the text encoder {config.text.encoder!r} has fingerprint "
-                    f"{backbone.fingerprint()}, the model was trained with {expected}."
+                    f"{backbone.fingerprint()}, the model was trained with "
+                    f"{described.text_fingerprint}."
                 )
-        labels = LabelEmbeddings(
-            pieces=tensors.get("labels.pieces"), vectors=tensors.get("labels.vectors")
-        )
-        has_labels = any(name.startswith("labels.") for name in tensors)
-        model = cls(config, inputs=inputs, backbone=backbone, labels=labels if has_labels else None)
+        with torch.device("meta"):
+            labels = _empty_labels(header, described.inputs, backbone, source=source)
+            empty = cls(config, inputs=described.inputs, backbone=backbone, labels=labels)
+        check_same(header, specs(empty.own_state()), source=weights, error=CheckpointError)
+        if read_metadata(weights).get(_DESCRIBED_BY, described.sha256) != described.sha256:
+            raise CheckpointError(
+                f"{source}: not the one that model.safetensors was saved with; copy both again "
+                "from where they are from."
+            )
+        if described.text_fingerprint is None:
+            backbone = TextBackbone.from_config(shape, trainable=True)
+        tensors = _read_weights(weights)
+        if labels is not None:
+            labels = LabelEmbeddings(
+                pieces=tensors.get("labels.pieces"), vectors=tensors.get("labels.vectors")
+            )
+        model = cls(config, inputs=described.inputs, backbone=backbone, labels=labels)
         model.load_own_state(tensors, source=str(folder))
+        if labels is not None and labels.pieces is not None:
+            rows = backbone.piece_embeddings().num_embeddings
+            if int(labels.pieces.max()) >= rows or int(labels.pieces.min()) < -1:
+                raise CheckpointError(f"{weights}: labels.pieces are not among {rows:,} pieces.")
         return model.eval()
 
     def own_state(self) -> dict[str, Tensor]:
@@ -327,17 +352,132 @@ class Cpfean(nn.Module):
             if not name.startswith(frozen)
         }
 
+    def read_own_state(self, path: Path) -> dict[str, Tensor]:
+        """Reads weights of this model that `own_state` gave; the file is judged by its header.
+
+        Raises:
+            CheckpointError: damaged, of another model, or not finite.
+        """
+        header = read_header(path, error=CheckpointError)
+        check_same(header, specs(self.own_state()), source=path, error=CheckpointError)
+        return _read_weights(path)
+
     def load_own_state(self, tensors: dict[str, Tensor], *, source: str) -> None:
         """Takes back what `own_state` gave.
 
         Raises:
-            CheckpointError: names or shapes are not this model's.
+            CheckpointError: names, types or shapes are not this model's.
         """
-        own = self.own_state()
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [
-            name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
-        ]
-        if wrong:
-            raise CheckpointError(f"{source}: weights of another model: {', '.join(wrong[:5])}.")
+        check_same(specs(tensors), specs(self.own_state()), source=source, error=CheckpointError)
         self.load_state_dict(tensors, strict=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """What `config.json` says of a saved model.
+
+    Attributes:
+        config, inputs: of the model.
+        text_encoder: the encoder's own configuration.
+        text_fingerprint: of a frozen encoder's weights, which are elsewhere; None for a trained
+            one, which is among the model's.
+        sha256: of the file.
+    """
+
+    config: ModelConfig
+    inputs: ModelInputs
+    text_encoder: dict[str, Any]
+    text_fingerprint: str | None
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> _Described:
+        """Reads the file.
+
+        Raises:
+            CheckpointError: it is not one that this release wrote.
+        """
+        plain = read_object(path, error=CheckpointError)
+        found = plain.get("format")
+        if found != _FORMAT:
+            raise CheckpointError(
+                f"{path}: not a saved model of this release: format {found!r}, expected {_FORMAT}."
+            )
+        try:
+            config = ExperimentConfig.from_dict({"model": plain.get("model")}).model
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: not a saved model: {error}") from None
+        fingerprint, shape = plain.get("text_fingerprint"), plain.get("text_encoder")
+        if not isinstance(fingerprint, str | None) or not isinstance(shape, dict):
+            raise CheckpointError(f"{path}: not a saved model: it describes no text encoder.")
+        if (fingerprint is None) != config.text.trainable:
+            frozen = "has none" if fingerprint is None else "has one"
+            raise CheckpointError(
+                f"{path}: a frozen text encoder alone has a fingerprint; with model.text.trainable "
+                f"= {json.dumps(config.text.trainable)} this {frozen}."
+            )
+        return cls(
+            config=config,
+            inputs=_inputs(plain.get("inputs"), source=path),
+            text_encoder=shape,
+            text_fingerprint=fingerprint,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+
+
+def _inputs(plain: Any, *, source: Path) -> ModelInputs:
+    """What a saved model has to know of its data."""
+    fields = {"feature_dim", "has_boxes", "label_names"}
+    if not isinstance(plain, dict) or plain.keys() != fields:
+        raise CheckpointError(f"{source}: inputs must be {', '.join(sorted(fields))}.")
+    width, names = plain["feature_dim"], plain["label_names"]
+    if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width < 2**31:
+        raise CheckpointError(f"{source}: inputs.feature_dim must be a width; got {width!r:.60}.")
+    if not isinstance(plain["has_boxes"], bool):
+        raise CheckpointError(f"{source}: inputs.has_boxes must be true or false.")
+    if names is not None and not (
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    ):
+        raise CheckpointError(f"{source}: inputs.label_names must be null or a list of names.")
+    return ModelInputs(
+        feature_dim=width,
+        has_boxes=plain["has_boxes"],
+        label_names=None if names is None else tuple(names),
+    )
+
+
+def _empty_labels(
+    header: Mapping[str, Spec], inputs: ModelInputs, backbone: TextBackbone, *, source: str
+) -> LabelEmbeddings | None:
+    """The label embeddings that a header tells of, without numbers.
+
+    Raises:
+        CheckpointError: they are not of the vocabulary, or there are none for it.
+    """
+    pieces, vectors = header.get("labels.pieces"), header.get("labels.vectors")
+    spec = pieces or vectors
+    if inputs.label_names is None or spec is None:
+        if spec is not None or inputs.label_names is not None:
+            named = 0 if inputs.label_names is None else len(inputs.label_names)
+            embedded = "has embeddings" if spec else "has no embeddings"
+            raise CheckpointError(
+                f"{source}: {named:,} labels, and the model {embedded} of labels."
+            )
+        return None
+    rows, width = len(inputs.label_names), backbone.text_dim
+    fits = spec.shape[:1] == (rows,) and len(spec.shape) == 2 and 0 not in spec.shape
+    if (pieces and vectors) or not fits or (vectors and spec.shape[1] != width):
+        raise CheckpointError(
+            f"{source}: {rows:,} labels for a text encoder of width {width:,}, but the embeddings "
+            f"of labels are {spec}."
+        )
+    empty = torch.empty(spec.shape, dtype=torch.int64 if pieces else torch.float32)
+    return LabelEmbeddings(**{"pieces" if pieces else "vectors": empty})
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose header is sound."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        check_tensor_finite(tensor, name, source=path, error=CheckpointError)
+    return tensors

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from cpfean.config import TextConfig
 from cpfean.errors import ConfigError
+from cpfean.model.pretrained import first_line, num_places, read_encoder
+from cpfean.model.weights import check_tensor_finite
 
 
 def pool_words(
@@ -49,7 +51,8 @@ class TextBackbone(nn.Module):
         """From the configuration: "scratch" is initialised at random, others are loaded.
 
         Raises:
-            ConfigError: no such encoder, or its vocabulary is not the tokenizer's.
+            ConfigError: no such encoder, files that do not belong together, weights that are
+                missing or not finite, or a vocabulary that is not the tokenizer's.
         """
         from transformers import AutoModel, BertConfig, BertModel
         from transformers.utils import logging
@@ -64,55 +67,66 @@ class TextBackbone(nn.Module):
                 intermediate_size=2 * config.scratch_dim,
             )
             return cls(BertModel(shape, add_pooling_layer=False), trainable=True)
+        files = read_encoder(config.encoder)
+        files.check_knows(vocab_size)
         logging.disable_progress_bar()
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # that the pooling layer is left out is meant
         try:
-            encoder = AutoModel.from_pretrained(config.encoder, add_pooling_layer=False)
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            encoder, told = AutoModel.from_pretrained(
+                config.encoder,
+                config=files.config,
+                add_pooling_layer=False,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever the library trips over in a stranger's files
             raise ConfigError(
-                f"model.text.encoder = {config.encoder!r} cannot be loaded: {reason} Give a folder "
-                'with config.json and model.safetensors, a Hugging Face name, or "scratch".'
+                f"model.text.encoder = {config.encoder!r} cannot be loaded: {first_line(error)} "
+                "Give a folder with config.json and model.safetensors, a Hugging Face name, or "
+                '"scratch".'
             ) from None
         finally:
             logging.set_verbosity(verbosity)
-        if encoder.config.vocab_size < vocab_size:
+        made_up = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+        if made_up:
             raise ConfigError(
-                f"model.text.encoder = {config.encoder!r} knows {encoder.config.vocab_size} word "
-                f"pieces, its tokenizer makes {vocab_size}: they are not of one release."
+                f"model.text.encoder = {config.encoder!r}: no weights were found for "
+                f"{', '.join(made_up[:3])}; they are not made up."
             )
-        return cls(encoder.float(), trainable=config.trainable)
+        for name, weights in encoder.state_dict().items():
+            check_tensor_finite(weights, name, source=config.encoder, error=ConfigError)
+        return cls(encoder, trainable=config.trainable)
 
     @classmethod
     def of_shape(cls, config: TextConfig) -> TextBackbone:
-        """An encoder that is not "scratch" in its shape, untrained; none of its weights is read.
+        """An encoder that is not "scratch" in its shape, without memory; no weight of it is read.
 
         Raises:
             ConfigError: no such encoder.
         """
-        from transformers import AutoConfig
-
-        try:
-            shape = AutoConfig.from_pretrained(config.encoder).to_dict()
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"model.text.encoder = {config.encoder!r} cannot be looked at: {reason}"
-            ) from None
-        return cls.from_shape(shape, trainable=config.trainable)
+        return cls(read_encoder(config.encoder).skeleton, trainable=config.trainable)
 
     @classmethod
-    def from_shape(cls, shape: dict[str, Any], *, trainable: bool) -> TextBackbone:
-        """Untrained, from the encoder's own configuration; the weights are loaded afterwards."""
-        from transformers import AutoConfig, AutoModel
+    def from_config(cls, config: Any, *, trainable: bool) -> TextBackbone:
+        """Untrained, from a `transformers` configuration; the weights are loaded afterwards."""
+        from transformers import AutoModel
 
-        config = AutoConfig.for_model(**shape)
-        return cls(AutoModel.from_config(config, add_pooling_layer=False), trainable=trainable)
+        encoder = AutoModel.from_config(
+            config, add_pooling_layer=False, dtype=torch.float32, trust_remote_code=False
+        )
+        return cls(encoder, trainable=trainable)
+
+    @property
+    def num_places(self) -> int | None:
+        """Pieces that a caption may have, specials included; None for any number."""
+        return num_places(self.encoder)
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The encoder's own configuration as plain data; `from_shape` takes it."""
+        """The encoder's own configuration as plain data; `config_of` takes it."""
         shape: dict[str, Any] = self.encoder.config.to_dict()
         return shape
 
@@ -155,5 +169,7 @@ class TextBackbone(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             # Integers, because some encoders subtract the mask from 1.
-            states = self.encoder(input_ids=tokens, attention_mask=token_mask.long())
+            states = self.encoder(
+                input_ids=tokens, attention_mask=token_mask.long(), return_dict=True
+            )
             return pool_words(states.last_hidden_state, word_index, num_words)

@@ -21,7 +21,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -30,14 +30,26 @@ from torch import Tensor
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.tokens import CaptionTokenizer
-from cpfean.errors import CheckpointError
+from cpfean.errors import CheckpointError, ConfigError
+from cpfean.files import is_there, open_file
+from cpfean.json_files import read_object
 from cpfean.model.cpfean import Cpfean
+from cpfean.model.weights import check_finite, read_header
 from cpfean.training.sharding import like, whole_on_first
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_NEEDED = {
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "best/config.json",
+    "best/model.safetensors",
+}
+_LARGEST_STATE = 2**28  # bytes: its history grows by a few hundred with every epoch
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,21 +171,66 @@ def read_state(folder: Path) -> TrainingState:
         CheckpointError: not a complete, undamaged checkpoint of this release.
     """
     _verify(folder)
-    plain = _read_json(folder / "state.json")
+    source = folder / "state.json"
+    plain = read_object(source, error=CheckpointError, limit=_LARGEST_STATE)
     if plain.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{folder}: checkpoint format {plain.get('format')}, this release reads {_FORMAT}."
+            f"{folder}: checkpoint format {plain.get('format')!r:.60}, this release reads "
+            f"{_FORMAT}."
         )
-    return TrainingState(
-        epoch=plain["epoch"],
-        underway=Underway(**plain.get("underway", {})),
-        best_rsum=plain["best_rsum"],
-        best_epoch=plain["best_epoch"],
-        stopped_early=plain["stopped_early"],
-        history=tuple(plain["history"]),
-        config=ExperimentConfig.from_dict(plain["config"]),
-        data_fingerprint=plain["data_fingerprint"],
-    )
+    try:
+        underway = Underway(**plain.get("underway", {}))
+        state = TrainingState(
+            epoch=plain["epoch"],
+            underway=underway,
+            best_rsum=plain["best_rsum"],
+            best_epoch=plain["best_epoch"],
+            stopped_early=plain["stopped_early"],
+            history=tuple(plain["history"]),
+            config=ExperimentConfig.from_dict(plain["config"]),
+            data_fingerprint=plain["data_fingerprint"],
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{source}: not a checkpoint's state: {reason}") from None
+    _check_state(state, source)
+    return state
+
+
+def _check_state(state: TrainingState, source: Path) -> None:
+    """Refuses what no training has written."""
+    underway = state.underway
+    counts = {"epoch": state.epoch, "best_epoch": state.best_epoch, "steps": underway.steps}
+    numbers = {
+        "best_rsum": state.best_rsum,
+        "loss_sum": underway.loss_sum,
+        "seconds": underway.seconds,
+    }
+    wrong = [
+        name
+        for name, value in counts.items()
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31
+    ]
+    wrong += [name for name, value in numbers.items() if not _is_number(value)]
+    if not isinstance(state.stopped_early, bool):
+        wrong.append("stopped_early")
+    if not isinstance(state.data_fingerprint, str):
+        wrong.append("data_fingerprint")
+    if not all(
+        isinstance(epoch, dict) and all(_is_number(value) for value in epoch.values())
+        for epoch in state.history
+    ):
+        wrong.append("history")
+    if not wrong and (state.best_epoch > state.epoch or len(state.history) > state.epoch):
+        wrong.append("the number of epochs")
+    if wrong:
+        raise CheckpointError(
+            f"{source}: not a checkpoint's state: {', '.join(wrong)} cannot be so."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def taken(
@@ -209,27 +266,60 @@ def restore_weights(folder: Path, model: Cpfean) -> dict[str, Tensor]:
     Raises:
         CheckpointError: damaged, or of another model.
     """
-    model.load_own_state(load_file(folder / "model.safetensors"), source=str(folder))
-    return load_file(folder / "best" / "model.safetensors")
+    weights = model.read_own_state(folder / "model.safetensors")
+    best_weights = model.read_own_state(folder / "best" / "model.safetensors")
+    model.load_own_state(weights, source=str(folder))
+    return best_weights
 
 
 def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Loads the moments, those of sharded parameters in shares.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or of another optimizer.
     """
-    groups = _read_json(folder / "state.json")["optimizer_groups"]
+    source = folder / "state.json"
+    groups = read_object(source, error=CheckpointError, limit=_LARGEST_STATE).get(
+        "optimizer_groups"
+    )
+    own = json.loads(json.dumps(optimizer.state_dict()["param_groups"], default=str))
+    if not _same_groups(groups, own):
+        raise CheckpointError(f"{source}: optimizer_groups are not those of this model.")
+    path = folder / "optimizer.safetensors"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, spec in read_header(path, error=CheckpointError).items():
+        index, _, name = key.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters)
+        shapes = [()] if name == "step" else [tuple(parameters[int(index)].shape)] if known else []
+        if not known or name not in _MOMENTS or spec.dtype != "F32" or spec.shape not in shapes:
+            raise CheckpointError(f"{path}: moments of another model: {key} is {spec}.")
+    check_finite(path, error=CheckpointError)
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in load_file(path).items():
         index, name = key.split(".", 1)
         # The number of steps is one number for a parameter, and never sharded.
         same_shape = tensor.shape == parameters[int(index)].shape
         moments.setdefault(int(index), {})[name] = (
             like(tensor, parameters[int(index)]) if same_shape else tensor
         )
+    if any(names.keys() != _MOMENTS for names in moments.values()):
+        raise CheckpointError(f"{path}: moments are missing.")
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _same_groups(found: Any, own: list[dict[str, Any]]) -> bool:
+    """Whether an optimizer's groups are those of another, as far as both releases know of them.
+
+    The learning rate is that of the epoch.
+    """
+    if not isinstance(found, list) or len(found) != len(own):
+        return False
+    return all(
+        isinstance(group, dict)
+        and {"params", "initial_lr"} <= group.keys()
+        and all(group[k] == mine[k] for k in group.keys() & mine.keys() - {"lr"})
+        for group, mine in zip(found, own, strict=True)
+    )
 
 
 def newest_valid(folders: Iterable[Path]) -> Path | None:
@@ -271,20 +361,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_manifest(folder: Path) -> None:
     described = {}
     for path in _files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        described[path.relative_to(folder).as_posix()] = {
-            "size": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
+        described[path.relative_to(folder).as_posix()] = _described(path)
     partial = folder / f"{_MANIFEST}.partial"
     with partial.open("w", encoding="utf-8") as file:
         json.dump({"format": _FORMAT, "files": described}, file, indent=1)
@@ -296,22 +378,28 @@ def _write_manifest(folder: Path) -> None:
 def _verify(folder: Path) -> None:
     if not (folder / _MANIFEST).is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint, it has no {_MANIFEST}.")
-    described = _read_json(folder / _MANIFEST).get("files")
-    if not isinstance(described, dict) or "state.json" not in described:
-        raise CheckpointError(f"{folder / _MANIFEST}: not a checkpoint's manifest.")
+    manifest = folder / _MANIFEST
+    described = read_object(manifest, error=CheckpointError).get("files")
+    if not isinstance(described, dict) or not described.keys() >= _NEEDED:
+        raise CheckpointError(f"{manifest}: not a checkpoint's manifest.")
     for name, expected in described.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{manifest}: {name!r} is outside the checkpoint.")
         path = folder / name
-        if not path.is_file():
+        if not is_there(path):
             raise CheckpointError(f"{path}: missing from the checkpoint.")
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+        if not isinstance(expected, dict) or _described(path) != expected:
             raise CheckpointError(f"{path}: damaged, it is not what was written.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a regular file."""
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}.") from None
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{path}: not a JSON object.")
-    return plain
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+            return {"size": size, "sha256": digest.hexdigest()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from None

@@ -408,7 +408,8 @@ def _peak_of_process() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would tell the peak of the parent, if that was higher when this one was started.
-        kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), flags=re.MULTILINE)
+        text = status.read_text(encoding="utf-8", errors="replace")  # it has the process's name
+        kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", text, flags=re.MULTILINE)
         if kilobytes:
             return int(kilobytes[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, where this is

@@ -47,8 +47,7 @@ def open_whole(folder: Path, name: str) -> Split:
     Raises:
         DataError: as `open_split`.
     """
-    features = np.load(folder / f"{name}_ims.npy", mmap_mode="r", allow_pickle=False)
-    return open_split(folder, name, num_regions=features.shape[1])
+    return open_split(folder, name, num_regions=None)
 
 
 def first_regions(split: Split, count: int) -> Split:
@@ -68,6 +67,7 @@ def first_regions(split: Split, count: int) -> Split:
         confidences=cut(whole.confidences),
         counts=np.minimum(whole.counts, count),
         num_clipped=whole.num_clipped,
+        sizes=whole.sizes,
     )
     return replace(split, regions=regions)
 

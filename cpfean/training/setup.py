@@ -13,13 +13,14 @@ import torch
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.split import Split, open_split
-from cpfean.data.tokens import CaptionTokenizer, load_tokenizer
+from cpfean.data.tokens import CaptionTokenizer, check_known, load_tokenizer
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.evaluation import evaluate
 from cpfean.training.text_cache import encode_frozen
+from cpfean.training.text_check import check_places
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +77,7 @@ def build_model(config: ExperimentConfig, *, split: Split, tokenizer: CaptionTok
     backbone = TextBackbone.build(
         config.model.text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id
     )
-    limit = backbone.shape.get("max_position_embeddings", config.data.max_tokens)
-    if config.data.max_tokens > limit:
-        raise ConfigError(
-            f"data.max_tokens = {config.data.max_tokens}, but the text encoder "
-            f"{config.model.text.encoder!r} has places for {limit}."
-        )
+    check_places(config, backbone.num_places)
     names = split.label_names if config.model.regions.prior else None
     inputs = ModelInputs(
         feature_dim=split.regions.feature_dim,
@@ -143,11 +139,12 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: not such a folder, or made for data with other fields.
-        DataError: what is wrong with the data.
+        DataError: what is wrong with the data, captions that the vocabulary does not know included.
     """
     folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
     model = Cpfean.from_pretrained(folder, text_encoder=text_encoder).to(device)
     tokenizer = CaptionTokenizer.load(folder / "tokenizer")
+    _check_tokenizer_fits(model, tokenizer, source=folder)
     opened = open_split(data_folder, split, num_regions=num_regions)
     _check_made_for(model, opened, source=str(checkpoint))
     dataset = _dataset(model, opened, tokenizer, cache_dir=cache_dir, device=device)
@@ -199,6 +196,25 @@ def evaluate_checkpoint(
     )
 
 
+def _check_tokenizer_fits(model: Cpfean, tokenizer: CaptionTokenizer, *, source: Path) -> None:
+    """Refuses a vocabulary that is not the saved model's."""
+    text, rows = model.config.text, model.backbone.piece_embeddings().num_embeddings
+    places, wants = model.backbone.num_places, []
+    # "scratch" has a row for each piece; encoders of others may have some to spare.
+    if tokenizer.vocab_size > rows or (text.encoder == "scratch" and tokenizer.vocab_size < rows):
+        wants.append(f"{rows:,} word pieces, found {tokenizer.vocab_size:,}")
+    if places is not None and tokenizer.max_tokens > places:
+        wants.append(f"captions of at most {places:,} pieces, found {tokenizer.max_tokens:,}")
+    if tokenizer.units != text.units:
+        wants.append(f"model.text.units = {text.units!r}, found {tokenizer.units!r}")
+    if tokenizer.graph != model.config.words.graph:
+        wants.append(f"model.words.graph = {model.config.words.graph!r}, found {tokenizer.graph!r}")
+    if wants:
+        raise CheckpointError(
+            f"{source / 'tokenizer'}: not this model's: it expects {'; '.join(wants)}."
+        )
+
+
 def _check_made_for(model: Cpfean, split: Split, *, source: str) -> None:
     inputs = model.inputs
     wants = []
@@ -225,6 +241,10 @@ def _dataset(
 ) -> RetrievalDataset:
     """The split's data set; with a configuration, disturbed as it says, for training."""
     tokens = tokenizer.encode(split.captions)
+    made_from = (
+        config is not None and split.name == "train" and config.model.text.encoder == "scratch"
+    )
+    check_known(tokenizer, tokens, split.captions, split=split.name, made_from=made_from)
     word_noise = 0.0 if config is None else config.data.word_noise
     dataset = RetrievalDataset(
         split,

@@ -7,17 +7,22 @@ it can be shared by everything that runs on a machine.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 
 from cpfean.data.dataset import RetrievalDataset, WordFeatures
+from cpfean.errors import ConfigError
+from cpfean.folders import cannot_write, made
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def encode_frozen(
@@ -30,6 +35,8 @@ def encode_frozen(
 ) -> WordFeatures:
     """The word vectors of all captions, from the cache or through the encoder.
 
+    Where the cache cannot be written they are made again in memory, which is said.
+
     Args:
         dataset: whose captions.
         backbone: frozen, on `device`.
@@ -37,13 +44,24 @@ def encode_frozen(
         device: where to run the encoder.
         batch_size: captions encoded at a time.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
     key = f"{dataset.tokens.content_key[:16]}-{backbone.fingerprint()}"
     path = cache_dir / f"words-{key}.npy"
-    # Workers of one host arrive together: the first one encodes, the others wait for its file.
-    with FileLock(cache_dir / f"words-{key}.lock"):
-        if not path.exists():
-            _write(path, dataset, backbone, device=device, batch_size=batch_size)
+    # A file that is there is whole. Where it may be read it is, without a lock: that is a file too.
+    if not os.path.exists(path):
+        try:
+            made(cache_dir)
+            # Workers of one host arrive together: the first one encodes, the others wait for its
+            # file.
+            with FileLock(cache_dir / f"words-{key}.lock"):
+                if not path.exists():
+                    _write(path, dataset, backbone, device=device, batch_size=batch_size)
+        except (ConfigError, PermissionError) as error:
+            if isinstance(error, PermissionError):
+                error = cannot_write(path, error)
+            logger.warning("%s Until then each training encodes the captions again.", error)
+            words = np.empty((int(_offsets(dataset)[-1]), backbone.text_dim), dtype=np.float32)
+            _encode(words, dataset, backbone, device=device, batch_size=batch_size)
+            return WordFeatures(words, _offsets(dataset))
     return WordFeatures(np.load(path, mmap_mode="r"), _offsets(dataset))
 
 
@@ -55,11 +73,27 @@ def _write(
     device: torch.device,
     batch_size: int,
 ) -> None:
-    num_words, starts = dataset.tokens.num_words, _offsets(dataset)
+    starts = _offsets(dataset)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     words = np.lib.format.open_memmap(
         partial, mode="w+", dtype=np.float32, shape=(int(starts[-1]), backbone.text_dim)
     )
+    _encode(words, dataset, backbone, device=device, batch_size=batch_size)
+    words.flush()
+    del words
+    partial.replace(path)
+
+
+def _encode(
+    words: Float[np.ndarray, "word dim"],
+    dataset: RetrievalDataset,
+    backbone: TextBackbone,
+    *,
+    device: torch.device,
+    batch_size: int,
+) -> None:
+    """Fills in the vectors of all words, one caption after the other."""
+    num_words, starts = dataset.tokens.num_words, _offsets(dataset)
     order = np.argsort(num_words, kind="stable")
     progress = Progress("encoding captions", total=len(order))
     for done in range(0, len(order), batch_size):
@@ -73,9 +107,6 @@ def _write(
             start, stop = starts[caption], starts[caption + 1]
             words[start:stop] = features[row, : stop - start].float().cpu().numpy()
         progress.step(done + len(captions))
-    words.flush()
-    del words
-    partial.replace(path)
 
 
 def _offsets(dataset: RetrievalDataset) -> Int64[np.ndarray, "caption+1"]:

@@ -4,6 +4,8 @@ import base64
 import csv
 import json
 import os
+import re
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cpfean.data.boxes import ORDERS, UNITS, Layout
 from cpfean.data.convert import native, tables
 from cpfean.data.convert.captions import (
     Captioned,
@@ -23,11 +26,14 @@ from cpfean.data.convert.captions import (
     read_karpathy,
 )
 from cpfean.data.convert.native import Regions
+from cpfean.data.convert.number_types import Sample, feature_type
 from cpfean.data.convert.objects import NOTHING, CocoObjects, read_vocabulary
 from cpfean.data.convert.precomp import convert_precomp
 from cpfean.data.convert.tables import BOTTOM_UP, LXMERT, convert_tables
 from cpfean.data.split import open_split, validate_folder
 from cpfean.errors import DataError
+from tests.things import THINGS
+from tests.things import put as put_thing
 
 WIDTH, HEIGHT = 500, 333
 REGIONS, DIM = 6, 8
@@ -406,7 +412,7 @@ REFUSALS: dict[str, tuple[Callable[[list[Entry]], object], tuple[str, ...]]] = {
     "infinity in a feature": (put(1, features=with_feature(np.inf)), ("not-finite", "inf")),
     "a cut line": (
         lambda rows: rows[1].update(features=rows[1]["features"][:-8]),
-        ("row 2 (1000)", "a multiple of 24 bytes", "found 186", "cut"),
+        ("row 2 (1000)", "192 bytes of features", "6 regions of 8 numbers", "found 186", "cut"),
     ),
     "features of another width": (
         put(3, features=coded(np.ones((REGIONS, DIM + 1), "<f4"))),
@@ -420,8 +426,8 @@ REFUSALS: dict[str, tuple[Callable[[list[Entry]], object], tuple[str, ...]]] = {
         put(1, boxes=coded(np.ones((REGIONS, 4)))),
         ("row 2 (1000)", "96 bytes of boxes", "192"),
     ),
-    "an image twice": (
-        lambda rows: rows.append(dict(rows[1])),
+    "an image twice, with other numbers": (
+        lambda rows: rows.append(rows[1] | {"features": rows[2]["features"]}),
         ("duplicate-id", "row 2 of a.tsv", "row 13 (1000)"),
     ),
     "images without features": (
@@ -537,6 +543,368 @@ def test_any_damage_to_a_table_ends_in_a_folder_or_a_refusal(
         assert validate_folder(folder / "data") == []
 
 
+# Numbers of other types, rows that are there twice, boxes and labels that are something else
+
+TYPES = {
+    "features": ("<f2", "<f4", "<f8", ">f2", ">f4", ">f8"),
+    "boxes": ("<f4", "<f8", ">f4", ">f8", "<i2", "<i4", "<i8", ">i4"),
+    "labels": ("<i8", "<i4", "<i2", "u1", ">i8", ">i4", "<f4", "<f8"),
+    "scores": ("<f4", "<f2", "<f8", ">f4", ">f8"),
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [(column, kind) for column, kinds in TYPES.items() for kind in kinds]
+)
+def test_numbers_of_another_type_are_read_as_what_they_are(
+    column: str, kind: str, flickr: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cpfean.data")
+    wanted: dict[int, np.ndarray] = {}
+
+    def found(photo: int) -> Entry:
+        seen = detections(photo)
+        exact = seen[column].astype(kind)
+        wanted[photo] = exact.astype(np.float64)
+        return seen | {column: exact}
+
+    shown = [photo for _, photo in photos()]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, fieldnames=LXMERT, delimiter="\t")
+        rows.writerows(line(str(photo), found(photo), LXMERT) for photo in shown)
+    images = read_karpathy(flickr)
+    if column == "boxes" and kind[1] == "i":  # no detector's box is flat
+        for photo in wanted:
+            wanted[photo][:, 2:] += 1
+        write_whole_boxes(tmp_path / "a.tsv", wanted, kind)
+    convert_tables([tmp_path / "a.tsv"], images, tmp_path / "data", vocabulary=NAMES)
+    assert validate_folder(tmp_path / "data") == []
+    name = {"features": "ims"}.get(column, column)
+    for split in ("train", "dev", "test"):
+        values = np.load(tmp_path / "data" / f"{split}_{name}.npy")
+        ids = (tmp_path / "data" / f"{split}_ids.txt").read_text().split()
+        for row, image in enumerate(ids):
+            photo = int(image_key(image))
+            scores = detections(photo)["scores"]
+            if column == "scores":
+                scores = scores.astype(kind)
+            order = np.argsort(-scores, kind="stable")
+            np.testing.assert_array_equal(values[row], wanted[photo][order].astype(values.dtype))
+    said = [r.message for r in caplog.records if "read as such" in r.message]
+    assert bool(said) == (kind != TYPES[column][{"features": 1}.get(column, 0)])
+
+
+def write_whole_boxes(table: Path, boxes: dict[int, np.ndarray], kind: str) -> None:
+    with table.open("w", newline="") as file:
+        rows = csv.DictWriter(file, fieldnames=LXMERT, delimiter="\t")
+        for photo, corners in boxes.items():
+            corners[:, 0::2] = corners[:, 0::2].clip(0, WIDTH)
+            corners[:, 1::2] = corners[:, 1::2].clip(0, HEIGHT)
+            found = detections(photo) | {"boxes": corners.astype(kind)}
+            rows.writerow(line(str(photo), found, LXMERT))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**16),
+    kind=st.sampled_from(TYPES["features"]),
+    before=st.sampled_from(["<f2", "<f4", "<f8"]),
+    make=st.sampled_from(["normal", "rectified", "sparse", "unit", "wide"]),
+    width=st.sampled_from([64, 256, 2048]),
+)
+def test_the_type_of_features_is_found_whatever_they_were_rounded_to_before(
+    seed: int, kind: str, before: str, make: str, width: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(4, 6, width))
+    if make == "rectified":
+        values = np.maximum(values, 0)
+    elif make == "sparse":
+        values = np.where(rng.random(values.shape) < 0.2, rng.exponential(size=values.shape), 0)
+    elif make == "unit":
+        values /= np.linalg.norm(values, axis=-1, keepdims=True)
+    elif make == "wide":
+        values = np.exp(2 * values)
+    values = values.astype(before).astype(kind)
+    samples = [
+        Sample(6, 500, width * values.itemsize, row.tobytes()[: 2**16], {}) for row in values
+    ]
+    assert feature_type(samples) == kind
+
+
+def test_features_of_no_type_are_refused_and_can_be_declared(flickr: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def change(rows: list[Entry]) -> None:
+        for row in rows:  # quantized to bytes, as some releases are
+            row["features"] = coded(rng.integers(0, 256, (REGIONS, DIM), dtype=np.uint8))
+
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP, change=change)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match="in none of them; the first row as float16 of width 4"):
+        convert_tables([table], read_karpathy(flickr), tmp_path / "data")
+    assert sorted(tmp_path.iterdir()) == before
+
+    def odd(rows: list[Entry]) -> None:
+        for row in rows:  # over so many orders of magnitude that it looks like garbage
+            row["features"] = coded(np.exp(15 * rng.normal(size=(REGIONS, DIM))).astype("<f4"))
+
+    table = write_table(tmp_path / "b.tsv", BOTTOM_UP, change=odd)
+    with pytest.raises(DataError, match="--feature-type"):
+        convert_tables([table], read_karpathy(flickr), tmp_path / "data")
+    convert_tables([table], read_karpathy(flickr), tmp_path / "data", features_as="float32")
+    assert np.load(tmp_path / "data" / "dev_ims.npy").shape == (2, REGIONS, DIM)
+
+
+BROKEN: dict[str, Callable[[Entry], object]] = {
+    "a cut text": lambda row: row.update(features=row["features"][:-9]),
+    "what is no base64": lambda row: row.update(features="?" + row["features"][1:]),
+    "nan": lambda row: row.update(features=with_feature(float("nan"))),
+    "a box outside": lambda row: row.update(boxes=with_box(0, 0, 100, 400)),
+    "no region": lambda row: row.update(num_boxes=0, boxes="", features=""),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("fault", BROKEN)
+def test_of_two_rows_the_sound_one_is_taken_and_this_is_said(
+    fault: str, first: bool, flickr: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(rows: list[Entry]) -> None:
+        rows.insert(1 if first else 2, dict(rows[1]))
+        BROKEN[fault](rows[1 if first else 2])
+
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP, change=change)
+    convert_tables([table], read_karpathy(flickr), tmp_path / "data")
+    same(tmp_path / "data")
+    place = f"a.tsv, row {2 if first else 3} (1000)"
+    (said,) = [r.message for r in caplog.records if "passed over" in r.message]
+    assert said.startswith("1 broken rows are passed over")
+    assert place in said
+
+
+def test_equal_rows_are_taken_once_and_if_all_are_broken_all_are_told(
+    flickr: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP, change=lambda rows: rows.append(rows[1]))
+    convert_tables([table], read_karpathy(flickr), tmp_path / "data")
+    same(tmp_path / "data")
+    assert [r.message for r in caplog.records if "word for word" in r.message] == [
+        "1 rows are there twice, word for word; one of each is taken"
+    ]
+
+    def change(rows: list[Entry]) -> None:
+        rows.append(dict(rows[1]))
+        BROKEN["a cut text"](rows[1])
+        BROKEN["a box outside"](rows[-1])
+
+    table = write_table(tmp_path / "b.tsv", BOTTOM_UP, change=change)
+    with pytest.raises(DataError, match=r"(?s)row 2 \(1000\).*row 13 \(1000\)"):
+        convert_tables([table], read_karpathy(flickr), tmp_path / "other")
+    with pytest.raises(DataError, match="given twice"):
+        convert_tables([table, tmp_path / "." / "b.tsv"], read_karpathy(flickr), tmp_path / "other")
+
+
+def test_the_command_for_rows_that_differ_leads_to_a_table_that_works(
+    flickr: Path, tmp_path: Path
+) -> None:
+    def change(rows: list[Entry]) -> None:
+        rows.insert(3, rows[1] | {"features": rows[2]["features"]})
+        rows.append(rows[1] | {"boxes": rows[4]["boxes"]})
+        rows.append(rows[6] | {"features": rows[2]["features"]})
+
+    table = write_table(tmp_path / "my $table's.tsv", BOTTOM_UP, change=change)
+    images = read_karpathy(flickr)
+    with pytest.raises(DataError, match="3 faults") as refusal:
+        convert_tables([table], images, tmp_path / "data")
+    (command,) = set(re.findall(r"keep the first ones: (.*) \[", str(refusal.value)))
+    subprocess.run(["/bin/bash", "-c", command], check=True)
+    convert_tables([table], images, tmp_path / "data")
+    same(tmp_path / "data")
+
+
+LAYOUTS = [Layout(order, units) for order in ORDERS for units in UNITS]
+
+
+def written_as(boxes: np.ndarray, layout: Layout) -> np.ndarray:
+    """Corners in pixels as a detector of another kind writes them."""
+    x1, y1, x2, y2 = boxes.astype(np.float64).T
+    if layout.units == "shares":
+        x1, x2, y1, y2 = x1 / WIDTH, x2 / WIDTH, y1 / HEIGHT, y2 / HEIGHT
+    w, h = x2 - x1, y2 - y1
+    columns = {
+        "xyxy": (x1, y1, x2, y2),
+        "yxyx": (y1, x1, y2, x2),
+        "xywh": (x1, y1, w, h),
+        "cxcywh": (x1 + w / 2, y1 + h / 2, w, h),
+        "xxyy": (x1, x2, y1, y2),
+    }[layout.order]
+    return np.stack(columns, axis=1).astype("<f4")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_boxes_in_another_layout_are_refused_with_it_and_read_if_it_is_declared(
+    layout: Layout, flickr: Path, tmp_path: Path
+) -> None:
+    def change(rows: list[Entry]) -> None:
+        for row in rows:
+            boxes = detections(int(row["image_id"]))["boxes"]
+            row["boxes"] = coded(written_as(boxes, layout))
+
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP, change=change)
+    images = read_karpathy(flickr)
+    if layout != Layout():
+        with pytest.raises(DataError, match="1 fault") as refusal:
+            convert_tables([table], images, tmp_path / "data")
+        # Of shares, x and y exchanged are shares too.
+        open_order = layout.units == "shares" and layout.order == "yxyx"
+        guess = Layout("xyxy", "shares") if open_order else layout
+        assert f"fit as {guess}" in str(refusal.value)
+        assert f"say so: {' '.join(guess.flags)} [" in str(refusal.value)
+        assert ("comes first" in str(refusal.value)) == (guess == Layout("xyxy", "shares"))
+    convert_tables([table], images, tmp_path / "data", layout=layout)
+    for split in ("train", "dev", "test"):
+        ids = (tmp_path / "data" / f"{split}_ids.txt").read_text().split()
+        expected = [detections(int(image_key(image)))["boxes"] for image in ids]
+        boxes = np.load(tmp_path / "data" / f"{split}_boxes.npy")
+        np.testing.assert_allclose(boxes, expected, atol=1e-3)
+
+
+def test_labels_that_count_from_one_are_refused_with_a_hint_and_read_if_that_is_declared(
+    flickr: Path, tmp_path: Path
+) -> None:
+    def change(rows: list[Entry]) -> None:
+        for row in rows:
+            row["objects_id"] = coded(detections(int(row["img_id"]))["labels"] + 1)
+
+    table = write_table(tmp_path / "a.tsv", LXMERT, change=change)
+    images = read_karpathy(flickr)
+    with pytest.raises(DataError, match="1 fault") as refusal:
+        convert_tables([table], images, tmp_path / "data", vocabulary=NAMES)
+    assert "all are from 1 to 4: if they count from 1, say so: --labels-from 1" in str(
+        refusal.value
+    )
+    convert_tables([table], images, tmp_path / "data", vocabulary=NAMES, labels_from=1)
+    same(tmp_path / "data", names=NAMES)
+    plain = write_table(tmp_path / "b.tsv", LXMERT)
+    with pytest.raises(DataError, match="expected labels from 1 to 4"):
+        convert_tables([plain], images, tmp_path / "other", vocabulary=NAMES, labels_from=1)
+    with pytest.raises(DataError, match="--labels-from"):
+        convert_tables([plain], images, tmp_path / "other", keep_labels=False, labels_from=1)
+
+
+def test_a_cut_of_regions_without_scores_is_told(
+    flickr: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cpfean.data")
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP)
+    convert_tables([table], read_karpathy(flickr), tmp_path / "data", num_regions=4)
+    assert "the first 4 of up to 6 regions" in caplog.text
+    caplog.clear()
+    table = write_table(tmp_path / "b.tsv", LXMERT)
+    images = read_karpathy(flickr)
+    convert_tables([table], images, tmp_path / "best", num_regions=4, vocabulary=NAMES)
+    assert "are kept" not in caplog.text
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_other_than_five_captions_an_image_are_told_in_a_line_a_split(
+    number: int, tmp_path: Path
+) -> None:
+    data = karpathy()
+    for image in data["images"]:
+        del image["sentences"][number:]
+    with pytest.raises(DataError, match="3 faults") as refusal:
+        read_karpathy(save_json(tmp_path / "splits.json", data))
+    assert f"found of 6 images of train 6 with {number}" in str(refusal.value)
+    captions, _ = coco_files(tmp_path)
+    for path in captions.values():
+        notes = json.loads(path.read_text())
+        notes["annotations"] = [n for n in notes["annotations"] if n["id"] % 10 < number]
+        save_json(path, notes)
+    with pytest.raises(DataError, match="3 faults") as refusal:
+        read_coco_captions(captions)
+    assert f"found of 2 images of dev 2 with {number}" in str(refusal.value)
+
+
+INPUTS = ("table", "karpathy", "captions", "vocabulary", "instances", "boxes", "sizes", "scan")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("given", INPUTS)
+def test_no_converter_reads_what_is_no_file(
+    given: str, thing: str, flickr: Path, tmp_path: Path
+) -> None:
+    captions, instances = coco_files(tmp_path)
+    table = write_table(tmp_path / "a.tsv", LXMERT)
+    vocabulary = tmp_path / "names.txt"
+    vocabulary.write_text("\n".join(NAMES))
+    scan = write_scan(tmp_path / "scan")
+    path = {
+        "table": table,
+        "karpathy": flickr,
+        "captions": captions["dev"],
+        "vocabulary": vocabulary,
+        "instances": instances[1],
+        "boxes": scan / "dev_ims_bbx.npy",
+        "sizes": scan / "dev_ims_size.json",
+        "scan": scan / "dev_ims.npy",
+    }[given]
+    words = put_thing(thing, path)
+
+    def convert() -> None:
+        if given in ("boxes", "sizes", "scan"):
+            convert_precomp(scan, tmp_path / "data", boxes=scan)
+        else:
+            read_coco_captions(captions)
+            names = read_vocabulary(vocabulary)
+            CocoObjects(instances)
+            convert_tables([table], read_karpathy(flickr), tmp_path / "data", vocabulary=names)
+
+    with pytest.raises(DataError, match=re.escape(path.name)) as refusal:
+        convert()
+    assert words in str(refusal.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xef\xbb\xbf1000\t500", ("byte order mark", "tail -c +4 ")),
+        (b"\x1f\x8b\x08", ("gzip",)),
+        (b"\x89HDF\r\n\x1a\n", ("HDF5",)),
+        (b"PK\x03\x04", ("zip",)),
+    ],
+)
+def test_a_table_that_is_another_file_is_named(
+    content: bytes, words: tuple[str, ...], flickr: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.tsv").write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        convert_tables([tmp_path / "a.tsv"], read_karpathy(flickr), tmp_path / "data")
+    assert [word for word in ("a.tsv", *words) if word not in str(refusal.value)] == []
+
+
+def test_a_blank_last_line_of_a_table_is_told_with_a_command_that_works(
+    flickr: Path, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP)
+    table.write_bytes(table.read_bytes() + b"\n")
+    with pytest.raises(DataError, match=r"row 13.*blank line") as refusal:
+        convert_tables([table], read_karpathy(flickr), tmp_path / "data")
+    subprocess.run(["/bin/bash", "-c", str(refusal.value).rsplit(": ", 1)[1]], check=True)
+    convert_tables([table], read_karpathy(flickr), tmp_path / "data")
+    same(tmp_path / "data")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_is_read_in_every_encoding_that_it_may_have(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps(karpathy()), encoding=encoding)
+    assert list(read_karpathy(path)) == ["train", "dev", "test"]
+
+
 # COCO's human boxes as labels
 
 
@@ -637,6 +1005,47 @@ def test_testall_is_the_test_split_where_it_is_there(tmp_path: Path) -> None:
     assert open_split(tmp_path / "data", "test", num_regions=2).num_images == 3
 
 
+@pytest.mark.parametrize("kind", ["<f8", ">f4", "<f2"])
+def test_a_folder_in_our_own_format_is_written_anew_with_all_it_has(
+    kind: str, new_folder: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    old = new_folder(tmp_path / "old")
+    new_folder(tmp_path / "same")
+    for split in ("train", "dev", "test"):
+        for part, change in (
+            ("ims", lambda x: x.astype(kind)),
+            ("boxes", lambda x: x[..., [1, 0, 3, 2]]),
+            ("labels", lambda x: x + 1),
+        ):
+            path = old / f"{split}_{part}.npy"
+            np.save(path, change(np.load(path)))
+    np.save(old / "dev_counts.npy", np.array([5, 2]))
+    layout = Layout("yxyx")
+    convert_precomp(old, tmp_path / "new", layout=layout, labels_from=1)
+    assert validate_folder(tmp_path / "new") == []
+    for split in ("train", "dev", "test"):
+        before = open_split(tmp_path / "same", split, num_regions=5)
+        after = open_split(tmp_path / "new", split, num_regions=5)
+        kept = np.arange(5) < after.regions.counts[:, None]
+        assert after.regions.counts.tolist() == ([5, 2] if split == "dev" else [5] * len(kept))
+        assert (after.captions, after.image_ids) == (before.captions, before.image_ids)
+        for field in ("geometry", "labels", "confidences", "features"):
+            ours, theirs = getattr(after.regions, field), getattr(before.regions, field)
+            atol = 1e-2 if kind == "<f2" and field == "features" else 1e-6
+            np.testing.assert_allclose(ours[kept], theirs[kept], atol=atol)
+        assert after.label_names == before.label_names
+
+
+def test_what_is_declared_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    scan = write_scan(tmp_path / "scan")
+    with pytest.raises(DataError, match="--box-order"):
+        convert_precomp(scan, tmp_path / "data", layout=Layout("yxyx"))
+    with pytest.raises(DataError, match="--labels-from"):
+        convert_precomp(scan, tmp_path / "data", labels_from=1)
+    with pytest.raises(DataError, match="expected a folder, found something else"):
+        convert_precomp(scan, tmp_path / "data", boxes=scan / "dev_ims.npy")
+
+
 def pickled_sizes(folder: Path) -> None:
     (folder / "dev_ims_size.json").unlink()
     sizes = np.array([{"image_w": 1, "image_h": 2}] * 2, dtype=object)
@@ -665,7 +1074,7 @@ def pickled_features(folder: Path) -> None:
 
 
 SCAN_REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "sizes as a pickle": (pickled_sizes, ("dev_ims_size.npy", "pickle", "python -c", "trust")),
+    "sizes as a pickle": (pickled_sizes, ("dev_ims_size.npy", "pickle", " -c ", "trust")),
     "no sizes": (
         lambda folder: (folder / "dev_ims_size.json").unlink(),
         ("dev_ims_size.json", "no such file"),
@@ -692,6 +1101,22 @@ SCAN_REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("box-outside", "2001", "region 2"),
     ),
     "a missing file": (lambda folder: (folder / "dev_ids.txt").unlink(), ("dev_ids.txt",)),
+    "y before x": (
+        lambda f: np.save(f / "dev_ims_bbx.npy", np.load(f / "dev_ims_bbx.npy")[..., [1, 0, 3, 2]]),
+        ("dev_ims_bbx.npy, image 0 (2000)", "fit as y1, x1, y2, x2", "say so: --box-order yxyx"),
+    ),
+    "a blank last line": (
+        lambda f: (f / "dev_caps.txt").write_text((f / "dev_caps.txt").read_text() + "\n"),
+        ("dev_caps.txt, line 11", "blank-end", "head -n 10 "),
+    ),
+    "two captions an image": (
+        lambda f: (f / "dev_caps.txt").write_text("a\n" * 4),
+        ("4 captions for 2 images, 2 an image", "1 fault"),
+    ),
+    "half of testall": (
+        lambda f: (f / "testall_ims.npy").write_bytes((f / "test_ims.npy").read_bytes()),
+        ("testall_caps.txt", "testall_ids.txt", "2 faults"),
+    ),
     "a caption too few": (drop_line("test_caps.txt"), ("test_caps.txt", "found 14")),
     "an id too few": (drop_line("test_ids.txt"), ("test_ids.txt", "found 2")),
     "an empty caption": (
@@ -753,13 +1178,8 @@ def test_the_pickle_of_sizes_is_never_loaded_and_the_told_command_makes_the_json
     assert not (tmp_path / "trace").exists()
     sizes = [{"image_w": WIDTH, "image_h": HEIGHT}] * 2
     np.save(scan / "dev_ims_size.npy", np.array(sizes, dtype=object), allow_pickle=True)
-    command = str(refusal.value).split("python -c ")[1].rsplit('"', 1)[0].removeprefix('"')
-    before = Path.cwd()
-    try:
-        os.chdir(scan)
-        exec(command)
-    finally:
-        os.chdir(before)
+    (command,) = re.findall(r"where it comes from: (.*) \[missing\]", str(refusal.value))
+    subprocess.run(["/bin/bash", "-c", command], check=True)
     convert_precomp(scan, tmp_path / "data", boxes=scan)
     same(tmp_path / "data")
 

@@ -202,6 +202,32 @@ def test_storage_that_fails_is_a_data_error(
         fetch_folder(storage, URL, cache_dir=tmp_path)
 
 
+def test_of_two_test_splits_only_the_one_that_is_read_is_fetched(
+    storage: Storage, folder: Path, tmp_path: Path
+) -> None:
+    fetch_folder(storage, URL, cache_dir=tmp_path)
+    storage.news()
+    for path in sorted(folder.glob("test_*")):
+        whole = path.name.replace("test_", "testall_")
+        storage.inner.pipe_file(f"{URL}/{whole}", path.read_bytes())
+        path.rename(folder / whole)
+    fetched = fetch_folder(storage, URL, cache_dir=tmp_path)
+    assert storage.news() == {path.name for path in folder.glob("testall_*")}
+    assert not list(fetched.glob("test_*"))
+    assert validate_folder(fetched) == []
+    assert data_fingerprint(fetched) == data_fingerprint(folder)
+    storage.inner.rm([f"{URL}/{path.name}" for path in folder.glob("testall_*")])
+    assert list(fetch_folder(storage, URL, cache_dir=tmp_path).glob("testall_*")) == []
+
+
+def test_a_folder_that_is_none_is_named_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("gone")
+    for name, found in (("file", "a file"), ("link", "a link that leads nowhere, to gone")):
+        with pytest.raises(DataError, match=f"expected a folder, found {found}"):
+            resolve_data(DataConfig(path=str(tmp_path / name)), cache_dir=tmp_path / "cache")
+
+
 def test_a_prefix_without_data_is_refused(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         fetch_folder(storage, "memory://bucket/none", cache_dir=tmp_path / "cache")

@@ -1,10 +1,12 @@
 """Every refusal, and that the validator and the loader agree on what is refused."""
 
+import gzip
 import os
 import shutil
+import subprocess
 import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from hypothesis import strategies as st
 from cpfean.data import split as split_module
 from cpfean.data.findings import Finding
 from cpfean.data.split import (
+    OPTIONAL,
+    REQUIRED,
     SPLITS,
     check_folder,
     data_fingerprint,
@@ -24,6 +28,8 @@ from cpfean.data.split import (
     validate_folder,
 )
 from cpfean.errors import DataError
+from tests.things import THINGS
+from tests.things import put as put_thing
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k-regions"
 Edit = Callable[[Path], object]
@@ -102,6 +108,36 @@ def corners_to_extents(folder: Path) -> None:
 
 def store_objects(folder: Path) -> None:
     np.save(folder / "dev_ims.npy", np.array([[1, 2], [3]], dtype=object), allow_pickle=True)
+
+
+def exchange_x_and_y(folder: Path) -> None:
+    for split in SPLITS:
+        boxes = np.load(folder / f"{split}_boxes.npy")
+        np.save(folder / f"{split}_boxes.npy", boxes[..., [1, 0, 3, 2]])
+
+
+def write_ones(folder: Path) -> None:
+    np.savez(folder / "dev.npz", np.ones(3))
+    (folder / "dev.npz").rename(folder / "dev_ims.npy")
+
+
+def never_written(folder: Path) -> None:
+    shape = (2, 5, 10**11)
+    with (folder / "dev_ims.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
+        file.truncate(file.tell() + 4 * 10**12)
+
+
+def captions_each(number: int) -> Edit:
+    def edit(folder: Path) -> None:
+        for split in SPLITS:
+            images = len((folder / f"{split}_ids.txt").read_text("utf-8").splitlines())
+            lines = "".join(f"number {j} of {i}\n" for i in range(images) for j in range(number))
+            (folder / f"{split}_caps.txt").write_text(lines, "utf-8")
+
+    return edit
 
 
 def drop_caption(folder: Path) -> None:
@@ -231,14 +267,112 @@ REFUSALS: dict[str, tuple[Edit, str, str, tuple[str, ...]]] = {
     "boxes as shares of the image": (
         pixels_to_shares,
         "box-format",
-        "train_boxes.npy",
-        ("shares", "multiply"),
+        "train_boxes.npy, image 0 (train0.jpg), region 0",
+        ("x1, y1, x2, y2 as shares", "--scan", "--box-units shares"),
     ),
     "boxes as corner and extent": (
         corners_to_extents,
         "box-format",
-        "train_boxes.npy",
-        ("x, y, width, height",),
+        "train_boxes.npy, image 0 (train0.jpg), region 1",
+        ("x, y, width, height", "--box-order xywh"),
+    ),
+    "y before x": (
+        exchange_x_and_y,
+        "box-format",
+        "train_boxes.npy, image 0 (train0.jpg), region 0",
+        ("nearly all boxes fit as y1, x1, y2, x2", "--scan", "--box-order yxyx"),
+    ),
+    "labels that count from one": (
+        put("dev_labels.npy", slice(None), [1, 2, 3, 4, 7]),
+        "label-range",
+        "dev_labels.npy, image 0 (dev0.jpg), region 4",
+        ("from 0 to 6", "found 7", "all are from 1 to 7", "--labels-from 1"),
+    ),
+    "one caption an image": (
+        captions_each(1),
+        "caption-count",
+        "train_caps.txt",
+        ("5 captions an image", "found 6 captions for 6 images, 1 an image"),
+    ),
+    "two captions an image": (
+        captions_each(2),
+        "caption-count",
+        "train_caps.txt",
+        ("found 12 captions for 6 images, 2 an image",),
+    ),
+    "ten captions an image": (
+        captions_each(10),
+        "caption-count",
+        "train_caps.txt",
+        ("60 captions for 6 images, 10 an image", "30 in all"),
+    ),
+    "a blank last line": (
+        text("dev_caps.txt", lambda whole: whole + "\n \n"),
+        "blank-end",
+        "dev_caps.txt, line 11",
+        ("end at line 10", "2 blank lines", "head -n 10 "),
+    ),
+    "a blank line behind the names": (
+        text("dev_ids.txt", lambda whole: whole + "\n"),
+        "blank-end",
+        "dev_ids.txt, line 3",
+        ("a blank line", "head -n 2 "),
+    ),
+    "a blank line behind the labels' names": (
+        text("objects_vocab.txt", lambda whole: whole + "\n"),
+        "blank-end",
+        "objects_vocab.txt, line 8",
+        ("head -n 7 ",),
+    ),
+    "a text in UTF-16": (
+        content("dev_caps.txt", lambda data: data.decode().encode("utf-16")),
+        "bad-text",
+        "dev_caps.txt, line 1, byte 0",
+        ("UTF-16", "iconv -f UTF-16 "),
+    ),
+    "lines of an old Mac": (
+        content("dev_caps.txt", lambda data: data.replace(b"\n", b"\r")),
+        "bad-text",
+        "dev_caps.txt, line 1",
+        ("carriage returns", "awk "),
+    ),
+    "a compressed text": (
+        content("dev_caps.txt", gzip.compress),
+        "not-text",
+        "dev_caps.txt",
+        ("gzip",),
+    ),
+    "an archive of arrays": (
+        write_ones,
+        "not-npy",
+        "dev_ims.npy",
+        ("zip archive", "npz"),
+    ),
+    "a name in other letters": (
+        lambda folder: (folder / "dev_ims.npy").rename(folder / "Dev_ims.npy"),
+        "missing",
+        "dev_ims.npy",
+        ("but Dev_ims.npy", "rename"),
+    ),
+    "an optional file in other letters": (
+        lambda folder: [
+            (folder / f"{s}_scores.npy").rename(folder / f"{s}_Scores.npy") for s in SPLITS
+        ],
+        "missing",
+        "dev_scores.npy",
+        ("found dev_Scores.npy", "rename"),
+    ),
+    "a terabyte after the array": (
+        lambda folder: os.truncate(folder / "dev_ims.npy", 2**40),
+        "extra-bytes",
+        "dev_ims.npy",
+        ("448 bytes", "1,099,511,627,776"),
+    ),
+    "a file that is nearly all hole": (
+        never_written,
+        "truncated",
+        "dev_ims.npy",
+        ("hole", "copy it again"),
     ),
     "a box that is not a number": (
         put("dev_boxes.npy", (1, 0, 2), nan),
@@ -538,11 +672,148 @@ def test_the_loader_refuses_what_it_can_see_without_reading_features(
     edit, kind, where, _ = REFUSALS[fault]
     edit(folder)
     split = where.split("_")[0]
-    if fault == "boxes in one split only":
+    if fault in ("boxes in one split only", "an optional file in other letters"):
         open_split(folder, split, num_regions=5)  # by itself, the split has no fault
         return
     with pytest.raises(DataError, match=kind):
         open_split(folder, split if split in SPLITS else "train", num_regions=5)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize(
+    "name",
+    [f"dev_{part}" for part in (*REQUIRED, *OPTIONAL)] + ["objects_vocab.txt"],
+)
+def test_what_is_no_file_is_named_and_never_left_out(thing: str, name: str, folder: Path) -> None:
+    words = put_thing(thing, folder / name)
+    told = {finding.where.split(",")[0]: finding for finding in validate_folder(folder)}
+    assert told.keys() == {name}
+    assert words in told[name].message
+    assert told[name].kind in ("missing", "not-npy", "not-text", "long-line")
+    with pytest.raises(DataError, match=name):
+        open_split(folder, "dev", num_regions=5)
+    if "terabytes" not in thing:
+        with pytest.raises(DataError, match=name):
+            data_fingerprint(folder)
+
+
+def test_a_folder_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    for thing, (_, words) in THINGS.items():
+        if thing != "a folder":
+            put_thing(thing, tmp_path / "given")
+            with pytest.raises(DataError, match="expected a folder") as refusal:
+                check_folder(tmp_path / "given", cache_dir=tmp_path / "cache")
+            assert "leads nowhere" not in words or words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "a blank last line",
+        "a blank line behind the names",
+        "a blank line behind the labels' names",
+        "a byte order mark",
+        "a text in UTF-16",
+        "lines of an old Mac",
+        "boxes as corner and extent",
+        "y before x",
+        "features in double precision",
+        "features in big-endian order",
+        "features in Fortran order",
+    ],
+)
+def test_the_command_that_is_told_mends_what_it_is_told_for(fault: str, folder: Path) -> None:
+    before = open_split(folder, "train", num_regions=5)
+    geometry = np.array(before.regions.geometry)
+    edit, kind, _, _ = REFUSALS[fault]
+    edit(folder)
+    message = next(f.message for f in validate_folder(folder) if f.kind == kind)
+    command = message.rsplit(": ", 1)[1]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    subprocess.run(
+        ["/bin/bash", "-c", command],
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+    )
+    mended = folder.with_name(f"{folder.name}.new") if "prepare.py" in command else folder
+    assert validate_folder(mended) == []
+    after = open_split(mended, "train", num_regions=5)
+    assert after.captions == before.captions
+    np.testing.assert_allclose(after.regions.geometry, geometry, atol=1e-6)
+
+
+def whole_test(
+    folder: Path, *, images: int = 2, parts: Sequence[str] = REQUIRED + OPTIONAL
+) -> None:
+    """Makes the test split "testall", and the first images of it "test", as in SCAN's COCO."""
+    for part in parts:
+        path = folder / f"test_{part}"
+        if not path.exists():
+            continue
+        path.rename(folder / f"testall_{part}")
+        if part.endswith(".npy"):
+            np.save(path, np.load(folder / f"testall_{part}")[:images])
+        else:
+            lines = (folder / f"testall_{part}").read_text("utf-8").splitlines(keepends=True)
+            path.write_text("".join(lines[: len(lines) * images // 3]), "utf-8")
+
+
+def test_testall_is_the_test_split_where_it_is_there(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    captions = open_split(folder, "test", num_regions=5).captions
+    first = data_fingerprint(folder)
+    whole_test(folder)
+    caplog.set_level("INFO", logger="cpfean.data")
+    assert validate_folder(folder) == []
+    assert [r.message for r in caplog.records if "testall" in r.message] == [
+        "test is testall, 3 images; the smaller test_* is not used"
+    ]
+    opened = open_split(folder, "test", num_regions=5)
+    assert (opened.name, opened.captions) == ("test", captions)
+    second = data_fingerprint(folder)
+    assert second != first
+    (folder / "test_caps.txt").write_text("not used\n", "utf-8")
+    assert data_fingerprint(folder) == second
+    assert validate_folder(folder) == []
+    put("testall_labels.npy", (0, 0), 99)(folder)
+    wheres = [finding.where for finding in validate_folder(folder)]
+    assert wheres == ["testall_labels.npy, image 0 (test0.jpg), region 0"]
+
+
+@pytest.mark.parametrize("lacking", [*REQUIRED, "boxes.npy"])
+def test_a_testall_that_is_not_whole_is_refused(lacking: str, folder: Path) -> None:
+    whole_test(folder)
+    (folder / f"testall_{lacking}").unlink()
+    kinds = {finding.where: finding.kind for finding in validate_folder(folder)}
+    assert kinds[f"testall_{lacking}"] == "missing"
+    assert all(where.startswith("testall_") for where in kinds)
+
+
+def test_a_cut_of_regions_that_need_not_be_the_best_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cpfean.data")
+
+    def told(**options: Any) -> list[str]:
+        caplog.clear()
+        assert validate_folder(folder, **options) == []
+        return [r.message for r in caplog.records if "are kept" in r.message]
+
+    assert told() == []
+    (unsorted,) = told(num_regions=3)
+    assert "the first 3 of up to 5 regions" in unsorted
+    assert "not that of confidence" in unsorted
+    for split in SPLITS:
+        scores = np.load(folder / f"{split}_scores.npy")
+        np.save(folder / f"{split}_scores.npy", -np.sort(-scores, axis=1))
+    assert told(num_regions=3) == []
+    absent(*(f"{split}_scores.npy" for split in SPLITS))(folder)
+    (blind,) = told(num_regions=3)
+    assert "without scores" in blind
 
 
 def test_a_valid_folder_has_no_findings_and_opens(folder: Path) -> None:

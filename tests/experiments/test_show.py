@@ -52,7 +52,7 @@ def run(
     monkeypatch.chdir(home)
 
     def call(*words: str) -> tuple[int, str, str]:
-        given = ["show.py", *words, "--output", str(tmp_path)]
+        given = ["show.py", *words, "--output", str(tmp_path / "pictures")]
         monkeypatch.setattr(sys, "argv", given)
         with pytest.raises(SystemExit) as stopped:
             show.main()
@@ -91,7 +91,7 @@ def test_a_caption_is_drawn_with_its_image_and_the_best_wrong_one(
         np.testing.assert_allclose(pixels, boxes[view.image], rtol=1e-3)
     captions = (home / "data" / "test_caps.txt").read_text().split("\n")
     assert captions[12] in out
-    file = tmp_path / "caption-00012.png"
+    file = tmp_path / "pictures" / "caption-00012.png"
     assert str(file) in out
     assert file.read_bytes()[:4] == b"\x89PNG"
 
@@ -105,7 +105,7 @@ def test_an_image_is_drawn_with_its_best_caption_and_the_best_wrong_one(
     assert own.view.image == wrong.view.image == 4
     assert own.view.is_match
     assert not wrong.view.is_match
-    assert (tmp_path / "image-test-000004.png").exists()
+    assert (tmp_path / "pictures" / "image-test-000004.png").exists()
 
 
 def test_without_a_query_some_are_picked_and_named(
@@ -114,7 +114,7 @@ def test_without_a_query_some_are_picked_and_named(
     code, out, _ = run("one", "--count", "3")
     assert code == 0
     lines = out.splitlines()
-    assert len(lines) == len(drawn) == len(list(tmp_path.glob("caption-*.png"))) == 3
+    assert len(lines) == len(drawn) == len(list((tmp_path / "pictures").glob("caption-*.png"))) == 3
     for line, (own, _) in zip(lines, drawn, strict=True):
         assert f"caption-{own.view.caption:05d}.png" in line
         rank = int(line.split("rank ")[1].split(":")[0])
@@ -126,7 +126,7 @@ def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
 ) -> None:
     code, out, _ = run("one", "--against", "two", "--count", "2")
     assert code == 0
-    with (tmp_path / "ranks.csv").open(encoding="utf-8") as file:
+    with (tmp_path / "pictures" / "ranks.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 30 + 6
     for model, column in (("one", "rank"), ("two", "rank_against")):
@@ -170,12 +170,12 @@ def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
             ).items()
         )
         assert one != two
-    assert (tmp_path / "ranks.png").exists()
+    assert (tmp_path / "pictures" / "ranks.png").exists()
     assert drawn
     for panels in drawn:
         assert [panel.title.split(":")[0] for panel in panels] == ["by one", "by two"]
         assert all(panel.view.is_match for panel in panels)
-    assert len(list(tmp_path.glob("changed-*.png"))) == len(drawn)
+    assert len(list((tmp_path / "pictures").glob("changed-*.png"))) == len(drawn)
 
 
 def test_a_model_without_gates_can_be_compared_and_leaves_its_panel_out(

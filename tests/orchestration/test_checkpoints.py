@@ -131,7 +131,7 @@ def be_empty(files: dict[str, bytes]) -> None:
         (flip, "optimizer.safetensors: damaged"),
         (lack_the_manifest, "no manifest.json"),
         (lack_a_file, "best/model.safetensors: missing"),
-        (name_a_file_elsewhere, "escaped: missing"),
+        (name_a_file_elsewhere, "escaped' is outside the checkpoint"),
         (be_empty, "manifest.json: cannot be read"),
     ],
 )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 
+from cpfean import commands
 from cpfean.errors import DataError
 from orchestration import doctor
 from orchestration.doctor import Ill, examine, versions
@@ -56,7 +57,7 @@ def test_the_token_is_there_and_nobody_elses(
     file.chmod(0o644)
     with pytest.raises(Ill, match="can be read by others") as ill:
         doctor.check_token()
-    assert ill.value.fix == f"chmod 600 {file}"
+    assert ill.value.fix == commands.for_owner_alone(file)
     file.chmod(0o600)
     assert doctor.check_token() == str(file)
 
@@ -152,11 +153,47 @@ def test_a_disk_that_is_nearly_full_is_named(
 
 
 def test_a_tracker_that_does_not_answer_is_named(where: Settings, tmp_path: Path) -> None:
-    assert doctor.check_tracking(where) == where.tracking_uri
+    assert doctor.check_tracking(where) == f"{where.tracking_uri} takes numbers and files"
     (tmp_path / "bad.db").write_text("not a database " * 1000)
     with pytest.raises(Ill, match=r"bad\.db") as ill:
         doctor.check_tracking(replace(where, tracking_uri=f"sqlite:///{tmp_path / 'bad.db'}"))
     assert "tracking_server.py" in ill.value.fix
+
+
+def test_what_the_doctor_writes_into_a_tracker_is_removed_and_written_again_next_time(
+    where: Settings,
+) -> None:
+    for _ in range(2):
+        doctor.check_tracking(where)
+    client, experiment = open_store(where.tracking_uri)
+    assert client.search_runs([experiment]) == []
+    (probe,) = client.search_runs([experiment], run_view_type=ViewType.DELETED_ONLY)
+    assert (probe.info.run_name, probe.info.status) == ("doctor", "FINISHED")
+    assert [p for p in where.output.parent.rglob("probe*") if p.is_file()] == []
+
+
+def test_a_tracker_that_takes_numbers_and_no_files_is_ill(where: Settings, tmp_path: Path) -> None:
+    open_store(where.tracking_uri)
+    (tmp_path / "mlflow-artifacts").write_text("in the way")
+    with pytest.raises(Ill, match=r"numbers are taken, files are not .*mlflow-artifacts"):
+        doctor.check_tracking(where)
+    assert (tmp_path / "mlflow-artifacts").read_text() == "in the way"
+
+
+def test_a_deleted_experiment_is_ill_and_a_renamed_one_is_told(where: Settings) -> None:
+    folder = begin(where, "old")
+    client, experiment = open_store(where.tracking_uri)
+    client.delete_experiment(experiment)
+    with pytest.raises(Ill, match=r"'cpfean' of .* was deleted") as ill:
+        doctor.check_tracking(where)
+    assert commands.restore_experiment(where.tracking_uri, experiment) in ill.value.fix
+    client.restore_experiment(experiment)
+    client.rename_experiment(experiment, "thesis")
+    assert doctor.check_tracking(where).endswith("; runs of ours are also in 'thesis'")
+    with folder.lock():
+        assert doctor.check_runs(where, repair=False) == "none is left without its driver"
+    with pytest.raises(Ill, match=r"2 run\(s\) of old are RUNNING"):
+        doctor.check_runs(where, repair=False)
 
 
 def begin(where: Settings, name: str) -> RunFolder:

@@ -46,6 +46,8 @@ SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1
 class NoTracker:
     """Takes everything, like a tracker that is away; keeps what it is told of the whole."""
 
+    first = ""
+
     def __init__(self) -> None:
         self.parent: list[tuple[str, dict[str, float], dict[str, str]]] = []
 
@@ -542,7 +544,7 @@ def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
     assert asked["model"] == tmp_path / "s" / "best_model"
     assert asked["output"] == tmp_path / "s" / "pictures" / "trial-000"
     assert tracker.kept == [([] if broken else [Path("a.png")], best)]
-    assert (said[-1:] == ["no pictures of trial-000: no paint left"]) == broken
+    assert (said[-1:] == ["no pictures of trial-000: no paint left at all"]) == broken
 
 
 def test_the_summary_tells_the_commit_at_the_start(

@@ -2,19 +2,23 @@
 
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from cpfean import commands
 from orchestration.records import TrialRecord
-from orchestration.tracking import HEARTBEAT_TAG, TrackedRun, Tracker, open_store, ui_command
+from orchestration.tracking import HEARTBEAT_TAG, TrackedRun, Tracker, open_store, tag_parent
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record
 
@@ -263,6 +267,12 @@ def test_a_heartbeat_that_does_not_arrive_holds_nothing_up_and_is_not_told(
         tracker._thread.join()
 
 
+def artifacts_of(uri: str) -> Path:
+    """The folder of a store's files; the copies that tests work on share it."""
+    client, experiment = open_store(uri)
+    return Path(urlsplit(client.get_experiment(experiment).artifact_location).path)
+
+
 def files_of(uri: str, run: Run) -> set[str]:
     return {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)}
 
@@ -357,8 +367,175 @@ open_store({uri!r})
     assert client.search_runs([experiment])[0].info.run_id == run.info.run_id
 
 
-def test_the_user_interface_is_opened_on_the_store_that_was_written() -> None:
-    assert ui_command("sqlite:////a/mlflow.db") == (
-        "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
-    )
-    assert ui_command("http://head:5000") == "open http://head:5000"
+def test_a_deleted_experiment_is_told_before_the_first_number_and_gets_all_once_it_is_restored(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.tracking._RETRY_SECONDS", 0.05)
+    client, experiment = open_store(uri)
+    client.delete_experiment(experiment)
+    said: list[str] = []
+    tracker = Tracker(uri, SWEEP, say=said.append)
+    tracker.start()
+    tracker.meet(seconds=30)
+    assert len(said) == 1
+    assert commands.restore_experiment(uri, experiment) in said[0]
+    tracker.update(record(0, 1.0, state="running"))
+    client.restore_experiment(experiment)
+    tracker.update(record(0, 1.0, 2.0, state="finished"))
+    wait_until(tracker._done, seconds=30, what="all is sent")
+    # And once more while it runs.
+    client.delete_experiment(experiment)
+    tracker.update(record(1, 1.0, 2.0, state="finished"))
+    tracker.update_parent("finished", {})
+    time.sleep(0.3)
+    assert not tracker._done()
+    client.restore_experiment(experiment)
+    assert tracker.close()
+    assert tracker.first == ""
+    assert [line for line in said if "was deleted" in line] == said[:1]  # told once
+    assert [steps(uri, run) for run in sorted(runs(uri, role="trial"), key=str)] == [
+        [(1, 1.0), (2, 2.0)]
+    ] * 2
+    assert {run.info.status for run in runs(uri, id="4711")} == {"FINISHED"}
+
+
+def test_what_a_deleted_experiment_lacks_is_told_with_what_comes_before_a_resume(uri: str) -> None:
+    client, experiment = open_store(uri)
+    said: list[str] = []
+    tracker = Tracker(uri, SWEEP, say=said.append)
+    tracker.start()
+    tracker.update(record(0, 1.0, state="running"))
+    wait_until(lambda: runs(uri, role="trial") != [], seconds=30, what="the trial")
+    wait_until(tracker._done, seconds=30, what="the first epoch")
+    client.delete_experiment(experiment)
+    tracker.update(record(0, 1.0, 2.0, 3.0, state="finished"))
+    assert not tracker.close()
+    assert "was deleted" in said[0]
+    assert said[1:] == ["tracking: 2 epoch(s) are not sent; they are kept in the records."]
+    assert tracker.first == "once that is mended, "
+    client.restore_experiment(experiment)
+    assert track(uri, record(0, 1.0, 2.0, 3.0, state="finished"), end="finished") == []
+    (child,) = runs(uri, role="trial")
+    assert steps(uri, child) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_study_goes_on_in_an_experiment_that_was_renamed_and_a_new_one_does_not(
+    uri: str,
+) -> None:
+    track(uri, record(0, 1.0, state="interrupted"), end="interrupted")
+    client, experiment = open_store(uri)
+    client.rename_experiment(experiment, "thesis")
+    said = track(uri, record(0, 1.0, 2.0, state="finished"), end="finished")
+    assert said == [
+        "tracking: the runs of my-sweep are in the experiment 'thesis', and go on there."
+    ]
+    found = client.search_runs([experiment], "tags.`cpfean.role` = 'trial'")
+    assert [steps(uri, run) for run in found] == [[(1, 1.0), (2, 2.0)]]
+    assert runs(uri, id="4711") == []  # none in the experiment that has the name now
+    assert track(uri, record(0, 1.0), run=TrackedRun(id="0815", name="new", kind="train")) == []
+    assert len(runs(uri, id="0815")) == 1
+    tag_parent(uri, "4711", {"cpfean.change": "none"})
+    (parent,) = client.search_runs([experiment], "tags.`cpfean.role` = 'parent'")
+    assert parent.data.tags["cpfean.change"] == "none"
+
+
+def test_a_deleted_run_is_told_at_once_with_what_brings_it_back_and_then_goes_on(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.tracking._REFUSED_SECONDS", 0.05)
+    said: list[str] = []
+    tracker = Tracker(uri, SWEEP, say=said.append)
+    tracker.start()
+    tracker.update(record(0, 1.0, state="running"))
+    wait_until(lambda: runs(uri, role="trial") != [], seconds=30, what="the trial")
+    wait_until(tracker._done, seconds=30, what="the first epoch")
+    (child,) = runs(uri, role="trial")
+    client = MlflowClient(uri)
+    client.delete_run(child.info.run_id)
+    tracker.update(record(0, 1.0, 2.0, state="running"))
+    wait_until(lambda: said != [], seconds=30, what="it is told")
+    assert "refuses trial-000" in said[0]
+    assert commands.restore_run(uri, child.info.run_id) in said[0]
+    client.restore_run(child.info.run_id)
+    wait_until(tracker._done, seconds=30, what="the second epoch is sent")
+    tracker.update_parent("finished", {})
+    assert tracker.close()
+    assert len(said) == 1
+    assert steps(uri, child) == [(1, 1.0), (2, 2.0)]
+
+
+def test_each_file_is_sent_by_its_own_mark(uri: str, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png")]
+    for file in files:
+        file.write_text(file.name)
+    trial = record(0, 1.0, state="finished")
+
+    def keep() -> list[str]:
+        said: list[str] = []
+        tracker = Tracker(uri, SWEEP, say=said.append)
+        tracker.start()
+        tracker.update(trial)
+        tracker.keep_files(files, trial)
+        tracker.keep_files(files)
+        assert tracker.close()
+        return said
+
+    keep()
+    (parent,), (child,) = runs(uri, role="parent"), runs(uri, role="trial")
+    folder = artifacts_of(uri)
+    for run, name in ((child, "config.toml"), (child, "b.png"), (parent, "a.png")):
+        MlflowClient(uri).delete_tag(run.info.run_id, f"cpfean.file.{name}")
+        (folder / run.info.run_id / "artifacts" / name).unlink()
+    assert keep() == []
+    assert files_of(uri, child) == {"config.toml", "a.png", "b.png"}
+    assert files_of(uri, parent) == {"a.png", "b.png"}
+
+
+def test_files_that_could_not_be_kept_hold_up_no_number_and_are_sent_by_the_next_driver(
+    uri: str, tmp_path: Path
+) -> None:
+    folder = artifacts_of(uri)
+    if folder.exists():  # that of an earlier test with a copy of the same store
+        folder.rename(tmp_path / "earlier")
+    folder.write_text("in the way of the folder")
+    report = tmp_path / "report.md"
+    report.write_text("a report")
+    trials = [record(number, 1.0, 2.0, state="finished") for number in (0, 1)]
+
+    def send() -> tuple[bool, list[str]]:
+        said: list[str] = []
+        tracker = Tracker(uri, SWEEP, say=said.append)
+        tracker.start()
+        for trial in trials:
+            tracker.update(trial)
+        tracker.keep_files([report])
+        tracker.update_parent("finished", {"best/val_rsum": 2.0})
+        return tracker.close(), said
+
+    done, said = send()
+    assert not done
+    assert not [line for line in said if "numbers" in line and "numbers go on" not in line]
+    assert len([line for line in said if "does not take config.toml of trial-000" in line]) == 1
+    assert len([line for line in said if "does not take report.md of my-sweep" in line]) == 1
+    assert said[-1].startswith("tracking: 3 file(s) (config.toml, report.md) are not sent")
+    assert [steps(uri, run) for run in runs(uri, role="trial")] == [[(1, 1.0), (2, 2.0)]] * 2
+    assert {run.info.status for run in runs(uri, id="4711")} == {"FINISHED"}
+    assert not any("cpfean.file." in tag for run in runs(uri) for tag in run.data.tags)
+    folder.unlink()
+    assert send() == (True, [])
+    (parent,) = runs(uri, role="parent")
+    assert files_of(uri, parent) == {"report.md"}
+    assert all(files_of(uri, run) == {"config.toml"} for run in runs(uri, role="trial"))
+
+
+def test_a_library_s_message_is_told_with_its_remedy(uri: str) -> None:
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'of-long-ago'")
+        database.commit()
+    said: list[str] = []
+    tracker = Tracker(uri, SWEEP, say=said.append)
+    tracker.start()
+    tracker.meet(seconds=30)
+    assert not tracker.close()
+    assert "mlflow db upgrade" in said[0]
+    assert "training goes on" in said[0]

@@ -1,5 +1,6 @@
 """A real MLflow server that goes away, comes back, and answers wrongly; a store that is locked."""
 
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from orchestration import doctor
 from orchestration.local import run_here
 from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import ServiceError, Settings
@@ -395,7 +397,7 @@ def test_who_opens_a_database_for_too_long_is_not_waited_for(
 ) -> None:
     import fcntl
 
-    monkeypatch.setattr("orchestration.tracking._LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("orchestration.stores._LOCK_SECONDS", 0.3)
     with (tmp_path / ".mlflow.db.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ServiceError, match=r"mlflow\.db: another process has been opening"):
@@ -444,3 +446,76 @@ def test_eight_processes_may_open_an_empty_database_at_once(tmp_path: Path, roun
         timeout=580,
     )
     assert done.stdout.strip() == "all opened", done.stderr
+
+
+def test_files_of_a_server_that_has_them_on_its_own_disk_are_not_written_to_ours(
+    tmp_path: Path,
+) -> None:
+    files_at = tmp_path / "server's disk"
+    own = TrackingServer(tmp_path, files_at=files_at)
+    own.start()
+    report = tmp_path / "report.md"
+    report.write_text("a report")
+
+    def send(id: str) -> Tracked:
+        study = Tracked(own.url, id)
+        study.update(record(0, 1.0, 2.0, state="finished"))
+        study.tracker.keep_files([report])
+        assert study.end()
+        return study
+
+    try:
+        study = send("elsewhere")
+        (said,) = study.said
+        assert "numbers are sent, files are not" in said
+        assert "--artifacts-destination" in said
+        assert not files_at.exists()
+        (child,) = study.runs(own.url, role="trial")
+        assert steps(own.url, child) == [1, 2]
+        tags = [tag for run in study.runs(own.url) for tag in run.data.tags]
+        assert not [tag for tag in tags if tag.startswith("cpfean.file.")]
+        where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=own.url)
+        with pytest.raises(doctor.Ill, match="numbers are sent, files are not") as ill:
+            doctor.check_tracking(where)
+        assert "rename the experiment" in ill.value.fix
+        assert not files_at.exists()
+        # Where both see the same files the disk is one that they share.
+        (files_at / "1" / child.info.run_id / "artifacts").mkdir(parents=True)
+        (files_at / "1" / child.info.run_id / "artifacts" / "seen.txt").write_text("by both")
+        assert send("shared").said == []
+        assert len(list(files_at.rglob("report.md"))) == 1
+        assert "takes numbers and files" in doctor.check_tracking(where)
+    finally:
+        own.kill()
+
+
+@pytest.mark.parametrize(
+    ("fault", "helps"),
+    [
+        (401, "MLFLOW_TRACKING_PASSWORD"),
+        (403, "MLFLOW_TRACKING_PASSWORD"),
+        (404, "it answers"),
+        ("refuse", "tracking_server.py"),
+    ],
+)
+def test_the_doctor_says_what_helps_a_tracker_that_does_not_take_what_it_sends(
+    proxy: Proxy, tmp_path: Path, fault: Fault, helps: str
+) -> None:
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=proxy.url)
+    proxy.only = lambda head: b"runs/" in head.split(b"\r\n")[0]
+    proxy.body = b"Permission denied"  # as MLflow's own, without JSON
+    proxy.fault = fault
+    with pytest.raises(doctor.Ill, match=re.escape(proxy.url)) as ill:
+        doctor.check_tracking(where)
+    assert helps in ill.value.fix
+
+
+def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
+        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        shutil.copy(tmp_path / "mlflow.db", disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        uri = f"sqlite:///{disk / 'mlflow.db'}"
+        where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=uri)
+        with pytest.raises(doctor.Ill, match=r"mlflow\.db.*[Rr]ead-?only"):
+            doctor.check_tracking(where)

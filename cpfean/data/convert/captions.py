@@ -1,7 +1,8 @@
 """Which images a data set has, in which split, with which captions.
 
 Read from Karpathy's split files (`dataset_flickr30k.json`, `dataset_coco.json`) or from COCO's own
-caption files. Every image gets five captions: a sixth is dropped and counted, fewer are refused.
+caption files. Every image gets five captions: a sixth is dropped and counted, fewer are refused, in
+one line where most images of a split have fewer.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cpfean.data.findings import Findings
 from cpfean.data.split import SPLITS
 from cpfean.errors import DataError
+from cpfean.files import open_file, what_it_is
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,8 @@ CAPTIONS_PER_IMAGE = 5
 _SPLIT_NAMES = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 _SUFFIX = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 _COCO_NAME = re.compile(r"COCO_[A-Za-z]+\d{4}_(\d+)")
-_CONTROL = re.compile("[\x00-\x1f\x7f]")
+_LARGEST_JSON = 2**31  # bytes; COCO's instances take 450 million
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of characters
 
 
 @dataclass
@@ -152,6 +157,8 @@ def read_json(path: Path, *, without: Iterable[str] = ()) -> Any:
         without: keys that are dropped while reading, wherever they are: of Karpathy's files the
             tokens take most of the memory.
 
+    A byte order mark is passed over, and UTF-16 is read too: JSON says how to tell them.
+
     Raises:
         DataError: no such file, or not JSON.
     """
@@ -161,12 +168,34 @@ def read_json(path: Path, *, without: Iterable[str] = ()) -> Any:
         return {key: value for key, value in pairs if key not in dropped}
 
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_file(path) as file:
+            _check_json(path, file)
             return json.load(file, object_pairs_hook=kept)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check the path.") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON: {error}; download it again.") from None
+
+
+def _check_json(path: Path, file: BinaryIO) -> None:
+    """Looks at both ends of a file before all of it is read.
+
+    Raises:
+        DataError: too large, or no text.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(64)
+    file.seek(max(0, size - 64))
+    end = file.read(64)
+    file.seek(0)
+    known = what_it_is(start)
+    if known and "UTF-16" not in known:
+        raise DataError(f"{path}: expected JSON, found {known}.")
+    if size > _LARGEST_JSON or (size and not end.strip(b"\0")):
+        raise DataError(
+            f"{path}: expected JSON of at most {_LARGEST_JSON:,} bytes, found {size:,}"
+            f"{' that end in zeros' if not end.strip(bytes(1)) else ''}; download it again."
+        )
 
 
 def open_coco(path: Path) -> Any:
@@ -208,6 +237,8 @@ class _Gathered:
         self._keys = {} if keys is None else keys
         self._splits: dict[str, Captioned] = {}
         self._more = 0
+        self._numbers: dict[str, Counter[int]] = {}
+        self._short: dict[str, list[tuple[str, int]]] = {}  # place and captions
 
     def add(self, split: str, name: str, raw: Sequence[str], *, place: str) -> None:
         place = f"{place} ({name})"
@@ -231,19 +262,17 @@ class _Gathered:
             except ValueError as error:
                 where = f"{place}, caption {number}"
                 self._findings.add("empty-caption", self._file, str(error), place=where)
+        self._numbers.setdefault(split, Counter())[len(raw)] += 1
         if len(raw) < CAPTIONS_PER_IMAGE:
-            self._findings.add(
-                "caption-count",
-                self._file,
-                f"expected {CAPTIONS_PER_IMAGE} captions, found {len(raw)}; drop the image",
-                place=place,
-            )
+            self._short.setdefault(split, []).append((place, len(raw)))
         self._more += max(0, len(raw) - CAPTIONS_PER_IMAGE)
         images = self._splits.setdefault(split, Captioned())
         images.names.append(name.strip())
         images.captions.append(captions)
 
     def finish(self, path: Path, *, refuse: bool = True) -> dict[str, Captioned]:
+        for split, short in self._short.items():
+            self._tell_short(split, short)
         if refuse:
             self._findings.refuse(path)
         if not self._splits and not self._findings:
@@ -255,3 +284,27 @@ class _Gathered:
                 self._more,
             )
         return {split: self._splits[split] for split in SPLITS if split in self._splits}
+
+    def _tell_short(self, split: str, short: Sequence[tuple[str, int]]) -> None:
+        """Each image with fewer than five captions, or in one line that most have fewer."""
+        numbers = self._numbers[split]
+        total = numbers.total()
+        if 2 * len(short) > total:
+            found = ", ".join(f"{images:,} with {n}" for n, images in numbers.most_common(4))
+            self._findings.add(
+                "caption-count",
+                self._file,
+                f"expected {CAPTIONS_PER_IMAGE} captions an image, the number that is supported, "
+                f"found of {total:,} images of {split} {found}"
+                f"{', and others' if len(numbers) > 4 else ''}",
+            )
+            return
+        self._findings.add_rows(
+            "caption-count",
+            self._file,
+            range(len(short)),
+            lambda i: (
+                short[i][0],
+                f"expected {CAPTIONS_PER_IMAGE} captions, found {short[i][1]}; drop the image",
+            ),
+        )

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from cpfean.data.convert.captions import Captioned
 from cpfean.data.split import SPLITS, VOCABULARY, check_folder
 from cpfean.errors import DataError
+from cpfean.files import is_there
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Regions:
         size: width and height in the same pixels.
         labels: lines of the vocabulary.
         scores: confidence in the labels.
+        ordered: whether the order of the regions is meant, and not to be changed.
     """
 
     features: Float[np.ndarray, "region feature"]
@@ -47,14 +49,16 @@ class Regions:
     size: tuple[int, int] | None = None
     labels: Int[np.ndarray, " region"] | None = None
     scores: Float[np.ndarray, " region"] | None = None
+    ordered: bool = False
 
     def best(self, count: int) -> Regions:
-        """The first `count` regions, by confidence where there is one."""
+        """The first `count` regions, by confidence where there is one and nothing is against it."""
         total = len(self.features)
-        if self.scores is None and total <= count:
+        by_confidence = self.scores is not None and not self.ordered
+        if not by_confidence and total <= count:
             return self
         order = np.arange(total)
-        if self.scores is not None:
+        if self.scores is not None and by_confidence:
             order = np.argsort(-self.scores.astype(np.float64), kind="stable")
         order = order[:count]
 
@@ -67,6 +71,7 @@ class Regions:
             size=self.size,
             labels=taken(self.labels),
             scores=taken(self.scores),
+            ordered=self.ordered,
         )
 
 
@@ -83,6 +88,7 @@ class NativeWriter:
         half: bool,
         boxes: bool,
         vocabulary: list[str] | None,
+        scores: bool | None = None,
     ) -> None:
         """Makes the unfinished folder, with all texts.
 
@@ -92,7 +98,8 @@ class NativeWriter:
             num_regions: stored for an image; where there are more, the first are taken.
             half: store features as float16.
             boxes: whether boxes and sizes will come.
-            vocabulary: names of the labels, if labels and scores will come.
+            vocabulary: names of the labels, if labels will come.
+            scores: whether scores will come; None if they do with labels.
 
         Raises:
             DataError: the folder exists, or its disk is too small or not to be written to.
@@ -107,6 +114,7 @@ class NativeWriter:
         self._files: dict[str, tuple[BinaryIO, int]] = {}
         self._small: dict[str, dict[str, np.ndarray]] = {}
         self._boxes = boxes
+        self._scores = vocabulary is not None if scores is None else scores
         check_target(folder)
 
     def __enter__(self) -> Self:
@@ -215,6 +223,7 @@ class NativeWriter:
                 small["sizes"] = np.zeros((total, 2), dtype=np.int32)
             if self._vocabulary is not None:
                 small["labels"] = np.zeros((total, regions), dtype=np.int32)
+            if self._scores:
                 small["scores"] = np.zeros((total, regions), dtype=np.float32)
             self._small[split] = small
 
@@ -236,10 +245,10 @@ def check_target(folder: Path) -> None:
     Raises:
         DataError: says which.
     """
-    if folder.exists():
+    if is_there(folder):
         raise DataError(f"{folder}: exists already; remove it, or name another folder.")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if unfinished.exists():
+    if is_there(unfinished):
         raise DataError(
             f"{unfinished}: is there from a conversion that still runs or was killed; if it was, "
             "remove it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cpfean.data.convert.captions import image_key, open_coco
+from cpfean.data.findings import Findings
+from cpfean.data.texts import blank_end, read_lines
 from cpfean.errors import DataError
+from cpfean.files import is_there
 
 NOTHING = "background"  # the label of a region that shows no annotated object
 _LEAST_OVERLAP = 0.5
@@ -21,20 +25,24 @@ def read_vocabulary(path: Path) -> list[str]:
     Raises:
         DataError: no such file, or a line without a name.
     """
-    try:
-        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check the path.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, byte {error.start}: expected UTF-8; is it the vocabulary?"
-        ) from None
-    names = [line.split(",")[0].strip() for line in lines]
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise DataError(
-                f"{path}, line {number}: expected a label's name, found none; write it."
-            )
+    findings = Findings()
+    if not os.path.exists(path):
+        link = f"a link that leads nowhere, to {os.readlink(path)}" if is_there(path) else ""
+        raise DataError(f"{path}: cannot be read: {link or 'no such file'}; check the path.")
+    lines = read_lines(path, findings) or []
+    if not findings and not blank_end(path, lines, findings):
+        names = [line.split(",")[0].strip() for line in lines]
+        findings.add_rows(
+            "vocabulary",
+            path.name,
+            [i for i, name in enumerate(names) if not name],
+            lambda i: (f"line {i + 1}", "expected a label's name, found none; write it"),
+        )
+    if findings:
+        first = findings.listed()[0]
+        raise DataError(f"{path.parent / first.where}: {first.message}.")
+    if not lines:
+        raise DataError(f"{path}: expected one name a line, found none; is it the vocabulary?")
     return names
 
 

@@ -1,6 +1,6 @@
-"""The folders of SCAN's data release, with the boxes of GSMN's.
+"""Folders of arrays and texts: SCAN's data release with the boxes of GSMN's, or our own format.
 
-    S_ims.npy         SCAN   float32 (N, R, D), or five equal rows for each image
+    S_ims.npy         SCAN   floats (N, R, D), or five equal rows for each image
     S_caps.txt        SCAN   five captions an image, one a line
     S_ids.txt         SCAN   an image's name in one line, or in five
     S_ims_bbx.npy     GSMN   (N, R, 4): x1, y1, x2, y2 in pixels
@@ -9,22 +9,41 @@
 S is train, dev or test; where there is a "testall", as for COCO, it is the test split, and the
 smaller "test" is not used. GSMN's sizes come as `S_ims_size.npy`, a pickle, which is never
 loaded here; the message says how whoever trusts it makes the JSON file of it.
+
+A folder in the native format may have boxes in another order, labels that count from 1, or features
+in another number type; it is written anew as what these are said to be.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cpfean import commands
 from cpfean.data.arrays import map_array
+from cpfean.data.boxes import NATIVE, Layout
 from cpfean.data.convert.captions import CAPTIONS_PER_IMAGE, Captioned, clean_caption, read_json
 from cpfean.data.convert.native import LARGEST_HALF, NativeWriter, Regions, check_target
 from cpfean.data.findings import Findings
-from cpfean.data.split import SPLITS
+from cpfean.data.regions import Annotations, RegionFiles
+from cpfean.data.split import (
+    REQUIRED,
+    SPLITS,
+    WHOLE_TEST,
+    absent,
+    agree,
+    is_folder,
+    read_captions,
+    read_ids,
+    read_label_names,
+    split_stem,
+)
 from cpfean.errors import DataError
+from cpfean.files import is_there
 from cpfean.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -32,14 +51,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """One split; arrays are mapped, a row or five an image."""
+    """One split; features are mapped, a row or five an image."""
 
-    name: str
+    stem: str
     features: np.ndarray
     stride: int
     images: Captioned
-    boxes: np.ndarray | None
-    sizes: np.ndarray | None
+    told: Annotations
 
 
 def convert_precomp(
@@ -49,30 +67,46 @@ def convert_precomp(
     boxes: Path | None = None,
     num_regions: int | None = None,
     half: bool = False,
+    layout: Layout = NATIVE,
+    labels_from: int = 0,
 ) -> None:
-    """Writes a folder of SCAN's as one in the native format, one row an image.
+    """Writes a folder of SCAN's, or one in the native format, in that format, one row an image.
 
     Args:
-        source: one of `f30k_precomp` and `coco_precomp`, or one like them.
+        source: one of `f30k_precomp` and `coco_precomp`, or one like them; boxes, labels and scores
+            under their native names are taken too.
         folder: to be made; must not exist.
-        boxes: folder of GSMN's boxes and sizes; None leaves boxes out.
+        boxes: folder of GSMN's boxes and sizes, in place of those in `source`.
         num_regions: keep the first so many; None keeps all.
         half: store features as float16.
+        layout: how the boxes are written.
+        labels_from: the number of the vocabulary's first label.
 
     Raises:
         DataError: lists what is wrong; nothing is left behind.
     """
     check_target(folder)
-    if not source.is_dir():
-        raise DataError(f"{source}: expected a folder, found none; check the path.")
     findings = Findings()
+    for given in (source, boxes):
+        if given is not None and not is_folder(given, findings):
+            raise DataError(f"{given}: {findings.listed()[0].message}.")
+    names = None
+    if any(is_there(source / f"{split_stem(source, s)}_labels.npy") for s in SPLITS):
+        names = read_label_names(source, findings)
     splits = {}
     for split in SPLITS:
-        whole = split == "test" and (source / "testall_ims.npy").exists()
-        name = "testall" if whole else split
-        if whole:
+        stem = split_stem(source, split)
+        if stem == WHOLE_TEST:
             logger.info("testall is taken as the test split")
-        opened = _open(source, name, boxes, findings)
+        opened = _open(
+            source,
+            stem,
+            boxes,
+            findings,
+            layout=layout,
+            labels_from=labels_from,
+            num_labels=None if names is None else len(names),
+        )
         if opened is not None:
             splits[split] = opened
     dims = {part.features.shape[1:] for part in splits.values()}
@@ -83,7 +117,15 @@ def convert_precomp(
             f"expected (regions, feature width) to be the same in all splits, found {dims}; are "
             "all of one release?",
         )
+    has = {
+        kind: _given(kind, {split: getattr(part.told, kind) for split, part in splits.items()})
+        for kind in ("boxes", "labels", "confidences")
+    }
     findings.refuse(source)
+    if layout != NATIVE and not has["boxes"]:
+        raise DataError(f"{source}: has no boxes of which --box-order and --box-units could tell.")
+    if labels_from and not has["labels"]:
+        raise DataError(f"{source}: has no labels of which --labels-from could tell.")
     regions, dim = dims.pop()
     if num_regions is not None and num_regions > regions:
         raise DataError(
@@ -96,8 +138,9 @@ def convert_precomp(
         num_regions=num_regions or regions,
         feature_dim=dim,
         half=half,
-        boxes=boxes is not None,
-        vocabulary=None,
+        boxes=has["boxes"],
+        vocabulary=names if has["labels"] else None,
+        scores=has["confidences"],
     ) as writer:
         total = sum(len(part.images.names) for part in splits.values())
         progress = Progress(f"converting {source}", total=total)
@@ -111,17 +154,37 @@ def convert_precomp(
         writer.finish()
 
 
+def _given(kind: str, by_split: dict[str, np.ndarray | None]) -> bool:
+    """Whether all splits have something.
+
+    Raises:
+        DataError: some have it and others lack it.
+    """
+    lacking = [split for split, values in by_split.items() if values is None]
+    if lacking and len(lacking) < len(by_split):
+        raise DataError(
+            f"expected {kind} in every split or in none, found none in {' and '.join(lacking)}; "
+            "give them to all."
+        )
+    return not lacking
+
+
 def _regions(part: _Source, row: int, *, half: bool, findings: Findings) -> Regions:
     """One image; what is wrong with its features goes to `findings`."""
     rows = part.features[row * part.stride : (row + 1) * part.stride]
-    features = np.asarray(rows[0], dtype=np.float32)
-    file, place = f"{part.name}_ims.npy", f"image {row} ({part.images.names[row]})"
-    if not np.isfinite(features).all():
-        region = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+    file, place = f"{part.stem}_ims.npy", f"image {row} ({part.images.names[row]})"
+    count = int(part.told.counts[row])
+    largest = np.abs(rows[0]).max()
+    if not np.isfinite(rows[0]).all():
+        region = int(np.flatnonzero(~np.isfinite(rows[0]).all(axis=1))[0])
         message = f"expected finite numbers, found others in region {region}; download it again"
         findings.add("not-finite", file, message, place=place)
-    elif half and np.abs(features).max() > LARGEST_HALF:
-        message = f"expected features up to {LARGEST_HALF:,.0f}; convert without --half"
+    elif largest > (LARGEST_HALF if half else np.finfo(np.float32).max):
+        message = (
+            f"expected features up to {LARGEST_HALF:,.0f}; convert without --half"
+            if half
+            else f"expected features that float32 can hold, found {largest:g}; extract it again"
+        )
         findings.add("dtype", file, message, place=place)
     elif part.stride > 1 and (rows != rows[0]).any():
         findings.add(
@@ -131,25 +194,48 @@ def _regions(part: _Source, row: int, *, half: bool, findings: Findings) -> Regi
             "for each caption, found others; are captions and features of one release?",
             place=place,
         )
+
+    def of_image(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else values[row, :count]
+
+    with np.errstate(over="ignore"):  # which has been told above
+        features = np.asarray(rows[0][:count], dtype=np.float32)
+    told = part.told
     return Regions(
         features=features,
-        boxes=None if part.boxes is None else part.boxes[row],
-        size=None if part.sizes is None else tuple(part.sizes[row].tolist()),
+        boxes=of_image(told.boxes),
+        size=None
+        if told.sizes is None
+        else (math.ceil(told.sizes[row, 0]), math.ceil(told.sizes[row, 1])),
+        labels=of_image(told.labels),
+        scores=of_image(told.confidences),
+        ordered=True,
     )
 
 
-def _open(source: Path, name: str, boxes: Path | None, findings: Findings) -> _Source | None:
+def _open(
+    source: Path,
+    stem: str,
+    boxes: Path | None,
+    findings: Findings,
+    *,
+    layout: Layout,
+    labels_from: int,
+    num_labels: int | None,
+) -> _Source | None:
     """Maps and checks the files of one split; None after a fault that makes it unusable."""
     before = len(findings)
-    for part in ("ims.npy", "caps.txt", "ids.txt"):
-        if not (source / f"{name}_{part}").exists():
-            findings.add("missing", f"{name}_{part}", f"no such file in {source}")
+    file = f"{stem}_ims.npy"
+    for name in (f"{stem}_{part}" for part in REQUIRED):
+        if not is_there(source / name):
+            findings.add("missing", name, absent(source, name))
     if len(findings) > before:
         return None
-    file = f"{name}_ims.npy"
     features = map_array(source / file, findings)
-    captions = _lines(source / f"{name}_caps.txt")
-    ids = [line.strip() for line in _lines(source / f"{name}_ids.txt")]
+    captions = read_captions(source / f"{stem}_caps.txt", findings, CAPTIONS_PER_IMAGE)
+    num_captions = len(captions or [])
+    fitting = (num_captions // CAPTIONS_PER_IMAGE, num_captions)
+    ids = read_ids(source / f"{stem}_ids.txt", findings, fitting)
     if features is None:
         return None
     if features.ndim != 3 or features.dtype.kind != "f":
@@ -160,46 +246,44 @@ def _open(source: Path, name: str, boxes: Path | None, findings: Findings) -> _S
             f"{features.dtype} of {features.shape}; is it of the release?",
         )
         return None
-    rows = len(features)
-    stride = CAPTIONS_PER_IMAGE if rows == len(captions) else 1
-    num_images = rows // stride
-    if rows % stride or len(captions) != num_images * CAPTIONS_PER_IMAGE:
-        findings.add(
-            "caption-count",
-            f"{name}_caps.txt",
-            f"expected {CAPTIONS_PER_IMAGE} captions for each of {num_images:,} images in {file}, "
-            f"found {len(captions):,}; are both of one release?",
-        )
+    if features.dtype not in (np.dtype("<f2"), np.dtype("<f4")):
+        order = ", big-endian" if features.dtype.str[0] == ">" else ""
+        logger.info("%s: read as %s%s, stored as float32", file, features.dtype.name, order)
+    agreed = agree(
+        stem,
+        findings,
+        rows=len(features),
+        captions=captions,
+        ids=ids,
+        per_image=CAPTIONS_PER_IMAGE,
+    )
+    if agreed is None or len(findings) > before or captions is None:
         return None
-    images = Captioned(
-        names=_one_each(f"{name}_ids.txt", ids, num_images, findings),
-        captions=_fives(f"{name}_caps.txt", captions, findings),
+    stride, names = agreed
+    num_images = len(features) // stride
+    files = RegionFiles(
+        source,
+        stem,
+        names,
+        findings,
+        layout=layout,
+        labels_from=labels_from,
+        converting=True,
+        boxes_file=None if boxes is None else f"{stem}_ims_bbx.npy",
     )
     corners = sizes = None
     if boxes is not None:
-        corners = _boxes(boxes, name, features.shape[1], num_images, findings)
-        sizes = _sizes(boxes, name, num_images, findings)
+        corners = _boxes(boxes, stem, features.shape[1], num_images, findings)
+        sizes = _sizes(boxes, stem, num_images, findings)
+        if corners is None or sizes is None:
+            return None
+    images = Captioned(names=names, captions=_fives(f"{stem}_caps.txt", captions, findings))
+    told = files.annotations(
+        num_images, features.shape[1], num_labels=num_labels, boxes=corners, sizes=sizes
+    )
     if len(findings) > before:
         return None
-    return _Source(
-        name=name,
-        features=features,
-        stride=stride,
-        images=images,
-        boxes=corners,
-        sizes=sizes,
-    )
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode().removesuffix("\n").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check the disk.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, byte {error.start}: expected UTF-8; convert the file to it."
-        ) from None
+    return _Source(stem=stem, features=features, stride=stride, images=images, told=told)
 
 
 def _fives(file: str, captions: list[str], findings: Findings) -> list[list[str]]:
@@ -214,47 +298,11 @@ def _fives(file: str, captions: list[str], findings: Findings) -> list[list[str]
     return [cleaned[i : i + step] for i in range(0, len(cleaned), step)]
 
 
-def _one_each(file: str, ids: list[str], num_images: int, findings: Findings) -> list[str]:
-    step = CAPTIONS_PER_IMAGE
-    if len(ids) == num_images * step:
-        groups = [ids[i : i + step] for i in range(0, len(ids), step)]
-        unequal = [i for i, group in enumerate(groups) if len(set(group)) > 1]
-        findings.add_rows(
-            "image-count",
-            file,
-            unequal,
-            lambda i: (
-                f"lines {i * step + 1} to {(i + 1) * step}",
-                f"expected one name five times, found {groups[i]}; is it of the same release?",
-            ),
-        )
-        ids = [group[0] for group in groups]
-    elif len(ids) != num_images:
-        findings.add(
-            "image-count",
-            file,
-            f"expected {num_images:,} names, or each five times, found {len(ids):,}; is it of the "
-            "same release?",
-        )
-    first: dict[str, int] = {}
-    again = [i for i, name in enumerate(ids) if first.setdefault(name, i) != i]
-    findings.add_rows(
-        "duplicate-id",
-        file,
-        again,
-        lambda i: (
-            f"image {i}",
-            f"expected every image once, found {ids[i]!r} as image {first[ids[i]]} already",
-        ),
-    )
-    return ids
-
-
 def _boxes(
     folder: Path, name: str, regions: int, num_images: int, findings: Findings
 ) -> np.ndarray | None:
     file = f"{name}_ims_bbx.npy"
-    if not (folder / file).exists():
+    if not is_there(folder / file):
         findings.add("missing", file, f"expected the boxes of GSMN's release, none in {folder}")
         return None
     boxes = map_array(folder / file, findings)
@@ -278,14 +326,12 @@ def _boxes(
 def _sizes(folder: Path, name: str, num_images: int, findings: Findings) -> np.ndarray | None:
     """Widths and heights, "image 2"."""
     file, pickled = f"{name}_ims_size.json", f"{name}_ims_size.npy"
-    if not (folder / file).exists():
-        if (folder / pickled).exists():
+    if not is_there(folder / file):
+        if is_there(folder / pickled):
             found = (
                 f"expected the sizes as JSON, found only {pickled}, which is a pickle: loading it "
-                "can run any code, so it is not done here. If you trust where it comes from, in "
-                f'its folder: python -c "import json, numpy; json.dump([{{k: int(v) for k, v in '
-                f"size.items()}} for size in numpy.load('{pickled}', allow_pickle=True, "
-                f"encoding='latin1')], open('{file}', 'w'))\""
+                "can run any code, so it is not done here. If you trust where it comes from: "
+                f"{commands.unpickled_sizes(folder / pickled, folder / file)}"
             )
         else:
             found = f"expected the images' widths and heights, no such file in {folder}"
