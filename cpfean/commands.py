@@ -11,12 +11,13 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 _EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-_BARE = ("--resume", "--retry-failed")
+# Of a command that is resumed: said anew, or for once.
+_BARE = ("--resume", "--retry-failed", "--dry-run", "--")
 
 
 def shell(*words: str | Path) -> str:
@@ -60,7 +61,14 @@ def script(name: str, *words: str | Path) -> str:
     return shell(python, _from_here(_EXPERIMENTS / name), *words)
 
 
-def resume(name: str, typed: Sequence[str], *, run: str, retry_failed: bool = False) -> str:
+def resume(
+    name: str,
+    typed: Sequence[str],
+    *,
+    run: str,
+    retry_failed: bool = False,
+    changed: Mapping[str, str] | None = None,
+) -> str:
     """What goes on with a run: the command as it was typed, and what makes it a resume.
 
     An address that holds a password is left to the environment: lines are kept in logs.
@@ -69,20 +77,25 @@ def resume(name: str, typed: Sequence[str], *, run: str, retry_failed: bool = Fa
         name: of the script.
         typed: the words after it.
         run: name of the run.
+        retry_failed: run what failed once more.
+        changed: flags with another value than the one that was typed.
     """
+    new = {"--name": run} | dict(changed or {})
     words: list[str] = []
     skip = False
     for word in typed:
-        if skip or word in _BARE or word.startswith("--name="):
+        if skip:
             skip = False
-        elif word == "--name":
+        elif word in new:
             skip = True
-        else:
+        elif word not in _BARE and word.partition("=")[0] not in new:
             words.append(word)
     more = ["--retry-failed"] if retry_failed else []
     line = script(name)
-    for word in [*words, "--resume", *more, "--name", run]:
+    for word in [*words, "--resume", *more]:
         line += " " + _secretless(word)
+    for flag, value in reversed(new.items()):
+        line += " " + shell(flag, value)
     return line
 
 
@@ -137,6 +150,11 @@ def restore_run(uri: str, run: str) -> str:
 def holders(file: Path) -> str:
     """Which processes have a file open."""
     return shell("fuser", file)
+
+
+def move(file: Path, to: Path) -> str:
+    """Gives a file, or what is in its place, another name."""
+    return shell("mv", file, to)
 
 
 def listeners(port: int) -> str:

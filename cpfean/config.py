@@ -26,6 +26,7 @@ from cpfean.files import read_file
 Plain = bool | int | float | str
 
 _LARGEST_TOML = 1_000_000  # bytes; ours take two thousand
+_LARGEST = 2**31 - 1  # what every library that gets a whole number of ours can hold
 
 
 class _Part:
@@ -39,7 +40,7 @@ class _Part:
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             if not is_dataclass(hints[item.name]):
-                checked = _typed(value, hints[item.name], path=self._path(item.name))
+                checked = typed(value, hints[item.name], path=self._path(item.name))
                 object.__setattr__(self, item.name, checked)
             elif not isinstance(value, hints[item.name]):
                 raise ConfigError(
@@ -527,8 +528,16 @@ def _type_hints(cls: type) -> dict[str, Any]:
     }
 
 
-def _typed(value: Any, hint: Any, *, path: str) -> Plain:
-    """The value as the field's own type, or ConfigError."""
+def typed(value: Any, hint: Any, *, path: str) -> Plain:
+    """A value as the type of its field.
+
+    Args:
+        hint: bool, int, float, str or a Literal.
+        path: of the field, for the message.
+
+    Raises:
+        ConfigError: it is of another type, not finite, or not printable.
+    """
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
@@ -548,6 +557,9 @@ def _typed(value: Any, hint: Any, *, path: str) -> Plain:
     if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         names = {int: "a whole number", bool: "true or false", str: "a text"}
         raise ConfigError(f"{path} must be {names[hint]}; got {value!r}.")
+    if hint is int and abs(value) > _LARGEST:
+        got = value if abs(value) < 10**20 else "a larger one"
+        raise ConfigError(f"{path} must be a whole number within ±{_LARGEST}; got {got}.")
     if hint is str and not value.isprintable():
         raise ConfigError(f"{path} must be a text of printable characters; got {value!r}.")
     return value
@@ -635,4 +647,5 @@ __all__ = [
     "WordConfig",
     "field_types",
     "nearest",
+    "typed",
 ]

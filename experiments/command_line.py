@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
@@ -40,6 +44,13 @@ _NEEDS = {
 }
 
 
+_LONGEST = 4096  # characters of a flag's value, and bytes of a path
+_LONGEST_PART = 255  # bytes of a file's name
+_LARGEST = 2**31 - 1
+_MOST_SEEDS = 1000
+_MOST = 100_000  # of anything else that is counted: beyond it lies a slip
+
+
 class _HasName(Protocol):
     @property
     def name(self) -> str: ...
@@ -49,7 +60,12 @@ _Named = TypeVar("_Named", bound=_HasName)
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses abbreviated, repeated and unknown flags; names the nearest known one."""
+    """Refuses abbreviated, repeated and unknown flags; names the nearest known one.
+
+    So it does values that nothing can be done with: empty ones, "--", those with characters that
+    cannot be shown or are not UTF-8, and numbers and paths beyond what a system can hold. What was
+    typed is `typed` of what comes out.
+    """
 
     def __init__(self, *, description: str, epilog: str) -> None:
         super().__init__(
@@ -60,9 +76,18 @@ class Parser(argparse.ArgumentParser):
         )
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
+        for given, read in ((None, _text), (Path, _path), (int, _whole), (float, _number)):
+            self.register("type", given, read)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = tuple(sys.argv[1:] if args is None else args)
+        for word in words:
+            flag, _, value = word.partition("=")
+            # argparse drops such a value, and hands on an empty list.
+            if value == "--" and flag in self._option_string_actions:
+                self.error(f"argument {flag}: no value can be '--'; of a path, write './--'")
+        parsed, unknown = self.parse_known_args(words, namespace)
+        parsed.typed = words
         for word in unknown:
             if word.startswith("-"):
                 flag = word.split("=")[0]
@@ -93,17 +118,79 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def _text(value: str) -> str:
+    """What can be shown, and written into files."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
+    if len(value) > _LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"expected at most {_LONGEST} characters, found {len(value)}"
+        )
+    try:
+        check_text(Path(value), what="")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+    if not value.isprintable():
+        odd = next(letter for letter in value if not letter.isprintable())
+        raise argparse.ArgumentTypeError(f"{value!r} has {odd!r}, which cannot be shown")
+    return value
+
+
+def _path(value: str) -> Path:
+    """A path that the system can be asked for."""
+    path = Path(_text(value))
+    for part in path.parts:
+        if len(os.fsencode(part)) > _LONGEST_PART:
+            raise argparse.ArgumentTypeError(
+                f"no file can have a name of {len(part)} characters: {part[:40]}..."
+            )
+    try:
+        return expanded(path, what="")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+
+
+def place(value: str) -> str:
+    """A folder, or a name or URL that stands for one; the type of flags."""
+    if "://" in value:
+        return _text(value)
+    path = str(_path(value))
+    return path if value.startswith("~") else value  # "./small" is not "small"
+
+
+def output_folder(value: str) -> Path:
+    """A folder that is there or can be made; the type of flags."""
+    path = _path(value)
+    there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, and {there} is none")
+    return path
+
+
+def _whole(value: str) -> int:
+    number = int(_text(value))
+    if abs(number) > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a whole number within ±{_LARGEST}")
+    return number
+
+
+def _number(value: str) -> float:
+    return float(_text(value))
+
+
 def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
     """The flags of every command that trains."""
     what = parser.add_argument_group("what to train")
     what.add_argument(
         "--data",
         metavar="DIR|URL|synthetic",
+        type=place,
         help="folder in the native format (docs/data.md), s3:// URL of one, or the generated set",
     )
     what.add_argument(
         "--config",
         metavar="NAME|FILE.toml",
+        type=place,
         help=f"a complete configuration: {', '.join(BASELINES)}, or a file such as a sweep's "
         "best_config.toml (default: small with --data DIR, else synthetic)",
     )
@@ -132,7 +219,7 @@ def add_run_flags(parser: Parser, *, workers: int, workers_help: str) -> None:
     )
     where.add_argument("--name", help="of the folder and of the tracking run (default: by date)")
     where.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("runs"), help="default: runs"
+        "--output", metavar="DIR", type=output_folder, default=Path("runs"), help="default: runs"
     )
     where.add_argument(
         "--tracking-uri",
@@ -171,7 +258,7 @@ def add_comparison_flags(parser: Parser, *, seeds: int) -> None:
     parser.add_argument(
         "--results",
         metavar="DIR",
-        type=Path,
+        type=output_folder,
         help="folder of what runs came to; those in it are not trained again, and files from other "
         "machines may be put there (default: results in the output folder)",
     )
@@ -308,8 +395,9 @@ def configuration(arguments: argparse.Namespace) -> ExperimentConfig:
         "data.path": _absolute(config.data.path, "synthetic", setting="data.path")
     }
     encoder = config.model.text.encoder
-    if os.path.isdir(expanded(encoder, what="model.text.encoder")):
-        places["model.text.encoder"] = _absolute(encoder, "scratch", setting="model.text.encoder")
+    absolute = _absolute(encoder, "scratch", setting="model.text.encoder")
+    if os.path.isdir(str(absolute)):
+        places["model.text.encoder"] = absolute
     return config.with_overrides(places)
 
 
@@ -317,15 +405,23 @@ def settings(arguments: argparse.Namespace) -> Settings:
     """Where things are; what trains in this process asks for no cluster.
 
     Raises:
-        ConfigError, ServiceError: as `Settings.resolve`.
+        ConfigError: as `Settings.resolve`, or an output folder that a training cannot write to.
+        ServiceError: as `Settings.resolve`.
     """
     address = arguments.address
     if getattr(arguments, "in_process", False) or getattr(arguments, "workers", None) == 0:
         # A flag that is no address is a mistake nevertheless; a variable is not about this.
         address = (address or "").strip() or "local"
-    return Settings.resolve(
+    where = Settings.resolve(
         output=arguments.output, tracking_uri=arguments.tracking_uri, address=address
     )
+    if not getattr(arguments, "dry_run", True):
+        there = next(p for p in (where.output, *where.output.parents) if os.path.lexists(p))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--output {where.output}: {there} cannot be written to; name another folder."
+            )
+    return where
 
 
 def chosen(
@@ -345,10 +441,12 @@ def chosen(
     return [by_name[name] for name in names] or known
 
 
-def positive(value: int, flag: str, *, least: int = 1) -> int:
-    """Raises ConfigError if a count is too small."""
+def positive(value: int, flag: str, *, least: int = 1, most: int = _MOST) -> int:
+    """Raises ConfigError if a count is too small or too large."""
     if value < least:
         raise ConfigError(f"{flag} must be at least {least}; got {value}.")
+    if value > most:
+        raise ConfigError(f"{flag} must be at most {most}; got {value}.")
     return value
 
 
@@ -388,12 +486,47 @@ def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
     if arguments.resume:
         kinds = (kind, "tuning") if kind == "comparison" else (kind,)
         newest = RunFolder.newest_unfinished(
-            where.output, *kinds, with_failed=arguments.retry_failed
+            where.output, *kinds, with_failed=arguments.retry_failed, say=say
         )
         name = newest.name.removesuffix(TUNING)
         say(f"resuming {name}")
         return name
-    return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Machines that share a storage do not see each other's folders.
+    return name if where.storage is None else f"{name}-{uuid.uuid4().hex[:6]}"
+
+
+@contextmanager
+def named(plan: StudyPlan, arguments: argparse.Namespace, where: Settings) -> Iterator[StudyPlan]:
+    """The plan under a name that no other command has, if it is a new one that was given none.
+
+    Several commands may start in the same second, on several hosts: who makes the folder has it.
+    It is made when everything else has been checked, and gone again if nothing was written to it.
+
+    Raises:
+        ServiceError: the folder cannot be made.
+    """
+    if arguments.name is not None or arguments.resume:
+        yield plan
+        return
+    made = not where.output.exists()
+    names = itertools.chain([plan.name], (f"{plan.name}-{n}" for n in itertools.count(2)))
+    for name in names:
+        folder = where.output / name
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+    trials = [replace(t, name=name) if t.name == plan.name else t for t in plan.fixed]
+    try:
+        yield replace(plan, name=name, fixed=tuple(trials))
+    finally:
+        for empty in (folder, *([where.output] if made else [])):
+            with suppress(OSError):
+                empty.rmdir()
 
 
 def start_early(arguments: argparse.Namespace, where: Settings) -> None:
@@ -489,7 +622,7 @@ def comparison_plan(
     Raises:
         ConfigError, DataError: flags or data that do not do.
     """
-    num_seeds = positive(arguments.seeds, "--seeds")
+    num_seeds = positive(arguments.seeds, "--seeds", most=_MOST_SEEDS)
     workers = positive(arguments.workers, "--workers")
     if arguments.in_process and workers > 1:
         raise ConfigError(f"--in-process is one process; got --workers {workers}.")
@@ -498,7 +631,7 @@ def comparison_plan(
     where = settings(arguments)
     name = run_name(arguments, kind, where)
     folder, fingerprint = checked_data(config, where, num_regions=config.data.num_regions)
-    results = expanded(arguments.results or where.output / "results", what="--results").absolute()
+    results = (arguments.results or where.output / "results").absolute()
     plan = StudyPlan(
         kind=kind,
         name=name,
@@ -512,6 +645,7 @@ def comparison_plan(
         budget=may_take,
         allow_drift=arguments.allow_drift,
         retry_failed=arguments.retry_failed,
+        typed=arguments.typed,
     )
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
 
@@ -556,8 +690,10 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 
 
 def _absolute(path: str, name: str, *, setting: str) -> Plain:
+    """The path from any folder; what is none stays: the name that stands for one, or a URL."""
     if path == name or "://" in path:
         return path
-    absolute = expanded(path, what=setting).absolute()
-    check_text(absolute, what=setting)
-    return str(absolute)
+    try:
+        return str(_path(path).absolute())
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{setting}: {str(error).rstrip('.')}.") from None

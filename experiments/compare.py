@@ -76,17 +76,18 @@ def body(arguments: argparse.Namespace) -> int:
         plans = [tuning_study(plan, chosen, COMMON, points=points)] if points > 1 else []
         plans.append(seeds_study(plan, as_they_stand(chosen), seeds=seeds, settings=where))
         return command_line.print_dry_run(plans, where, in_process=arguments.in_process)
-    result, variants = compare_methods(
-        plan,
-        chosen,
-        COMMON,
-        points=points,
-        seeds=seeds,
-        settings=where,
-        resume=arguments.resume,
-        runner=command_line.runner(arguments),
-        say=command_line.say,
-    )
+    with command_line.named(plan, arguments, where) as plan:
+        result, variants = compare_methods(
+            plan,
+            chosen,
+            COMMON,
+            points=points,
+            seeds=seeds,
+            settings=where,
+            resume=arguments.resume,
+            runner=command_line.runner(arguments),
+            say=command_line.say,
+        )
     if not variants:
         command_line.print_closing(result, where)
         return result.exit_code

@@ -27,11 +27,16 @@ def main() -> None:
         "--data",
         metavar="DIR|URL|synthetic",
         default="synthetic",
+        type=command_line.place,
         help="check this data as well (default: the generated set)",
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="as for sweep.py")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("runs"), help="default: runs"
+        "--output",
+        metavar="DIR",
+        type=command_line.output_folder,
+        default=Path("runs"),
+        help="default: runs",
     )
     parser.add_argument("--tracking-uri", metavar="URI", help="as for sweep.py")
     parser.add_argument(

@@ -74,10 +74,17 @@ def main() -> None:
         help=f"{MODEL}, and what to call it; may be repeated",
     )
     parser.add_argument(
-        "--data", metavar="DIR|URL|synthetic", required=True, help="data with a test split"
+        "--data",
+        metavar="DIR|URL|synthetic",
+        required=True,
+        type=command_line.place,
+        help="data with a test split",
     )
     parser.add_argument(
-        "--transfer", metavar="DIR|URL", help="other data: rSum on its test split, not disturbed"
+        "--transfer",
+        metavar="DIR|URL",
+        type=command_line.place,
+        help="other data: rSum on its test split, not disturbed",
     )
     parser.add_argument(
         "--only",
@@ -113,12 +120,15 @@ def main() -> None:
         "(default: the models')",
     )
     parser.add_argument(
-        "--text-encoder", metavar="DIR", help="where the models' frozen text encoder is now"
+        "--text-encoder",
+        metavar="DIR",
+        type=command_line.place,
+        help="where the models' frozen text encoder is now",
     )
     parser.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=command_line.output_folder,
         default=Path("runs/probe"),
         help="default: runs/probe",
     )

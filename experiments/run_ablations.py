@@ -79,15 +79,16 @@ def body(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         study = seeds_study(plan, [full, *possible], seeds=seeds, settings=where)
         return command_line.print_dry_run([study], where, in_process=arguments.in_process)
-    result = compare_variants(
-        plan,
-        [full, *possible],
-        seeds=seeds,
-        settings=where,
-        resume=arguments.resume,
-        runner=command_line.runner(arguments),
-        say=command_line.say,
-    )
+    with command_line.named(plan, arguments, where) as plan:
+        result = compare_variants(
+            plan,
+            [full, *possible],
+            seeds=seeds,
+            settings=where,
+            resume=arguments.resume,
+            runner=command_line.runner(arguments),
+            say=command_line.say,
+        )
     command_line.print_comparison(result, report_folder(plan, where), where)
     return result.exit_code
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpfean import commands
 from cpfean.errors import ConfigError, message_of
 from cpfean.folders import expanded
 from experiments import command_line, run_ablations
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=command_line.output_folder,
         default=Path("runs"),
         help="folder of the schedule and of the rounds (default: runs)",
     )
@@ -107,7 +108,8 @@ def _add(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) ->
     _checked(given)
     suite = schedule.add(arguments.names[0], cron=arguments.cron, arguments=given)
     (row,) = [row for row in _rows(schedule) if row[0] == suite.name]
-    print(f"{suite.name}: first due {row[2]}. `schedule.py run` has to be running then.")
+    print(f"{suite.name}: first due {row[2]}. What has to be running then:")
+    print(commands.script("schedule.py", "run", "--output", schedule.folder))
     return 0
 
 
@@ -115,7 +117,7 @@ def _list(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -
     header = ("suite", "cron (UTC)", "next", "last round", "last not run", "flags")
     rows = [header, *_rows(schedule)]
     if len(rows) == 1:
-        print(f"no suites in {schedule.folder}; see schedule.py --help.")
+        print(f"no suites in {schedule.folder}; see {commands.script('schedule.py', '--help')}")
         return 0
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -176,7 +178,7 @@ def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> i
     name = f"{suite}-{slot}"
     folder = RunFolder(schedule.folder / name)
     flags = [*given, "--name", name, "--output", str(schedule.folder)]
-    if "--results" not in given:
+    if "--results" not in _flags(given):
         flags += ["--results", str(folder.path / "results")]
     if folder.identity_file.exists():
         flags.append("--resume")
@@ -252,7 +254,7 @@ def _table(found: list[Change], before: str) -> str:
 def _checked(given: list[str]) -> None:
     """Refuses flags that would fail every night."""
     for flag in _OURS:
-        if flag in given:
+        if flag in _flags(given):
             raise ConfigError(f"{flag} is set by the schedule; leave it out of the flags.")
     asked = run_ablations.make_parser().parse_args(given)
     if asked.dry_run:
@@ -260,6 +262,11 @@ def _checked(given: list[str]) -> None:
     command_line.budget(asked)
     command_line.chosen(asked.only, ABLATIONS, flag="--only", what="ablation")
     command_line.configuration(asked)
+
+
+def _flags(given: list[str]) -> set[str]:
+    """The flags among words, whichever way their values are given."""
+    return {word.partition("=")[0] for word in given if word.startswith("--")}
 
 
 def _from_anywhere(given: list[str]) -> list[str]:

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=command_line.output_folder,
         default=Path("runs/pictures"),
         help="default: runs/pictures",
     )

@@ -83,10 +83,12 @@ def body(arguments: argparse.Namespace) -> int:
         budget=budget,
         allow_drift=arguments.allow_drift,
         retry_failed=arguments.retry_failed,
+        typed=arguments.typed,
     )
     if arguments.dry_run:
         return command_line.print_dry_run([plan], where)
-    result = command_line.finish(plan, where, resume=arguments.resume)
+    with command_line.named(plan, arguments, where) as plan:
+        result = command_line.finish(plan, where, resume=arguments.resume)
     print(table(result.records))
     if result.test:
         print(f"\n{result.best.name if result.best else ''} on the test split:")

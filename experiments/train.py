@@ -37,6 +37,7 @@ def body(arguments: argparse.Namespace) -> int:
 
     workers = command_line.positive(arguments.workers, "--workers", least=0)
     config = command_line.configuration(arguments)
+    budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "train", where)
     if workers > 0:
@@ -54,18 +55,20 @@ def body(arguments: argparse.Namespace) -> int:
         fixed=(TrialPlan(name=name, overrides={}, config=config),),
         data_folder=folder,
         data_fingerprint=fingerprint,
-        budget=command_line.budget(arguments),
+        budget=budget,
         allow_drift=arguments.allow_drift,
         retry_failed=arguments.retry_failed,
+        typed=arguments.typed,
     )
     if arguments.dry_run:
         return command_line.print_dry_run([plan], where, in_process=workers == 0)
-    if workers == 0:
-        result = run_here(plan, where, resume=arguments.resume, say=command_line.say)
-    else:
-        result = command_line.finish(plan, where, resume=arguments.resume)
+    with command_line.named(plan, arguments, where) as plan:
+        if workers == 0:
+            result = run_here(plan, where, resume=arguments.resume, say=command_line.say)
+        else:
+            result = command_line.finish(plan, where, resume=arguments.resume)
     if result.test:
-        print(f"\n{name}, best epoch, on the test split:")
+        print(f"\n{plan.name}, best epoch, on the test split:")
         command_line.print_metrics(result.test)
     command_line.print_closing(result, where)
     return result.exit_code

@@ -19,6 +19,7 @@ def add_data_flags(parser: command_line.Parser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR|URL|synthetic",
+        type=command_line.place,
         help="default: the data that the model was trained on",
     )
     parser.add_argument(

@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from cpfean.errors import ConfigError
-from orchestration.records import read_json, write_json
+from cpfean.files import read_file
+from orchestration.records import write_json
 from orchestration.settings import ServiceError
+from orchestration.stored import RecordError, read_fields
 
 SPENT = "spent.json"
 OTHER = "other"  # the type of a node that tells none
 _SAVED_SECONDS = 30.0
+_LARGEST = 1_000_000  # bytes of a file of prices
 _MARKETS = ("on_demand", "spot")
+_WITHOUT = "Without it hours and dollars are counted from 0 again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,10 +66,10 @@ class Prices:
             ConfigError: it cannot be read, or says what cannot be understood.
         """
         try:
-            plain = tomllib.loads(file.read_text(encoding="utf-8"))
+            plain = tomllib.loads(read_file(file, limit=_LARGEST).decode("utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}.") from None
         instances, nodes = plain.get("instances", {}), plain.get("nodes", {})
         known = {
@@ -135,6 +139,9 @@ class Meter:
         file: where they are kept.
         before: files of studies that count as part of this one.
         clock: seconds from any origin; never goes back.
+
+    Raises:
+        RecordError: a file that is damaged or of another release.
     """
 
     def __init__(
@@ -150,20 +157,20 @@ class Meter:
         self._rate: float | None = None
         self._unpriced = 0.0
         own = _spent(file)
-        self._seconds, self._dollars = own["seconds"], own["dollars"]
+        self._seconds, self._dollars = own.seconds, own.dollars
         self._before = [_spent(other) for other in before]
 
     @property
     def hours(self) -> float:
         """Of all attempts, up to the last look at the clock."""
-        return (self._seconds + math.fsum(other["seconds"] for other in self._before)) / 3600
+        return (self._seconds + math.fsum(other.seconds for other in self._before)) / 3600
 
     @property
     def dollars(self) -> float | None:
         """The same in dollars; None if no price was ever known."""
         known = [
             dollars
-            for dollars in (self._dollars, *(other["dollars"] for other in self._before))
+            for dollars in (self._dollars, *(other.dollars for other in self._before))
             if dollars is not None
         ]
         return math.fsum(known) if known else None
@@ -331,10 +338,23 @@ def size(number: float) -> str:
     return f"{number:.3g} GB" if number < 1000 else f"{number:.0f} GB"
 
 
-def _spent(file: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Spent:
+    """What the file of a meter holds."""
+
+    seconds: float = 0.0
+    dollars: float | None = None
+
+
+def _spent(file: Path) -> _Spent:
     """What a file says was spent; nothing if it is not there."""
-    known = read_json(file)
-    return {"seconds": 0.0, "dollars": None} | (known if isinstance(known, dict) else {})
+    given = read_fields(file, _Spent, without=_WITHOUT, optional=("dollars",))
+    if given is None:
+        return _Spent()
+    for name, value in given.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise RecordError(file, f"{name} must be 0 or more; got {value}", without=_WITHOUT)
+    return _Spent(**given)
 
 
 def _tables(file: Path, name: str, plain: Any) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cpfean.errors import CheckpointError, ConfigError
+from cpfean.files import is_there, read_file
 from orchestration.attempts import MARKER, check_current, in_order, name_of
 from orchestration.disks import cannot_write
 from orchestration.storage import Storage
@@ -69,6 +70,7 @@ class CheckpointFolder:
         """Registers the trial's next attempt, which ends all those before; returns its number.
 
         Raises:
+            CheckpointError: the number of the last one cannot be read.
             ServiceError: it cannot be written.
         """
         attempt = self._last_attempt() + 1
@@ -92,11 +94,11 @@ class CheckpointFolder:
     def _last_attempt(self) -> int:
         try:
             if self._store is None:
-                return int((self._path / MARKER).read_text(encoding="utf-8"))
+                return _number(self._path / MARKER, uri=self.at(MARKER))
             with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
                 marker = Path(temporary) / MARKER
                 self._store.get(MARKER, marker)
-                return int(marker.read_text(encoding="utf-8"))
+                return _number(marker, uri=self.at(MARKER))
         except FileNotFoundError:
             return 0
 
@@ -240,6 +242,31 @@ class CheckpointFolder:
             shutil.rmtree(self._path / name, ignore_errors=True)
         else:
             self._store.remove(name)
+
+
+def _number(marker: Path, *, uri: str) -> int:
+    """The number of the last attempt.
+
+    Raises:
+        FileNotFoundError: there was none.
+        CheckpointError: something else is in its place.
+    """
+    if not is_there(marker):
+        raise FileNotFoundError(uri)
+    try:
+        text = read_file(marker, limit=100).decode("ascii").strip()
+        if text.isdecimal():
+            return int(text)
+        found = f"found {text!r}"
+    except OSError as error:
+        found = error.strerror or str(error)
+    except UnicodeDecodeError:
+        found = "found no text"
+    raise CheckpointError(
+        f"{uri}: expected the number of the trial's last attempt, {found}. It was left as it is. "
+        "Once no other process works on this trial, move it aside: the next attempt is the first "
+        "again, and goes on from the newest checkpoint."
+    )
 
 
 def _described(manifest: Path) -> dict[str, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
+from cpfean.files import is_there
 from orchestration.ablation import Ablation, plan_trials
 from orchestration.records import TUNING, RunFolder, TrialRecord
 from orchestration.report import write_report
@@ -123,6 +124,9 @@ def compare_methods(
         seeds: of the runs that are reported; the base's own seed is for tuning.
         runner: runs a study.
 
+    Raises:
+        ConfigError: a comparison that was renamed, and its tuning was not.
+
     Returns:
         The outcome, and every method with the settings that were chosen for it; that of the tuning
         and none if its budget was used up.
@@ -130,7 +134,14 @@ def compare_methods(
     variants = as_they_stand(methods)
     if points > 1:
         tuning = tuning_study(plan, methods, common, points=points)
-        if RunFolder(settings.output / plan.name).identity_file.exists():
+        folder = RunFolder(settings.output / plan.name)
+        if resume and folder.first_name != folder.name and not _exists(tuning, settings):
+            raise ConfigError(
+                f"{folder.path} was started as {folder.first_name}, and what tuned its methods is "
+                f"not beside it: rename {folder.first_name + TUNING} to {tuning.name} too, or "
+                f"{folder.name} back."
+            )
+        if is_there(folder.identity_file):
             # What is compared has been chosen: a better point would make another study of it.
             tuning = replace(tuning, retry_failed=False)
         say(f"tuning: {points} configurations of each of {len(methods)} methods, judged on dev")
@@ -206,7 +217,7 @@ def report_folder(plan: StudyPlan, settings: Settings) -> Path:
 
 
 def _exists(plan: StudyPlan, settings: Settings) -> bool:
-    return RunFolder(settings.output / plan.name).identity_file.exists()
+    return is_there(RunFolder(settings.output / plan.name).identity_file)
 
 
 def _config(base: ExperimentConfig, name: str, overrides: Mapping[str, Plain]) -> ExperimentConfig:

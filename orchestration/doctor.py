@@ -24,8 +24,9 @@ from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
 from cpfean.folders import can_be_written
 from orchestration.ray_address import check_this_host
-from orchestration.records import RunFolder, read_json
+from orchestration.records import RunFolder
 from orchestration.settings import Settings, token_file
+from orchestration.stored import RecordError
 from orchestration.tracking_address import is_web, shown, sqlite_file, without_password
 
 if TYPE_CHECKING:
@@ -363,10 +364,13 @@ def check_runs(
     client, experiment = open_store(settings.tracking_uri)
     experiments = list(experiments_of_ours(client, experiment))
     patience = _BEATS * HEARTBEAT_SECONDS
-    folders = {
-        (read_json(file) or {}).get("id"): RunFolder(file.parent)
-        for file in settings.output.glob("*/sweep.json")
-    }
+    folders = {}
+    for folder in RunFolder.all_in(settings.output):
+        try:
+            folders[folder.id] = folder
+        except RecordError as error:  # for all that is known its study runs
+            text, _, fix = str(error).partition("\n")
+            raise Ill(text, fix) from None
     before = _running_studies(client, experiments)
     suspects, beating, silent = set(), 0, 0
     for id, runs in before.items():

@@ -26,6 +26,7 @@ from orchestration.study import (
     StudyResult,
     check_room_for_checkpoints,
     conclude,
+    follow_places,
     keep_model,
     meter_of,
     opened_folder,
@@ -65,6 +66,7 @@ def run_here(
     folder = opened_folder(plan, settings, resume=resume)
     stop = _Stop()
     with folder.lock(), stopped_by_signals(stop.tell, say):
+        follow_places(plan, folder, say)
         drift = since_start(folder, allowed=plan.allow_drift)
         reopen_failed(plan, folder, say)
         tracker = _tracker(plan, settings, folder, say)
@@ -198,7 +200,7 @@ class _Here:
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self._say(f"Stopped; continue with {resume_line(self._plan)}")
+            self._say(f"Stopped; continue with:\n{resume_line(self._plan)}")
             raise
         finally:
             self._count()
@@ -208,8 +210,10 @@ class _Here:
             self._tracker.update_parent(outcome, self._meter.metrics(), tags)
             seconds = seconds_to_stop(self._stop.told) if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
-                first = self._tracker.first
-                self._say(f"tracking: not everything is sent; {first}{resume_line(self._plan)}")
+                self._say(
+                    f"tracking: not everything is sent; {self._tracker.first}the rest is sent by:\n"
+                    f"{resume_line(self._plan)}"
+                )
 
     def _bring_to_end(self, record: TrialRecord) -> None:
         tests = self._plan.tested == "all"

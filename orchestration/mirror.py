@@ -10,17 +10,18 @@ database is rebuilt from the records.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from cpfean.errors import ConfigError, message_of
+from cpfean.files import is_there, read_file
 from orchestration.budget import SPENT
-from orchestration.records import RunFolder, read_json, write_text
+from orchestration.records import RunFolder, write_text
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage import Storage
+from orchestration.stored import LARGEST, RecordError
 
 _IDENTITY = "sweep.json"
 _FILES = (SPENT, "summary.json", "best_config.toml")
@@ -37,10 +38,14 @@ class Mirror:
         folder: of the study; it need not be there yet.
         storage: URL or folder, as in the settings.
         say: shows the user a line.
+        resume: the command that goes on with the study.
     """
 
-    def __init__(self, folder: RunFolder, storage: str, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: RunFolder, storage: str, *, say: Callable[[str], None], resume: str = ""
+    ) -> None:
         self._folder = folder
+        self._resume = resume
         self._copy = _Copy(storage, folder.name, patience=0.0)
         self._say = say
         self._agrees = False
@@ -77,8 +82,8 @@ class Mirror:
         self._thread.join(min(seconds, _AWAY_SECONDS) if self._away else seconds)
         if not self._complete and self._refusal is None:
             self._say(
-                f"{self._copy.uri} has not got all records; they are in {self._folder.path}, and a "
-                "--resume from there copies the rest."
+                f"{self._copy.uri} has not got all records; they are in {self._folder.path}, and "
+                f"the rest is copied by\n  {self._resume}"
             )
 
     def _ask(self) -> None:
@@ -95,20 +100,30 @@ class Mirror:
         with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
             there = RunFolder(Path(temporary) / here.name)
             if self._copy.get(_IDENTITY, there.identity_file):
-                if not here.identity_file.exists():
+                if not is_there(here.identity_file):
                     raise ConfigError(
-                        f"{uri} holds a run already; continue it with --resume --name {here.name}, "
-                        "or choose another --name."
+                        f"{uri} holds a run already; continue it with\n  {self._resume}\nor choose "
+                        "another --name."
                     )
-                if _id(there) != _id(here):
+                try:
+                    if there.id != here.id:
+                        raise ConfigError(
+                            f"{uri} is another run than {here.path} (id {there.id}, and {here.id} "
+                            "here): choose another --name, or move one of the two away."
+                        )
+                    self._copy.fetch(there.path)
+                    epochs = _epochs(there)
+                except RecordError as error:
+                    if not error.file.is_relative_to(there.path):
+                        raise
+                    file = f"{uri}/{error.file.relative_to(there.path)}"
                     raise ConfigError(
-                        f"{uri} is another run than {here.path} (id {_id(there)}, and {_id(here)} "
-                        "here): choose another --name, or move one of the two away."
-                    )
-                self._copy.fetch(there.path)
-                if _epochs(there) > _epochs(here):
+                        f"{file}: {error.wrong}: damaged, or written by another release. Move "
+                        f"{uri} away, and it is made anew from {here.path}."
+                    ) from None
+                if epochs > _epochs(here):
                     raise ConfigError(
-                        f"{uri} is further than {here.path}: {_epochs(there)} epoch(s), and "
+                        f"{uri} is further than {here.path}: {epochs} epoch(s), and "
                         f"{_epochs(here)} here. Move the folder away to go on from the copy, or "
                         "the copy to go on from the folder; then --resume again."
                     )
@@ -165,7 +180,7 @@ def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) 
         ServiceError: the storage does not answer, or the folder cannot be written.
     """
     folder = RunFolder(settings.output / name)
-    if settings.storage is None or folder.identity_file.exists():
+    if settings.storage is None or is_there(folder.identity_file):
         return
     copy = _Copy(settings.storage, name)
     try:
@@ -217,29 +232,26 @@ class _Copy:
                 self._store.get(name, partial)
             else:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._path / name, partial)
+                partial.write_bytes(read_file(self._path / name, limit=LARGEST))
         except FileNotFoundError:
             return False
         partial.replace(file)
         return True
 
     def fetch(self, folder: Path) -> None:
-        """Fetches all that there is but the identity."""
+        """Fetches all that there is but the identity; what is there already is as new."""
         if self._trials is None:
             names = _records(self._path)
         else:
             names = [f"trials/{number}/record.json" for number in self._trials.folders()]
         for name in (*_FILES, *names):
-            self.get(name, folder / name)
+            if not is_there(folder / name):
+                self.get(name, folder / name)
 
 
 def _records(folder: Path) -> list[str]:
     """The names of its records."""
     return sorted(str(file.relative_to(folder)) for file in folder.glob("trials/*/record.json"))
-
-
-def _id(folder: RunFolder) -> str:
-    return str((read_json(folder.identity_file) or {}).get("id"))
 
 
 def _epochs(folder: RunFolder) -> int:

@@ -3,29 +3,43 @@
     <output>/<name>/sweep.json              what was asked for; a resume has to ask for the same
     <output>/<name>/trials/003/record.json  one trial: configuration, state, every epoch's numbers
 
-The driver alone writes them, each as a whole: to a temporary name, then renamed.
+The driver alone writes them, each as a whole: to a temporary name, then renamed. A folder belongs
+to whoever wrote its sweep.json first. It may be moved and renamed, and so may data and text
+encoder: what they hold tells which they are.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
+from cpfean.files import is_there
 from orchestration.disks import cannot_write
+from orchestration.stored import RecordError, of_type, read_fields, read_table, shown
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
 SETTLED: tuple[State, ...] = ("finished", "pruned", "failed")
 TUNING = "-tuning"  # ends the name of the study that tunes the methods of a comparison
+_NEWER = ("reused", "drift")  # fields of records that not every release has written
+_WITHOUT = {
+    "identity": "Without it nothing tells what the run was. Where CPFEAN_STORAGE has a copy, "
+    "--resume fetches it once this one is put aside; else start anew under another --name: the "
+    "records and checkpoints beside it stay.",
+    "record": "--resume uses all other records; this one's trial is then run again, from its "
+    "newest checkpoint where that is of the same configuration.",
+    "summary": "--resume uses all records and writes the summary anew.",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,38 +118,65 @@ class RunFolder:
         *,
         commit: str | None = None,
         versions: Mapping[str, str] | None = None,
+        resume: str = "",
     ) -> None:
-        """Writes what was asked for, an id of its own, and the commit and versions at the start.
+        """Writes what was asked for, an id of its own, and name, commit and versions at the start.
+
+        Of several processes that do so at the same time, on any hosts, one alone succeeds.
+
+        Args:
+            resume: the command that goes on with a run of this name.
 
         Raises:
             ConfigError: the folder holds a run already.
+            ServiceError: it cannot be written.
         """
-        if self.identity_file.exists():
+        own = {
+            "id": uuid.uuid4().hex[:12],
+            "name": self.name,
+            "commit": commit,
+            "versions": dict(versions or {}),
+        }
+        if any(self.path.glob("trials/*/record.json")) and not is_there(self.identity_file):
             raise ConfigError(
-                f"{self.path} holds a run already; continue it with --resume --name {self.name}, "
-                "or choose another --name."
+                f"{self.path} holds the records of a run whose {self.identity_file.name} is gone: "
+                "put that back to resume it, or choose another --name."
             )
-        own = {"id": uuid.uuid4().hex[:12], "commit": commit, "versions": dict(versions or {})}
         try:
             (self.path / "trials").mkdir(parents=True, exist_ok=True)
-            write_json(self.identity_file, own | identity)
+            _write_first(self.identity_file, _json(own | identity))
+        except FileExistsError as error:
+            if not is_there(self.identity_file):  # but a file is where a folder should be
+                raise cannot_write(self.path, error) from None
+            goes_on = (
+                f"; continue it with\n  {resume}\n" if resume else "; continue it with --resume, "
+            )
+            raise ConfigError(
+                f"{self.path} holds a run already{goes_on}or choose another --name."
+            ) from None
         except OSError as error:
             raise cannot_write(self.path, error) from None
 
     def check_same(self, identity: dict[str, Any]) -> None:
         """Compares what is asked for with what the folder was made for.
 
+        Where data and text encoder are says nothing if they are known to hold the same.
+
         Raises:
             ConfigError: no run there, or another one; every difference is named.
+            RecordError: what it was made for cannot be read.
         """
-        known = read_json(self.identity_file)
+        known = self.identity()
         if known is None:
-            raise ConfigError(
-                f"nothing to resume: {self.identity_file} does not exist or is damaged."
-            )
+            raise ConfigError(f"nothing to resume: {self.identity_file} does not exist.")
         # Through JSON, so that tuples and lists compare equal.
         before = _flat({name: value for name, value in known.items() if name not in _OWN})
         now = _flat(json.loads(json.dumps(identity)))
+        for what, place in _PLACES.items():
+            if now.get(what) and before.get(what) == now[what]:
+                before[place] = now.get(place)
+        if "encoder_fingerprint" in now:  # which not every release has noted
+            before.setdefault("encoder_fingerprint", now["encoder_fingerprint"])
         differences = [
             f"  {path}: {_shown(before, path)} then, {_shown(now, path)} now"
             for path in sorted({*before, *now})
@@ -145,36 +186,108 @@ class RunFolder:
             raise ConfigError(
                 f"{self.name} cannot be resumed as something else; it differs in\n"
                 + "\n".join(differences)
-                + "\nAsk for the same as before, or start anew under another --name."
+                + f"\nAsk for the same as before, which is in {self.identity_file}, or start anew "
+                "under another --name."
             )
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the folder was made for, and what is the run's own; None if there is no run.
+
+        Raises:
+            RecordError: it cannot be read.
+        """
+        file = self.identity_file
+        known = read_table(file, without=_WITHOUT["identity"])
+        if known is None:
+            return None
+        try:
+            for name, hint in _OWN.items():
+                if name == "id" or name in known:
+                    of_type(known.get(name), hint, path=name)
+            of_type(known.get("kind", ""), str, path="kind")
+            # Both name folders.
+            if not known["id"].isalnum():
+                raise ConfigError(f"id must be letters and digits; got {shown(known['id'])}")
+            name = known.get("name", self.name)
+            if not name or PurePath(name).name != name or not name.isprintable():
+                raise ConfigError(f"name must be that of a folder; got {shown(name)}")
+        except ConfigError as error:
+            raise RecordError(file, str(error), without=_WITHOUT["identity"]) from None
+        return known
+
+    def check(self) -> None:
+        """Reads all that a resume needs, before anything is started.
+
+        Raises:
+            RecordError: a file that is damaged or of another release.
+        """
+        self.identity()
+        self.records()
+        self._summary()
 
     @property
     def is_complete(self) -> bool:
         """Whether it has come to its end, and not only to that of its budget."""
-        file = self.path / "summary.json"
-        if not file.exists() or (read_json(file) or {}).get("used_up"):
+        told = self._summary()
+        if told is None or told.get("used_up"):
             return False
         # Since then trials that failed may have been asked for once more.
         return all(record.settled for record in self.records())
 
     @property
     def id(self) -> str:
-        return read_json(self.identity_file)["id"]
+        return self._own("id", "")
+
+    @property
+    def first_name(self) -> str:
+        """The name that it was started under: checkpoints and the search are filed under it."""
+        return self._own("name", self.name)
 
     @property
     def commit(self) -> str | None:
         """The commit that was checked out when the run was started."""
-        return (read_json(self.identity_file) or {}).get("commit")
+        return self._own("commit", None)
 
     @property
     def versions(self) -> dict[str, str]:
         """What the run was started with; empty if that is not known."""
-        return (read_json(self.identity_file) or {}).get("versions", {})
+        return self._own("versions", {})
 
     def records(self) -> list[TrialRecord]:
-        """All trials, by number; one that was cut off before its first write is not there."""
-        found = (read_json(file) for file in sorted(self.path.glob("trials/*/record.json")))
-        return [TrialRecord(**data) for data in found if data is not None]
+        """All trials, by number; one that was cut off before its first write is not there.
+
+        Raises:
+            RecordError: one that is damaged or of another release.
+        """
+        # A pattern that ended in the file's name would pass over a link that leads nowhere.
+        files = [trial / "record.json" for trial in sorted(self.path.glob("trials/*"))]
+        return [record for file in files if (record := self._record(file)) is not None]
+
+    def _record(self, file: Path) -> TrialRecord | None:
+        without = _WITHOUT["record"]
+        given = read_fields(file, TrialRecord, without=without, optional=_NEWER)
+        if given is None:
+            return None
+        record = TrialRecord(**given)
+        try:
+            _check_record(record, folder=file.parent.name)
+        except ConfigError as error:
+            raise RecordError(file, str(error), without=without) from None
+        if not record.reused:
+            record.checkpoint = relocated(record.checkpoint, self.path)
+        return record
+
+    def _summary(self) -> dict[str, Any] | None:
+        file, without = self.path / "summary.json", _WITHOUT["summary"]
+        told = read_table(file, without=without)
+        if told is not None and not isinstance(told.get("used_up", ""), str):
+            wrong = f"used_up must be a text; got {shown(told['used_up'])}"
+            raise RecordError(file, wrong, without=without)
+        return told
+
+    def _own(self, name: str, otherwise: Any) -> Any:
+        known = self.identity() or {}
+        return known.get(name, otherwise)
 
     def write(self, record: TrialRecord) -> None:
         folder = self.path / "trials" / f"{record.number:03d}"
@@ -219,33 +332,84 @@ class RunFolder:
             return True
 
     @staticmethod
-    def newest_unfinished(output: Path, *kinds: str, with_failed: bool = False) -> RunFolder:
+    def all_in(output: Path) -> list[RunFolder]:
+        """The runs of an output folder, by name, those included that cannot be read."""
+        runs = [RunFolder(path) for path in sorted(output.glob("*"))]
+        return [run for run in runs if is_there(run.identity_file)]
+
+    @staticmethod
+    def newest_unfinished(
+        output: Path,
+        *kinds: str,
+        with_failed: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> RunFolder:
         """The run of one of these kinds that was started last and has not been completed.
 
         Args:
             with_failed: a run of which a trial failed counts as not completed.
+            say: shows the user a line: of a run that cannot be read, which is passed over.
 
         Raises:
             ConfigError: there is none.
         """
-        candidates = []
-        for file in output.glob("*/sweep.json"):
-            identity = read_json(file)
+        candidates, unreadable = [], []
+        for run in RunFolder.all_in(output):
             # Tuning is half of a comparison: it is done with when that is.
-            whole = RunFolder(file.parent.with_name(file.parent.name.removesuffix(TUNING)))
-            is_open = not whole.is_complete or (
-                with_failed and any(r.state == "failed" for r in RunFolder(file.parent).records())
-            )
-            if identity and identity.get("kind") in kinds and is_open:
-                candidates.append((file.stat().st_mtime, file.parent))
+            whole = RunFolder(run.path.with_name(run.name.removesuffix(TUNING)))
+            try:
+                identity = run.identity()
+                if identity is None or identity.get("kind") not in kinds:
+                    continue
+                is_open = not whole.is_complete or (
+                    with_failed and any(r.state == "failed" for r in run.records())
+                )
+                if is_open:
+                    candidates.append((run.identity_file.stat().st_mtime, run.path))
+            except RecordError as error:
+                unreadable.append(error.line)
         if not candidates:
-            raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.")
+            told = "".join(f"\n  {line}" for line in unreadable)
+            passed = f" These cannot be read:{told}" if unreadable else ""
+            raise ConfigError(f"nothing to resume: no unfinished {kinds[0]} in {output}.{passed}")
+        for line in unreadable:
+            say(f"passed over: {line}")
         return RunFolder(max(candidates)[1])
+
+
+def relocated(checkpoint: str, folder: Path) -> str:
+    """The place of a checkpoint of a run whose folder may have been moved since.
+
+    A folder that was copied has checkpoints of its own, which are the ones that count.
+
+    Args:
+        checkpoint: as it was noted: a path, or the URL of a place that does not move.
+        folder: of the run, where it is now.
+    """
+    parts = PurePath(checkpoint.removeprefix("file://")).parts
+    for tail in (parts[-2:], parts[-3:]):
+        if tail and tail[0] in _CHECKPOINTS and "://" not in checkpoint.removeprefix("file://"):
+            here = folder.joinpath(*tail)
+            return str(here) if here.is_dir() else checkpoint
+    return checkpoint
+
+
+def check_outcome(
+    history: list[dict[str, float]], test: dict[str, float], *, seconds: float
+) -> None:
+    """Raises ConfigError for what a training cannot have come to."""
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"seconds must be a finite number; got {seconds}")
+    for number, row in enumerate(history, start=1):
+        if row.get("epoch") != number or "val/rsum" not in row:
+            raise ConfigError(f"history must tell of epoch {number} and its val/rsum in its place")
+    if test and "rsum" not in test:
+        raise ConfigError("test must have rsum")
 
 
 def write_json(file: Path, data: Any) -> None:
     """Writes a file that is there whole or not at all; raises as `write_text` does."""
-    write_text(file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_text(file, _json(data))
 
 
 def write_text(file: Path, text: str) -> None:
@@ -254,29 +418,79 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         ServiceError: the disk is full, or it cannot be written; what was there still is.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
+        with _written(file, text) as temporary:
+            temporary.replace(file)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise cannot_write(file, error, needed=len(text.encode())) from error
 
 
-def read_json(file: Path) -> Any:
-    """The data, or None if the file is absent or no JSON."""
+@contextmanager
+def _written(file: Path, text: str) -> Iterator[Path]:
+    """A text on disk, under a name beside the one that it is for; gone at the end."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _write_first(file: Path, text: str) -> None:
+    """Writes a file that nobody has written yet: whole, and by one process alone.
+
+    Raises:
+        FileExistsError: somebody has, or does.
+        OSError: it cannot be written.
+    """
+    with _written(file, text) as temporary:
+        try:
+            os.link(temporary, file)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without hard links: the name is taken first, and filled then.
+            with file.open("x", encoding="utf-8") as stream:
+                stream.write(text)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def _check_record(record: TrialRecord, *, folder: str) -> None:
+    """Raises ConfigError for what the types of its fields do not tell."""
+    if f"{record.number:03d}" != folder:
+        raise ConfigError(f"number must be that of its folder, {folder}; got {record.number}")
+    # It names folders too.
+    if not record.name.isprintable() or ".." in record.name or record.name[:1] in ("", "/"):
+        raise ConfigError(f"name must be that of a trial; got {shown(record.name)}")
+    check_outcome(record.history, record.test, seconds=record.seconds)
+    try:
+        ExperimentConfig.from_dict(record.config)
+    except ConfigError as error:
+        raise ConfigError(f"config: {error}") from None
 
 
 _ABSENT = object()
-_OWN = ("id", "commit", "versions")  # what a run has beside what was asked for
+# What a run has beside what was asked for.
+_OWN: dict[str, Any] = {
+    "id": str,
+    "name": str,
+    "commit": str | None,
+    "versions": dict[str, str],
+}
+# What tells whether something is the same -> where it was.
+_PLACES = {
+    "data_fingerprint": "config.data.path",
+    "encoder_fingerprint": "config.model.text.encoder",
+}
+_CHECKPOINTS = ("checkpoints", "train")  # the folders of a run that checkpoints are in
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -289,4 +503,4 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(flat: dict[str, Any], path: str) -> str:
-    return json.dumps(flat[path], ensure_ascii=False) if path in flat else "nothing"
+    return shown(flat[path]) if path in flat else "nothing"

@@ -12,13 +12,38 @@ import ast
 import functools
 import hashlib
 import importlib
-from pathlib import Path
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 from cpfean.config import ExperimentConfig
-from orchestration.records import TrialRecord, read_json, write_json
+from cpfean.errors import ConfigError
+from orchestration.disks import cannot_write
+from orchestration.records import TrialRecord, check_outcome, relocated, write_json
+from orchestration.stored import RecordError, read_fields
+
+logger = logging.getLogger("cpfean.results")
 
 _FORMAT = 1
+_WITHOUT = "Without it its run is trained again."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Result:
+    """What a file holds."""
+
+    format: int
+    name: str
+    data_fingerprint: str
+    code_fingerprint: str
+    commit: str | None
+    best_rsum: float
+    test: dict[str, float]
+    seconds: float
+    checkpoint: str
+    config: dict[str, Any]
+    history: list[dict[str, float]]
 
 
 class Results:
@@ -38,10 +63,9 @@ class Results:
     def file_of(self, config: ExperimentConfig) -> Path:
         """Where the result of a configuration is, or will be."""
         # Where data and text encoder lie says nothing: what they hold tells which they are.
-        encoder = Path(config.model.text.encoder)
         here = {"data.path": "synthetic"}
-        if encoder.is_dir():
-            here["model.text.encoder"] = content_fingerprint(encoder)
+        if held := encoder_fingerprint(config):
+            here["model.text.encoder"] = held
         moved = config.with_overrides(here)
         text = "\n".join((moved.fingerprint(), self._data, code_fingerprint()))
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
@@ -52,39 +76,84 @@ class Results:
         Args:
             record: with its configuration.
             tested: whether the metrics on the test split are needed too.
+
+        Raises:
+            RecordError: the file of that run is damaged or of another release.
         """
         file = self.file_of(record.experiment)
-        known = read_json(file)
-        if not isinstance(known, dict) or known.get("format") != _FORMAT:
+        known = self._known(file)
+        if known is None or (tested and not known.test):
             return False
-        if tested and not known["test"]:
-            return False
-        record.history, record.test = known["history"], known["test"]
-        record.seconds, record.checkpoint = known["seconds"], known["checkpoint"]
+        record.history, record.test = known.history, known.test
+        record.seconds, record.checkpoint = known.seconds, self._moved(known.checkpoint)
         record.complete, record.state, record.reused = True, "finished", file.name
         return True
 
     def keep(self, record: TrialRecord) -> None:
         """Keeps what a finished run came to; a known result that says more stays."""
         file = self.file_of(record.experiment)
-        known = read_json(file)
-        if isinstance(known, dict) and known.get("test") and not record.test:
+        try:
+            known = self._known(file)
+        except RecordError as error:  # since the study began
+            logger.warning("%s The result of %s is not kept there.", error.line, record.name)
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        result: dict[str, Any] = {
-            "format": _FORMAT,
-            "name": record.name,
-            "data_fingerprint": self._data,
-            "code_fingerprint": code_fingerprint(),
-            "commit": self._commit,
-            "best_rsum": record.best_rsum,
-            "test": record.test,
-            "seconds": record.seconds,
-            "checkpoint": record.checkpoint,
-            "config": record.config,
-            "history": record.history,
-        }
-        write_json(file, result)
+        if known is not None and known.test and not record.test:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+        result = _Result(
+            format=_FORMAT,
+            name=record.name,
+            data_fingerprint=self._data,
+            code_fingerprint=code_fingerprint(),
+            commit=self._commit,
+            best_rsum=record.best_rsum,
+            test=record.test,
+            seconds=record.seconds,
+            checkpoint=record.checkpoint,
+            config=record.config,
+            history=record.history,
+        )
+        write_json(file, asdict(result))
+
+    def _known(self, file: Path) -> _Result | None:
+        """What is kept in a file; None if there is none.
+
+        Raises:
+            RecordError: it is damaged or of another release.
+        """
+        given = read_fields(file, _Result, without=_WITHOUT)
+        if given is None:
+            return None
+        result = _Result(**given)
+        try:
+            if result.format != _FORMAT:
+                raise ConfigError(f"format must be {_FORMAT}; got {result.format}")
+            check_outcome(result.history, result.test, seconds=result.seconds)
+        except ConfigError as error:
+            raise RecordError(file, str(error), without=_WITHOUT) from None
+        return result
+
+    def _moved(self, checkpoint: str) -> str:
+        """A checkpoint of another run, of which the folder may have moved together with this one.
+
+        Of a path `.../<output>/<run>/train/...` the run is looked for beside the results.
+        """
+        parts = PurePath(checkpoint).parts
+        for depth in (3, 4):
+            if len(parts) >= depth and not Path(checkpoint).is_dir():
+                found = relocated(checkpoint, self._folder.parent / parts[-depth])
+                if found != checkpoint:
+                    return found
+        return checkpoint
+
+
+def encoder_fingerprint(config: ExperimentConfig) -> str:
+    """What a text encoder that is a folder holds; empty for one that goes by its name."""
+    name = config.model.text.encoder
+    return content_fingerprint(Path(name)) if name != "scratch" and Path(name).is_dir() else ""
 
 
 @functools.cache
@@ -119,4 +188,4 @@ def _bare(file: Path) -> str:
     return ast.dump(tree)
 
 
-__all__ = ["Results", "code_fingerprint"]
+__all__ = ["Results", "code_fingerprint", "content_fingerprint", "encoder_fingerprint"]

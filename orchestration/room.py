@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cpfean import commands
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
@@ -54,7 +56,8 @@ class Room:
         if self.places >= self.workers:
             return text + " if nothing else runs"
         if self.grows is None:
-            return text + "; whether the cluster grows is not known here, see `ray status`"
+            status = commands.cluster_status()
+            return text + f"; whether the cluster grows is not known here, see {status}"
         return text + ("; it is growing" if self.grows else ", and the cluster does not grow to it")
 
 

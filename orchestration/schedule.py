@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shlex
@@ -31,12 +32,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from cpfean import commands
 from cpfean.errors import ConfigError, message_of
+from cpfean.files import is_there, open_file, read_file
 from orchestration.settings import ServiceError
+from orchestration.stored import LARGEST, aside, checked, of_type
 
 if TYPE_CHECKING:
     from apscheduler.schedulers.base import BaseScheduler
     from apscheduler.triggers.cron import CronTrigger
+
+logger = logging.getLogger("cpfean.schedule")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 _RETRY = timedelta(seconds=60)
@@ -46,6 +52,7 @@ _WRONG_CLOCK = timedelta(days=1)  # a slot further ahead was noted by a clock th
 _MOST_MISSED = 100  # that are noted after one pause
 _LONGEST = timedelta(days=366 * 5)  # between two slots: 29 February
 _SLOT = "%Y%m%dT%H%M%SZ"
+_ROW = ("time", "suite", "slot", "what", "why")  # of the journal
 
 Ended = Literal["done", "changed", "failed", "stopped"]
 _ENDED: tuple[Ended, ...] = ("done", "changed", "failed", "stopped")
@@ -233,6 +240,7 @@ class Schedule:
         self._now = now
         self._journal = folder / "schedule.jsonl"
         self._one_by_one = threading.Lock()
+        self._told = False
 
     def add(self, name: str, *, cron: str, arguments: Sequence[str]) -> Suite:
         """Adds a suite.
@@ -251,7 +259,10 @@ class Schedule:
         )
         with self._store() as scheduler:
             if scheduler.get_job(name) is not None:
-                raise ConfigError(f"there is a suite {name!r} already; remove it first.")
+                raise ConfigError(
+                    f"there is a suite {name!r} already; remove it first: "
+                    f"{self._line('remove', name)}"
+                )
             scheduler.add_job(
                 _fire,
                 trigger,
@@ -286,10 +297,10 @@ class Schedule:
 
     def suites(self) -> list[Suite]:
         """All of them, by name."""
-        if not self._file.exists():
+        if not is_there(self._file):
             return []
         with self._store() as scheduler:
-            return [Suite(**job.args[1]) for job in sorted(scheduler.get_jobs(), key=_id)]
+            return [self._suite(job) for job in sorted(scheduler.get_jobs(), key=_id)]
 
     def standing(self, name: str) -> Standing:
         """What became of the suite's slots lately."""
@@ -325,7 +336,7 @@ class Schedule:
                 what = "paused"
                 why = (
                     f"the last {_FAILURES} rounds failed, {suite.round(failed[0])} the last of "
-                    f"them; when it is mended: schedule.py resume {suite.name}"
+                    f"them; when it is mended: {self._line('resume', suite.name)}"
                 )
             elif jobs.submit(job, self._command(suite, slot)):
                 what, why = "submitted", ""
@@ -436,6 +447,10 @@ class Schedule:
     def _file(self) -> Path:
         return self.folder / "schedule.db"
 
+    def _line(self, *words: str) -> str:
+        """What to type to tell this schedule something."""
+        return commands.script(self._script.name, *words, "--output", self.folder)
+
     def _command(self, suite: Suite, slot: str) -> str:
         words = [self._python, self._script, "round", suite.name, slot, "--output", self.folder]
         return shlex.join([*map(str, words), "--", *suite.arguments])
@@ -444,6 +459,7 @@ class Schedule:
     def _store(self) -> Iterator[BaseScheduler]:
         """The stored suites; nothing is run."""
         from apscheduler.schedulers.base import BaseScheduler
+        from sqlalchemy.exc import SQLAlchemyError
 
         class Shelf(BaseScheduler):
             """The others look for what is due when they are shut down, even if they are paused."""
@@ -454,18 +470,47 @@ class Schedule:
                 super().shutdown(wait)
 
         scheduler = self._with_store(Shelf(timezone=UTC))
-        scheduler.start(paused=True)
         try:
+            scheduler.start(paused=True)
             yield scheduler
+        except SQLAlchemyError as error:
+            line = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise ServiceError(
+                f"{self._file}: cannot be used as the schedule's database: {line}. It was left as "
+                "it is. Where it is damaged, put it aside and add the suites again:\n"
+                f"  {commands.move(self._file, aside(self._file))}"
+            ) from None
         finally:
-            scheduler.shutdown()
+            if scheduler.running:
+                scheduler.shutdown()
 
     def _with_store(self, scheduler: Any) -> Any:
         from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
+        from sqlalchemy import select
         from sqlalchemy.exc import OperationalError
 
+        file = self._file
+
         class Store(SQLAlchemyJobStore):
-            """A suite that was removed, or a database that is busy, must not end a scheduler."""
+            """A suite that was removed, or a database that is busy, must not end a scheduler.
+
+            Nor is a suite of another release thrown away because it cannot be understood.
+            """
+
+            def _get_jobs(self, *conditions: Any) -> Any:
+                with self.engine.begin() as connection:
+                    rows = connection.execute(select(self.jobs_t.c.id, self.jobs_t.c.job_state))
+                    for row in rows.all():
+                        try:
+                            self._reconstitute_job(row.job_state)
+                        except Exception as error:  # whatever unpickling raises
+                            raise ServiceError(
+                                f"{file}: the suite {row.id!r} is damaged, or of another release: "
+                                f"{(str(error) or type(error).__name__).splitlines()[0]}. It was "
+                                "left as it is; go on with that release, or put the file aside:\n"
+                                f"  {commands.move(file, aside(file))}"
+                            ) from None
+                return super()._get_jobs(*conditions)
 
             def update_job(self, job: Any) -> None:
                 with suppress(LookupError, OperationalError):
@@ -474,9 +519,14 @@ class Schedule:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # What is stored is unpickled: nobody else may write to it.
-            os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+            if not is_there(self._file):
+                os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
             if self._file.stat().st_uid != os.geteuid() or self._file.stat().st_mode & 0o022:
-                raise ServiceError(f"{self._file}: others may write to it; chmod 600 and own it.")
+                raise ServiceError(
+                    f"{self._file}: others may write to it; own it, and "
+                    f"{commands.for_owner_alone(self._file)}"
+                )
+            open_file(self._file).close()
         except OSError as error:
             raise ServiceError(f"{self._file}: cannot be written: {error}") from None
         store = Store(
@@ -485,8 +535,33 @@ class Schedule:
         scheduler.add_jobstore(store)
         return scheduler
 
+    def _suite(self, job: Any) -> Suite:
+        """The suite of a stored job.
+
+        Raises:
+            ServiceError: it is none of this release.
+        """
+        try:
+            _, given = job.args
+            # As JSON would have it, in which a tuple is a list.
+            if isinstance(given["arguments"], tuple):
+                given = given | {"arguments": list(given["arguments"])}
+            suite = Suite(**checked(given, Suite))
+            trigger_of(suite.cron)
+            datetime.fromisoformat(suite.added)
+        except (ConfigError, TypeError, ValueError, KeyError) as error:
+            raise ServiceError(
+                f"{self._file}: the suite {_id(job)!r} is damaged, or of another release: {error}. "
+                "It was left as it is; take it out, and add it again: "
+                f"{self._line('remove', _id(job))}"
+            ) from None
+        return suite
+
     def _check_known(self, name: str) -> None:
-        known = [suite.name for suite in self.suites()]
+        known: list[str] = []
+        if is_there(self._file):
+            with self._store() as scheduler:
+                known = sorted(map(_id, scheduler.get_jobs()))
         if name not in known:
             raise ConfigError(f"no suite {name!r}; there are: {', '.join(known) or 'none'}.")
 
@@ -510,14 +585,27 @@ class Schedule:
             raise ServiceError(f"{self._journal}: cannot be written: {error}") from None
 
     def _rows(self) -> list[dict[str, str]]:
-        if not self._journal.exists():
+        if not is_there(self._journal):
             return []
-        rows = []
-        for line in self._journal.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue  # cut off by a power cut
+        try:
+            text = read_file(self._journal, limit=LARGEST).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise ServiceError(
+                f"{self._journal}: cannot be read: {error.strerror}. It was left as it is; without "
+                "it what has been run is not known, and Ray refuses what it still knows."
+            ) from None
+        rows, unknown = [], 0
+        for line in text.split("\n"):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    rows.append({name: of_type(row[name], str, path=name) for name in _ROW})
+                # Cut off by a power cut, damaged, or of a release that writes others.
+                except (ValueError, RecursionError, KeyError, TypeError, ConfigError):
+                    unknown += 1
+        if unknown and not self._told:
+            self._told = True
+            logger.warning("%s: %d line(s) are damaged and left out.", self._journal, unknown)
         return rows
 
     def _newest(self, suite: str) -> str:

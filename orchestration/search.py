@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain, field_types
 from cpfean.errors import ConfigError
+from cpfean.files import is_there, open_file
 from orchestration.records import TrialRecord
 from orchestration.settings import ServiceError
+from orchestration.stored import aside
 
 if TYPE_CHECKING:
     import optuna
@@ -150,7 +153,7 @@ def spread_points(space: SearchSpace, count: int, *, seed: int) -> list[dict[str
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"Optuna draws the configurations to tune over, and is not installed ({error}): "
-            "pip install optuna, or take the methods as they stand with --tuning 1."
+            f"{commands.pip_install('optuna')}, or take the methods as they stand with --tuning 1."
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _silence_experimental(optuna)
@@ -186,6 +189,7 @@ class Proposals:
 
     Args:
         file: of the sqlite database; made if absent.
+        name: of the study in it.
         seed: of the sampler.
         baseline: proposed first.
         trials: how many will be asked for; small sweeps start to learn earlier.
@@ -202,6 +206,7 @@ class Proposals:
         space: SearchSpace,
         *,
         file: Path,
+        name: str,
         seed: int,
         baseline: Mapping[str, Plain] | None,
         trials: int,
@@ -216,16 +221,16 @@ class Proposals:
         self._space = space
         self._states = optuna.trial.TrialState
         self.damaged: Path | None = None
-        if file.exists() and not _is_sound(file, records):
+        if is_there(file) and not _is_sound(file, records, name=name):
             self.damaged = _put_aside(file)
         if not file.exists():
             # A driver killed while Optuna writes its tables would leave some without the index that
             # keeps the study's name unique: the file appears complete or not at all.
             new = file.with_name(f"{file.name}.new")
             new.unlink(missing_ok=True)
-            _open_study(new, name=file.parent.name)
+            _open_study(new, name=name)
             os.replace(new, file)
-        self._study = _open_study(file, name=file.parent.name)
+        self._study = _open_study(file, name=name)
         self.num_rebuilt = self._rebuild(records)
         known = len(self._study.get_trials(deepcopy=False))
         # A restarted sampler with the same seed would draw the same points once more.
@@ -364,13 +369,21 @@ def _silence_experimental(optuna: Any) -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def _is_sound(file: Path, records: Sequence[TrialRecord]) -> bool:
+def _is_sound(file: Path, records: Sequence[TrialRecord], *, name: str) -> bool:
     """Whether a database can be read to its end and agrees with the records.
 
     Raises:
-        ServiceError: it cannot be opened, which says nothing about what is in it.
+        ServiceError: it cannot be opened, which says nothing about what is in it, or is no file.
     """
     import optuna
+
+    try:
+        open_file(file).close()
+    except OSError as error:
+        raise ServiceError(
+            f"{file}: cannot be opened: {error.strerror}. It was left as it is; moved aside, it is "
+            "made again from the records."
+        ) from None
 
     points = {record.number: record.overrides for record in records}
     try:
@@ -378,7 +391,7 @@ def _is_sound(file: Path, records: Sequence[TrialRecord]) -> bool:
             if connection.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
                 return False
         storage = _storage(file)
-        study = optuna.load_study(study_name=file.parent.name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage)
         for trial in study.get_trials(deepcopy=False):
             number = trial.user_attrs.get("number")
             drawn = {path: _tidy(value) for path, value in trial.params.items()}
@@ -399,12 +412,12 @@ def _is_sound(file: Path, records: Sequence[TrialRecord]) -> bool:
 
 def _put_aside(file: Path) -> Path:
     """Renames a database; its journal must not be taken for that of the next one."""
-    aside = file.with_name(f"{file.name}.damaged")
-    os.replace(file, aside)
+    to = aside(file)
+    os.rename(file, to)
     for suffix in ("-journal", "-wal", "-shm"):
         with suppress(FileNotFoundError):
-            os.replace(f"{file}{suffix}", f"{aside}{suffix}")
-    return aside
+            os.rename(f"{file}{suffix}", f"{to}{suffix}")
+    return to
 
 
 def _storage(file: Path) -> optuna.storages.RDBStorage:

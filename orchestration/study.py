@@ -31,7 +31,7 @@ from orchestration.drift import among_nodes, since_start
 from orchestration.guard import Guarded
 from orchestration.mirror import Mirror
 from orchestration.records import TUNING, RunFolder, State, TrialRecord, write_json, write_text
-from orchestration.results import Results
+from orchestration.results import Results, encoder_fingerprint
 from orchestration.room import Room
 from orchestration.search import Proposals, SearchSpace
 from orchestration.settings import ServiceError, Settings
@@ -82,6 +82,7 @@ class StudyPlan:
         budget: what it may take; a resume may ask for another one.
         allow_drift: go on where versions are not those of the start, or differ between nodes.
         retry_failed: a resume runs trials that failed once more.
+        typed: the words of the command that asked for it, for the lines that go on with it.
     """
 
     kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
@@ -101,6 +102,7 @@ class StudyPlan:
     budget: Budget = field(default_factory=Budget)
     allow_drift: bool = False
     retry_failed: bool = False
+    typed: tuple[str, ...] = ()
 
     @property
     def tested(self) -> Literal["best", "all", "none"]:
@@ -124,6 +126,7 @@ class StudyPlan:
             "workers": self.workers,
             "grace": self.grace,
             "data_fingerprint": self.data_fingerprint,
+            "encoder_fingerprint": encoder_fingerprint(self.base),
             "space": self.space.to_dict() if self.space else {},
             "fixed": {plan.name: dict(plan.overrides) for plan in self.fixed},
             "config": self.base.to_dict(),
@@ -236,10 +239,12 @@ def run_study(
     check_room_for_checkpoints(plan, settings)
     mirror = None
     if settings.storage is not None:
-        mirror = Mirror(RunFolder(settings.output / plan.name), settings.storage, say=say)
+        folder = RunFolder(settings.output / plan.name)
+        mirror = Mirror(folder, settings.storage, say=say, resume=resume_line(plan))
         mirror.check()
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
+        follow_places(plan, folder, say)
         drift = since_start(folder, allowed=plan.allow_drift)
         reopen_failed(plan, folder, say)
         tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
@@ -251,14 +256,40 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
     """A new folder for a plan, or the one that was made for it.
 
     Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan.
+        ConfigError: the folder exists, or does not, or was made for another plan; or one of its
+            files cannot be read.
     """
     folder = RunFolder(settings.output / plan.name)
     if resume:
         folder.check_same(plan.identity())
+        folder.check()
+        meter_of(plan, folder)  # which reads what was spent
     else:
-        folder.create(plan.identity(), commit=git_commit(), versions=versions())
+        folder.create(
+            plan.identity(), commit=git_commit(), versions=versions(), resume=resume_line(plan)
+        )
     return folder
+
+
+def follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Lets the trials of a study read data and text encoder where they are now.
+
+    Of what a study is resumed with is known that it holds the same as before.
+    """
+    now = plan.base.flat()
+    for path, what in (("data.path", "data"), ("model.text.encoder", "text encoder")):
+        if what == "text encoder" and not encoder_fingerprint(plan.base):
+            continue  # it goes by its name
+        moved: set[str] = set()
+        for record in folder.records():
+            before = record.experiment.flat()[path]
+            # A trial may have been asked for with another encoder than the base has.
+            if before != now[path] and path not in record.overrides:
+                record.config = record.experiment.with_overrides({path: now[path]}).to_dict()
+                folder.write(record)
+                moved.add(str(before))
+        if moved:
+            say(f"the {what} is now read from {now[path]}; it was in {', '.join(sorted(moved))}.")
 
 
 def reopen_failed(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -435,7 +466,7 @@ class _Study:
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self._say(f"Stopped; continue with {self._resume_line()}")
+            self._say(f"Stopped; continue with:\n{self._resume_line()}")
             raise
         finally:
             self._close(outcome)
@@ -534,8 +565,8 @@ class _Study:
         ):
             self._error = StudyError(
                 f"the first {_SAME_FAILURES} trials failed alike ({failure}), so the rest is not "
-                f"tried:\n{message}\nOnce that is mended, continue with "
-                f"{resume_line(self._plan, more='--retry-failed')}"
+                f"tried:\n{message}\nOnce that is mended, continue with:\n"
+                f"{resume_line(self._plan, retry_failed=True)}"
             )
             self._interrupt_tune()
 
@@ -576,14 +607,14 @@ class _Study:
             if room is not None and room.never_fits and not self._clock.has_begun:
                 self._error = ServiceError(
                     f"the cluster cannot give what a trial asks for: {room}. Lower --workers, or "
-                    f"add nodes; then {self._resume_line()}"
+                    f"add nodes; then:\n{self._resume_line()}"
                 )
                 self._interrupt_tune()
         if silent > self._clock.limit and self._error is None:
             self._error = ServiceError(
                 f"nothing has moved for {silent:.0f} s: the cluster does not give "
                 f"{self._plan.workers} worker(s) to a trial, or the workers hang. Everything so "
-                f"far is recorded; see `ray status`, then {self._resume_line()}"
+                f"far is recorded; see {commands.cluster_status()}, then:\n{self._resume_line()}"
             )
             self._interrupt_tune()
 
@@ -612,7 +643,7 @@ class _Study:
         if self._error is None:
             self._error = ServiceError(
                 f"the cluster is gone: its head at {self._settings.address} does not answer any "
-                "more. Everything so far is recorded; start it, or another, and continue with "
+                "more. Everything so far is recorded; start it, or another, and continue with:\n"
                 f"{self._resume_line()}"
             )
             self._interrupt_tune()
@@ -622,6 +653,7 @@ class _Study:
             self._proposals = Proposals(
                 self._plan.space,
                 file=self._folder.path / "study.db",
+                name=self._folder.first_name,
                 seed=self._plan.base.seed,
                 baseline=self._plan.space.baseline(self._plan.base),
                 trials=self._plan.trials,
@@ -700,7 +732,7 @@ class _Study:
                 num_trials=self._num_open(),
                 resources=resources,
                 settings=self._settings,
-                run_name=self._plan.name,
+                run_name=self._folder.first_name,
                 train_storage=f"{storage.rstrip('/')}/{self._folder.id}"
                 if storage
                 else str(self._folder.path / "train"),
@@ -725,7 +757,7 @@ class _Study:
             raise Interrupted(self._signal)
         left_out = {record.number for record in self._waiting} if self._used_up else set()
         if any(not r.settled and r.number not in left_out for r in self._records.values()):
-            raise ServiceError(f"the cluster was lost; continue with {self._resume_line()}")
+            raise ServiceError(f"the cluster was lost; continue with:\n{self._resume_line()}")
 
     def _with_its_workers(self, cluster: Cluster) -> Cluster:
         """The cluster once the workers that it is to have at least are there.
@@ -836,9 +868,9 @@ class _Study:
             # First, and half of the time at most: MLflow can be filled from the records.
             self._mirror.close(seconds=seconds / 2)
         if not self._tracker.close(seconds=max(0.0, end - time.monotonic())):
-            first = self._tracker.first
             self._say(
-                f"tracking: not everything is sent; {first}{self._resume_line()} sends the rest."
+                f"tracking: not everything is sent; {self._tracker.first}the rest is sent by:\n"
+                f"{self._resume_line()}"
             )
 
     def _count(self) -> None:
@@ -956,7 +988,7 @@ class _Study:
         if self._closing.locked():
             return
         outcome: State = "interrupted"
-        code, text = 128 + self._signal, f"Stopped; continue with {self._resume_line()}"
+        code, text = 128 + self._signal, f"Stopped; continue with:\n{self._resume_line()}"
         if self._error is not None:
             outcome, code, text = "failed", self._error.exit_code, str(self._error)
         try:
@@ -1031,8 +1063,15 @@ class _Clock:
         return eta((self._last - self._start) / self._epochs * epochs_left)
 
 
-def resume_line(plan: StudyPlan, *, more: str = "") -> str:
-    """What to type to go on, with another flag if need be."""
+def resume_line(
+    plan: StudyPlan, *, retry_failed: bool = False, changed: Mapping[str, str] | None = None
+) -> str:
+    """What to type to go on: the whole command, for a line of its own.
+
+    Args:
+        retry_failed: with the trials that failed.
+        changed: flags with other values than before.
+    """
     scripts = {
         "sweep": "sweep.py",
         "ablations": "run_ablations.py",
@@ -1041,7 +1080,23 @@ def resume_line(plan: StudyPlan, *, more: str = "") -> str:
         "comparison": "compare.py",
     }
     name = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
-    return f"`{scripts[plan.kind]} --resume {more}{more and ' '}--name {name}` with the same flags."
+    return commands.resume(
+        scripts[plan.kind], plan.typed, run=name, retry_failed=retry_failed, changed=changed
+    )
+
+
+def with_more(plan: StudyPlan, meter: Meter) -> str:
+    """What to type to go on with as much again as a study has had, at least."""
+    limits = {
+        "--max-hours": (plan.budget.max_hours, meter.hours),
+        "--max-cost": (plan.budget.max_cost, meter.dollars or 0.0),
+    }
+    changed = {
+        flag: f"{limit + max(limit, taken):.3g}"
+        for flag, (limit, taken) in limits.items()
+        if limit is not None and taken >= limit
+    }
+    return resume_line(plan, changed=changed)
 
 
 def _tune_listens() -> bool:
@@ -1104,9 +1159,9 @@ def conclude(
         records=records,
         best=best,
         test=metrics,
-        used_up=used_up and f"{used_up}; a larger limit goes on with {resume_line(plan)}",
+        used_up=used_up and f"{used_up}; to go on with twice as much:\n{with_more(plan, meter)}",
         failed=failed
-        and f"{failed}; to run them once more: {resume_line(plan, more='--retry-failed')}",
+        and f"{failed}; to run them once more:\n{resume_line(plan, retry_failed=True)}",
         spent=meter.spent,
     )
     write_json(folder.path / "summary.json", summary(result))

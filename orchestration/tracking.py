@@ -59,6 +59,7 @@ _STATUS = {
     "interrupted": "KILLED",
 }
 _PARENT_TAG = "mlflow.parentRunId"
+_PLACES = {"data.path", "model.text.encoder"}  # may change between two drivers of a study
 _CONFIG_TAG = "cpfean.file.config.toml"
 _LIBRARIES = ("torch", "transformers", "ray", "optuna", "mlflow", "numpy", "cpfean")
 _RETRY_SECONDS = 15.0
@@ -495,7 +496,10 @@ class Tracker:
         if update.state != "running":
             self._reap()
         if not self._described:
-            self._log(self._parent_id, parameters=self._run.parameters)
+            # Where data and encoder were at first stays: MLflow takes no second value.
+            told = run.data.params.keys() & _PLACES
+            parameters = {n: v for n, v in self._run.parameters.items() if n not in told}
+            self._log(self._parent_id, parameters=parameters)
             self._described = True
 
     def _send(self, record: TrialRecord) -> None:

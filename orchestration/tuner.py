@@ -32,7 +32,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cpfean.errors import CpfeanError, LostPartnerError, ServiceError, StoppedError
+from cpfean.errors import (
+    CheckpointError,
+    CpfeanError,
+    LostPartnerError,
+    ServiceError,
+    StoppedError,
+)
 from cpfean.folders import can_be_written
 from orchestration.budget import OTHER
 from orchestration.checkpoints import CheckpointFolder
@@ -561,7 +567,7 @@ class _Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         try:
             return self._news()
-        except (TrainingFailedError, RayActorError, ServiceError) as error:
+        except (TrainingFailedError, RayActorError, ServiceError, CheckpointError) as error:
             refusal = _refusal(error)
             what = refusal or self._lost(error)
             self._dismiss()

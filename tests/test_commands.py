@@ -31,6 +31,7 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
         ),
         ["python", "sweep.py", "--data", AWKWARD, "--resume", "--retry-failed", "--name", "a"],
     ),
+    "move": (lambda: commands.move(Path(AWKWARD), Path("/b c")), ["mv", AWKWARD, "/b c"]),
     "look_at_runs": (
         lambda: commands.look_at_runs(f"sqlite:///{AWKWARD}/mlflow.db"),
         ["mlflow", "ui", "--backend-store-uri", f"sqlite:///{AWKWARD}/mlflow.db"],
@@ -98,7 +99,9 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stand_in = (
         f"#!{sys.executable}\nimport os, sys\n"
         "words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]\n"
-        f"open({str(tmp_path / 'called')!r}, 'wb').write(os.fsencode('\\0'.join(words)))\n"
+        f"called = {str(tmp_path / 'called')!r}\n"
+        "if not os.path.exists(called):  # of a line that calls several, the first\n"
+        "    open(called, 'wb').write(os.fsencode('\\0'.join(words)))\n"
     )
     for _, words in LINES.values():
         (folder / words[0]).write_text(stand_in, encoding="utf-8")
@@ -193,6 +196,27 @@ def test_a_program_beside_this_python_is_named_by_its_path(
     monkeypatch.setenv("PATH", f"{bin}:/usr/bin:/bin")
     assert commands.program("mlflow") == "mlflow"
     assert commands.program("not-here") == "not-here"
+
+
+@pytest.mark.parametrize(
+    ("typed", "resumed"),
+    [
+        (["--name=old", "--retry-failed"], ["--resume", "--name", "a"]),
+        (["--dry-run", "--data", "x"], ["--data", "x", "--resume", "--name", "a"]),
+        (["--set", "a=--resume", "--"], ["--set", "a=--resume", "--resume", "--name", "a"]),
+        (
+            ["--max-hours=2", "--seed", "1"],
+            ["--seed", "1", "--resume", "--max-hours", "4", "--name", "a"],
+        ),
+        (["--max-hours", "2"], ["--resume", "--max-hours", "4", "--name", "a"]),
+    ],
+)
+def test_a_command_that_is_resumed_says_each_flag_once(
+    typed: list[str], resumed: list[str], programs: Path
+) -> None:
+    changed = {"--max-hours": "4"} if "--max-hours" in resumed else None
+    line = commands.resume("sweep.py", typed, run="a", changed=changed)
+    assert pasted(line, programs)[2:] == resumed
 
 
 @pytest.mark.parametrize("typed", [["--tracking-uri", SECRET], [f"--tracking-uri={SECRET}"]])

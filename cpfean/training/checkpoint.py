@@ -334,13 +334,18 @@ def newest_valid(folders: Iterable[Path]) -> Path | None:
 
 
 def check_same_run(state: TrainingState, config: ExperimentConfig, data_fingerprint: str) -> None:
-    """Refuses to continue another experiment; number of epochs, path and sharding may differ.
+    """Refuses to continue another experiment; number of epochs, paths and sharding may differ.
+
+    Whether a text encoder that is a folder holds what it held is for the caller to know.
 
     Raises:
         CheckpointError: names what differs.
     """
     before, now = state.config.flat(), config.flat()
     free = {"optim.epochs", "optim.sharding", "data.path"}
+    encoders = (state.config.model.text.encoder, config.model.text.encoder)
+    if all(Path(encoder).is_absolute() for encoder in encoders):
+        free.add("model.text.encoder")
     differing = [path for path in now if path not in free and before.get(path) != now[path]]
     if differing:
         listed = ", ".join(f"{p} was {before.get(p)!r}, is {now[p]!r}" for p in differing[:5])

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from experiments import command_line
 from experiments.baselines import BASELINES
 from orchestration.records import TUNING, RunFolder
 from orchestration.settings import Settings
+from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,6 +321,41 @@ def test_what_is_to_be_resumed_is_fetched_if_it_is_not_here(
     asked.resume = True
     assert command_line.run_name(asked, kind, where) == "s"
     assert sorted(path.name for path in where.output.iterdir()) == names
+
+
+def test_the_line_that_goes_on_with_a_training_does_so_when_it_is_pasted(tmp_path: Path) -> None:
+    tiny = TINY.with_overrides({"optim.epochs": 200})
+    (tmp_path / "my tiny.toml").write_text(tiny.to_toml())
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    environment = mine | {"CPFEAN_CACHE": str(tmp_path / "cache")}
+    words = ["--config", "my tiny.toml", "--output", "it's $HOME `x`", "--set", "optim.patience=1"]
+    log = tmp_path / "log"
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "experiments" / TRAIN), *words],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env=environment,
+        )
+        wait_until(lambda: "epoch 1/" in log.read_text(), seconds=120, what="the first epoch")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130, log.read_text()
+    told, line = log.read_text().splitlines()[-2:]
+    assert told.endswith("Stopped; continue with:")
+    (name,) = (path.parent.name for path in (tmp_path / "it's $HOME `x`").glob("*/sweep.json"))
+    assert line.endswith(f"--resume --name {name}")
+    again = subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "resuming from " in again.stdout
+    assert "test rSum" in again.stdout
 
 
 @pytest.mark.parametrize("asked", [{"workers": 0}, {"workers": 1, "in_process": True}])

@@ -62,6 +62,8 @@ def test_a_suite_is_added_listed_and_removed(tiny: Path) -> None:
         (["add", "n", "--cron", "2"], "--cron needs five fields"),
         (["add", "n", "--cron", "0 2 * * *", "--", "--only", "no_gnc"], "no ablation 'no_gnc'"),
         (["add", "n", "--cron", "0 2 * * *", "--", "--name", "x"], "--name is set by"),
+        (["add", "n", "--cron", "0 2 * * *", "--", "--name=x"], "--name is set by"),
+        (["add", "n", "--cron", "0 2 * * *", "--", "--set=--"], "--set: no value can be '--'"),
         (["add", "n", "--cron", "0 2 * * *", "--", "--seed", "x"], "seed"),
         (["remove", "nightly"], "no suite 'nightly'; there are: none"),
         (["resume", "nightly"], "no suite 'nightly'; there are: none"),

@@ -18,8 +18,9 @@ import fsspec
 import pytest
 import torch
 
+from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
-from cpfean.errors import ConfigError
+from cpfean.errors import CheckpointError, ConfigError
 from cpfean.training.checkpoint import Checkpoint, TrainingState, check_same_run, read_state
 from cpfean.training.loop import EpochReport, fit
 from orchestration.attempts import FencedError
@@ -289,6 +290,41 @@ def attempt(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Chec
         return CheckpointFolder(uri, attempt=first.new_attempt())
 
     return register
+
+
+@pytest.mark.parametrize("content", [b"", b"two", b"-1", b"[" * 1000, b"\xff", b"1" * 1000])
+def test_the_number_of_an_attempt_that_cannot_be_read_is_told_and_left(
+    tmp_path: Path, content: bytes
+) -> None:
+    folder = CheckpointFolder(str(tmp_path))
+    assert folder.new_attempt() == 1
+    marker = tmp_path / "attempt"
+    marker.write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(f"{marker}: expected the number")):
+        folder.new_attempt()
+    assert marker.read_bytes() == content
+    marker.rename(tmp_path / "aside")
+    assert folder.new_attempt() == 1
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to("nowhere")])
+def test_what_is_no_file_is_no_attempt(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    put(tmp_path / "attempt")
+    with pytest.raises(CheckpointError, match="expected the number"):
+        CheckpointFolder(str(tmp_path)).new_attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt"]
+
+
+def test_a_text_encoder_that_moved_is_part_of_the_same_run_and_one_by_name_is_not(
+    checkpoint: Checkpoint,
+) -> None:
+    def of(encoder: str) -> ExperimentConfig:
+        return TINY.with_overrides({"model.text.encoder": encoder})
+
+    state = replace(checkpoint.state, config=of("/old/bert"))
+    check_same_run(state, of("/new/bert"), state.data_fingerprint)
+    with pytest.raises(CheckpointError, match=r"text\.encoder"):
+        check_same_run(state, of("bert-base"), state.data_fingerprint)
 
 
 def test_workers_that_were_given_up_and_come_back_write_nothing_more(

@@ -21,7 +21,7 @@ from orchestration.ablation import FULL, Ablation, compare
 from orchestration.budget import Budget
 from orchestration.comparison import Method, compare_methods, compare_variants, tuned, tuning_trials
 from orchestration.local import run_here
-from orchestration.records import RunFolder
+from orchestration.records import TUNING, RunFolder
 from orchestration.search import Choice, Range, SearchSpace, spread_points
 from orchestration.settings import Settings
 from orchestration.study import StudyPlan, StudyResult, closing_lines
@@ -247,6 +247,15 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> 
     ]
 
 
+def test_a_comparison_that_was_renamed_without_its_tuning_is_refused(where: Settings) -> None:
+    for name in ("a", f"a{TUNING}"):
+        RunFolder(where.output / name).create({"kind": "comparison"})
+    (where.output / "a").rename(where.output / "b")
+    with pytest.raises(ConfigError, match=f"started as a.* rename a{TUNING} to b{TUNING} too"):
+        compared(where, "b", resume=True)
+    assert sorted(path.name for path in where.output.iterdir()) == [f"a{TUNING}", "b"]
+
+
 def _runs(where: Settings):
     client, experiment = open_store(where.tracking_uri)
     return client.search_runs([experiment])
@@ -267,7 +276,7 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
     assert [record.state for record in cut.records] == ["finished"] * 3
     assert variants == []
     assert "--max-hours 2.5 is used up" in cut.used_up
-    assert "compare.py --resume --name c" in cut.used_up
+    assert cut.used_up.endswith("compare.py --resume --max-hours 5.5 --name c")
     assert RunFolder.newest_unfinished(where.output, "comparison", "tuning").name == "c-tuning"
     parent = runs_of(where, "c-tuning", "parent")[0]
     assert parent.data.tags["cpfean.used_up"].startswith("--max-hours 2.5")

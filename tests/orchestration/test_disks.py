@@ -85,7 +85,7 @@ def test_a_study_whose_disk_is_full_is_stopped_in_good_order(disk: Path) -> None
 
 
 def test_a_search_on_a_full_disk_is_told_as_one(disk: Path) -> None:
-    proposals = Proposals(SPACE, file=disk / "study.db", seed=1, baseline=None, trials=4)
+    proposals = Proposals(SPACE, file=disk / "study.db", name="s", seed=1, baseline=None, trials=4)
     fill(disk)
     stopped: list[CpfeanError] = []
 
@@ -104,7 +104,7 @@ def test_a_search_on_a_full_disk_is_told_as_one(disk: Path) -> None:
 @pytest.mark.drill
 def test_a_search_whose_database_is_locked_waits_half_a_minute(tmp_path: Path) -> None:
     file = tmp_path / "study.db"
-    proposals = Proposals(SPACE, file=file, seed=1, baseline=None, trials=4)
+    proposals = Proposals(SPACE, file=file, name="s", seed=1, baseline=None, trials=4)
     held = sqlite3.connect(file, isolation_level=None)
     held.execute("BEGIN EXCLUSIVE")
     stopped: list[CpfeanError] = []

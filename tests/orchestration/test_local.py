@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -16,9 +18,11 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError, NoMemoryError
 from orchestration import drift, local
+from orchestration.budget import SPENT
 from orchestration.local import _Stop, run_here
 from orchestration.records import RunFolder
 from orchestration.settings import ServiceError, Settings
+from orchestration.stored import RecordError
 from orchestration.study import Interrupted, StudyPlan, StudyResult, TrialPlan
 from orchestration.tracking import open_store
 from tests.orchestration.samples import TINY
@@ -101,9 +105,8 @@ def test_a_signal_stops_a_training_and_leaves_it_to_be_resumed(
         run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
     assert stopped.value.exit_code == 128 + number
     assert said[-2].startswith("stopping")
-    assert (
-        said[-1] == "Stopped; continue with `train.py --resume --name stopped` with the same flags."
-    )
+    assert said[-1].startswith("Stopped; continue with:\n")
+    assert said[-1].endswith("train.py --resume --name stopped")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     client, experiment = open_store(where.tracking_uri)
     (run,) = client.search_runs([experiment])
@@ -176,6 +179,84 @@ def test_a_signal_in_a_step_that_takes_too_long_ends_the_training_where_it_is(
     assert time.monotonic() - began < 30
     (record,) = RunFolder(where.output / "stopped").records()
     assert (record.state, record.epochs) == ("interrupted", 1)
+
+
+def stopped(plan: StudyPlan, where: Settings) -> None:
+    """Trains one epoch of two, and has it stopped."""
+    with pytest.raises(KeyboardInterrupt):
+        run_here(plan, where, resume=False, say=stop_after_the_first_epoch)
+
+
+def test_data_that_moved_are_read_from_where_they_are_and_others_are_refused(
+    where: Settings, tmp_path: Path
+) -> None:
+    generated = resolve_data(TINY.data, cache_dir=where.cache_dir)
+    old, new, other = tmp_path / "old", tmp_path / "new", tmp_path / "other"
+    shutil.copytree(generated, old)
+    shutil.copytree(generated, other)
+    captions = (other / "train_caps.txt").read_text(encoding="utf-8").splitlines()
+    (other / "train_caps.txt").write_text("\n".join(reversed(captions)) + "\n", encoding="utf-8")
+
+    def plan(folder: Path) -> StudyPlan:
+        return plan_of(TINY.with_overrides({"data.path": str(folder)}), where, "moved")
+
+    stopped(plan(old), where)
+    shutil.move(old, new)
+    with pytest.raises(ConfigError, match="data_fingerprint"):
+        run_here(plan(other), where, resume=True, say=print)
+    said: list[str] = []
+    (record,) = run_here(plan(new), where, resume=True, say=said.append).records
+    assert said[0] == f"the data is now read from {new}; it was in {old}."
+    assert any(line.startswith("resuming from ") for line in said)
+    assert (record.epochs, record.experiment.data.path) == (2, str(new))
+    best = ExperimentConfig.from_toml(where.output / "moved" / "best_config.toml")
+    assert best.data.path == str(new)
+    said.clear()
+    run_here(plan(new), where, resume=True, say=said.append)
+    assert not any("now read from" in line for line in said)
+    client, experiment = open_store(where.tracking_uri)
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "val/rsum")) == 2
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_folder_that_moved_is_resumed_where_it_is(
+    where: Settings, tmp_path: Path, epochs: int
+) -> None:
+    """With an epoch to go, and with all but the test done."""
+
+    def stop(line: str) -> None:
+        if line.startswith(f"epoch {epochs}/"):
+            raise KeyboardInterrupt
+
+    plan = plan_of(TINY, where, "a")
+    with pytest.raises(KeyboardInterrupt):
+        run_here(plan, where, resume=False, say=stop)
+    elsewhere = replace(where, output=tmp_path / "elsewhere")
+    where.output.rename(elsewhere.output)
+    (elsewhere.output / "a").rename(elsewhere.output / "b")
+    said: list[str] = []
+    renamed = replace(plan, name="b")
+    result = run_here(renamed, elsewhere, resume=True, say=said.append)
+    assert any(line.startswith("resuming from ") for line in said) == (epochs == 1)
+    (record,) = result.records
+    assert (record.state, record.epochs) == ("finished", 2)
+    assert record.checkpoint == str(elsewhere.output / "b" / "checkpoints" / "epoch-0002")
+    assert result.test
+    assert not where.output.exists()
+
+
+def test_a_result_that_cannot_be_read_ends_nothing_before_it_is_told(where: Settings) -> None:
+    plan = plan_of(TINY, where, "a")
+    stopped(plan, where)
+    (where.output / "a" / SPENT).write_text("[]")
+    said: list[str] = []
+    with pytest.raises(RecordError, match=SPENT):
+        run_here(plan, where, resume=True, say=said.append)
+    assert said == []
+    (record,) = RunFolder(where.output / "a").records()
+    assert record.epochs == 1
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:

@@ -17,6 +17,7 @@ from orchestration.budget import SPENT, Budget
 from orchestration.mirror import Mirror, fetch_records
 from orchestration.records import RunFolder, write_json
 from orchestration.settings import ServiceError, Settings
+from orchestration.stored import RecordError
 from orchestration.study import StudyPlan, TrialPlan, run_study
 from orchestration.tracking import open_store
 from tests.lab.hosts import wait_until
@@ -149,8 +150,13 @@ def test_a_name_that_another_study_has_taken_is_refused_and_its_copy_stays(where
     copied(study(where), where)
     first = copy_of(where).id
     elsewhere = replace(where, output=where.output.with_name("elsewhere"))
-    with pytest.raises(ConfigError, match=r"studies/s holds a run already.*--resume --name s"):
-        mirror_of(RunFolder(elsewhere.output / "s"), elsewhere).check()
+    with pytest.raises(ConfigError, match=r"studies/s holds a run already.*\n  goes on with s\n"):
+        Mirror(
+            RunFolder(elsewhere.output / "s"),
+            elsewhere.storage or "",
+            say=print,
+            resume="goes on with s",
+        ).check()
     other = study(elsewhere)
     with pytest.raises(ConfigError, match=f"another run than .*{first}, and {other.id} here"):
         mirror_of(other, elsewhere).check()
@@ -289,3 +295,34 @@ def test_a_new_study_of_a_name_that_is_taken_on_the_storage_makes_no_folder(
     with pytest.raises(ConfigError, match="holds a run already"):
         run_study(used_up_plan(where), where, resume=False, say=print)
     assert not (where.output / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "trials/000/record.json"])
+@pytest.mark.parametrize("content", ["null", "[" * 1000, '{"id": 3, "unknown": 1}'])
+def test_a_copy_that_cannot_be_read_is_told_and_left(
+    where: Settings, name: str, content: str
+) -> None:
+    folder = study(where)
+    copied(folder, where)
+    file = copy_of(where).path / name
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="is made anew from") as told:
+        mirror_of(folder, where).check()
+    assert str(told.value).startswith(f"{file}: ")
+    assert f"Move {copy_of(where).path} away" in str(told.value)
+    assert file.read_text() == content
+
+
+def test_a_damaged_record_that_is_put_aside_is_fetched_with_its_run(where: Settings) -> None:
+    folder = study(where)
+    copied(folder, where)
+    folder.write(record(1, 1.0, 2.0, 3.0, state="running"))  # further than the copy
+    for file in (folder.identity_file, folder.path / "trials" / "000" / "record.json"):
+        file.write_text("{")
+    with pytest.raises(RecordError, match="fetches it once this one is put aside"):
+        folder.check_same(IDENTITY)
+    folder.identity_file.unlink()
+    (folder.path / "trials" / "000" / "record.json").unlink()
+    fetch_records("s", where, say=print)
+    folder.check_same(IDENTITY)
+    assert [found.epochs for found in folder.records()] == [2, 3]

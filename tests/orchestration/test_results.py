@@ -1,5 +1,7 @@
 """Finished runs by what they were."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from orchestration import results
 from orchestration.records import TrialRecord
 from orchestration.results import Results, code_fingerprint
+from orchestration.stored import RecordError
 from tests.orchestration.samples import TINY, record
 
 
@@ -63,9 +66,32 @@ def test_a_run_that_was_not_tested_does_not_stand_in_for_one_that_was(tmp_path: 
     assert store(tmp_path).fill(record(0), tested=True)
 
 
-def test_a_damaged_file_is_no_result(tmp_path: Path) -> None:
-    store(tmp_path).file_of(TINY).write_text("{")
-    assert not store(tmp_path).fill(record(0), tested=False)
+def test_a_result_that_cannot_be_read_is_told_and_never_written_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = store(tmp_path).file_of(TINY)
+    file.write_text("{")
+    with pytest.raises(RecordError, match=re.escape(str(file))):
+        store(tmp_path).fill(record(0), tested=False)
+    store(tmp_path).keep(done())  # at the end of a long study: it must not end by this
+    assert file.read_text() == "{"
+    assert str(file) in caplog.text
+    file.unlink()
+    store(tmp_path).keep(done())
+    told = json.loads(file.read_text()) | {"format": 2}
+    file.write_text(json.dumps(told))
+    with pytest.raises(RecordError, match="format must be 1; got 2"):
+        store(tmp_path).fill(record(0), tested=False)
+
+
+def test_checkpoints_of_results_are_found_where_all_of_the_runs_have_moved(tmp_path: Path) -> None:
+    for tail in ("a/train/a-000/epoch-0001", "b/checkpoints/epoch-0001"):
+        new = tmp_path / "new" / tail
+        new.mkdir(parents=True)
+        store(tmp_path / "new" / "results").keep(done(checkpoint=f"/old/runs/{tail}"))
+        waiting = record(0)
+        assert store(tmp_path / "new" / "results").fill(waiting, tested=True)
+        assert waiting.checkpoint == str(new)
 
 
 def test_comments_and_docstrings_are_no_code(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -471,3 +473,96 @@ def test_the_store_is_the_owners_alone(tmp_path: Path) -> None:
     file.chmod(0o666)
     with pytest.raises(ServiceError, match="others may write to it"):
         schedule.suites()
+
+
+def put_aside(line: str) -> None:
+    subprocess.run(["bash", "-c", line], check=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"null", b"x" * 5000, b"SQLite format 3\0" + b"\xff" * 5000], ids=len
+)
+def test_a_damaged_store_of_suites_is_named_left_and_put_aside(
+    tmp_path: Path, content: bytes
+) -> None:
+    schedule = hourly(tmp_path, Clock())
+    file = tmp_path / "schedule.db"
+    file.write_bytes(content)
+    for ask in (
+        schedule.suites,
+        lambda: schedule.remove("nightly"),
+        lambda: hourly(tmp_path, Clock()),
+    ):
+        with pytest.raises(ServiceError, match="cannot be used as the schedule's database") as told:
+            ask()
+        assert file.read_bytes() == content
+    put_aside(str(told.value).splitlines()[-1])
+    assert hourly(tmp_path, Clock()).suites()[0].name == "nightly"
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to("nowhere")])
+@pytest.mark.parametrize("name", ["schedule.db", "schedule.jsonl"])
+def test_what_is_no_file_is_named(tmp_path: Path, name: str, put: Callable[[Path], None]) -> None:
+    schedule = hourly(tmp_path, Clock())
+    (tmp_path / name).unlink()
+    put(tmp_path / name)
+    with pytest.raises(ServiceError, match=re.escape(name)):
+        schedule.fire_all(NotedJobs(), ignore)
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [
+        {"arguments": ("--seeds", 3)},
+        {"arguments": "none"},
+        {"unknown": 1},
+        {"added": None},
+        {"added": "yesterday"},
+        {"cron": "every night"},
+        None,
+    ],
+)
+def test_a_suite_of_another_release_is_told_and_never_thrown_away(
+    tmp_path: Path, suite: dict[str, Any] | None
+) -> None:
+    schedule = hourly(tmp_path, Clock())
+    with schedule._store() as scheduler:
+        job = scheduler.get_job("nightly")
+        given = None if suite is None else job.args[1] | suite
+        job.modify(args=[job.args[0], given])
+    told_of_and_left(tmp_path)
+
+
+def test_a_suite_that_another_release_calls_is_never_thrown_away(tmp_path: Path) -> None:
+    schedule = hourly(tmp_path, Clock())
+    with schedule._store() as scheduler:
+        job = scheduler.get_job("nightly")
+        job.func_ref = "orchestration.schedule:_gone"
+        scheduler._jobstores["default"].update_job(job)
+    told_of_and_left(tmp_path)
+
+
+def told_of_and_left(folder: Path) -> None:
+    before = (folder / "schedule.db").read_bytes()
+    with pytest.raises(ServiceError, match="suite 'nightly' is damaged, or of another release"):
+        schedule_of(folder, Clock()).suites()
+    assert (folder / "schedule.db").read_bytes() == before
+
+
+def test_lines_of_the_journal_that_cannot_be_read_are_left_out_and_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, jobs = Clock(START + timedelta(hours=2)), NotedJobs()
+    schedule = hourly(tmp_path, Clock())
+    schedule = schedule_of(tmp_path, clock)
+    schedule.fire_all(jobs, ignore)
+    assert len(jobs.commands) == 1
+    odd = [b"null", b"[1]", b'"a"', b"{}", b'{"suite": 3}', b"[" * 1000, b"\xff\xfe", b'{"torn']
+    with (tmp_path / "schedule.jsonl").open("ab") as file:
+        file.write(b"".join(line + b"\n" for line in odd))
+    again = schedule_of(tmp_path, clock)
+    again.fire_all(jobs, ignore)
+    assert len(jobs.commands) == 1
+    assert again.standing("nightly").last["what"] == "submitted"
+    assert f"{len(odd)} line(s) are damaged and left out" in caplog.text
+    assert all(line in (tmp_path / "schedule.jsonl").read_bytes() for line in odd)

@@ -1,5 +1,6 @@
 """A space, and the study that proposes points of it: restarts, repeats, damage."""
 
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,11 @@ FOUR = SearchSpace(
 
 def proposals(folder: Path, space: SearchSpace = SPACE, *, seed: int = 0, **given) -> Proposals:
     return Proposals(
-        space, file=folder / "study.db", seed=seed, trials=8, **{"baseline": None} | given
+        space,
+        file=folder / "study.db",
+        seed=seed,
+        trials=8,
+        **{"name": folder.name, "baseline": None} | given,
     )
 
 
@@ -253,3 +258,28 @@ def test_the_same_seed_proposes_the_same(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     a, b = proposals(tmp_path / "a", seed=3), proposals(tmp_path / "b", seed=3)
     assert [a.ask(n, []) for n in range(3)] == [b.ask(n, []) for n in range(3)]
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to("nowhere")])
+def test_what_is_no_database_is_named_and_left(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    put(tmp_path / "study.db")
+    with pytest.raises(ServiceError, match=r"study\.db: cannot be opened.* left as it is"):
+        proposals(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
+
+
+def test_what_was_put_aside_before_is_not_replaced(tmp_path: Path) -> None:
+    for number, aside in enumerate(("study.db.damaged", "study.db.damaged-2")):
+        (tmp_path / "study.db").write_bytes(b"damaged" * (100 + number))
+        assert proposals(tmp_path).damaged == tmp_path / aside
+    assert (tmp_path / "study.db.damaged").read_bytes() == b"damaged" * 100
+
+
+def test_a_study_keeps_its_name_in_a_folder_that_was_renamed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    first = proposals(tmp_path / "a")
+    assert first.ask(0, []) is not None
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = proposals(tmp_path / "b", name="a")
+    assert again.damaged is None
+    assert [trial.user_attrs for trial in again._study.trials] == [{"number": 0}]

@@ -1,5 +1,6 @@
 """What a study does as trials come and go; the hooks are called by hand, without Ray."""
 
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from orchestration import study as study_module
 from orchestration import tuner
 from orchestration.budget import SPENT, Budget, Price, Prices
 from orchestration.doctor import versions
-from orchestration.records import RunFolder, read_json
+from orchestration.records import RunFolder
 from orchestration.room import Node, Room
 from orchestration.search import Range, SearchSpace
 from orchestration.settings import ServiceError, Settings
@@ -117,6 +118,10 @@ def study(
 
 def report(driven: Driven, number: int, *rsums: float, ended: bool = False) -> None:
     driven.reported(number, {"history": history(*rsums), "ended": ended})
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def begin(driven: Driven) -> int:
@@ -253,7 +258,8 @@ def test_a_study_without_anything_but_failures_says_so_and_exits_with_4(tmp_path
     where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="")
     closing = "\n".join(closing_lines(result, where))
     assert "none: no trial finished" in closing
-    assert "2 diverged; to run them once more: `sweep.py --resume --retry-failed" in closing
+    assert "2 diverged; to run them once more:\n" in closing
+    assert "sweep.py --resume --retry-failed --name s" in closing.splitlines()[-3]
 
 
 def test_a_trial_that_failed_is_run_once_more_if_that_is_asked_for(tmp_path: Path) -> None:
@@ -345,7 +351,8 @@ def test_a_study_that_is_told_to_stop_does_not_wait_for_a_ray_that_hangs(
     assert codes == [128 + signal.SIGTERM]
     assert [state for state, _, _ in tracker.parent] == ["interrupted"]
     assert [record.state for record in RunFolder(tmp_path / "s").records()] == ["interrupted"]
-    assert "Stopped; continue with `sweep.py --resume --name s`" in said[-1]
+    assert said[-1].startswith("Stopped; continue with:\n")
+    assert said[-1].endswith("sweep.py --resume --name s")
 
 
 def test_what_is_not_a_number_is_never_best() -> None:
@@ -585,11 +592,14 @@ def test_a_budget_that_is_used_up_begins_no_new_trial_and_lets_the_running_ones_
     result = driven._conclude()
     driven._close("finished")
     assert result.exit_code == 0
-    assert "a larger limit goes on with `sweep.py --resume --name s`" in result.used_up
+    told, line = result.used_up.splitlines()
+    assert told.endswith("to go on with twice as much:")
+    flag = f"--{limit.replace('_', '-')}"
+    assert line.endswith(f"sweep.py --resume {flag} 0.201 --name s")
     assert [record.state for record in result.records] == ["finished"] * 3
 
     # The records and the tracker's parent tell of it; `--resume` without a name finds the study.
-    assert (read_json(tmp_path / "s" / "summary.json"))["used_up"] == result.used_up
+    assert read_json(tmp_path / "s" / "summary.json")["used_up"] == result.used_up
     assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "s"
     (_, metrics, tags) = driven._tracker.parent[-1]
     assert metrics["study/hours"] == pytest.approx(0.101)

@@ -170,7 +170,8 @@ def test_a_sweep_that_is_killed_stopped_and_killed_ends_as_if_it_had_not_been(
     assert seconds <= 10
     (cut_off,) = driver.records()
     assert cut_off.state == "interrupted"
-    assert "continue with `sweep.py --resume --name s`" in driver.log.read_text()
+    told = driver.log.read_text()
+    assert re.search(r"continue with:\n.*sweep\.py .*--resume --name s$", told, re.MULTILINE)
     _, runs = driver.tracked()
     assert [(run.info.status, run.data.tags["cpfean.state"]) for run in runs] == [
         ("KILLED", "interrupted")
@@ -339,7 +340,8 @@ def test_a_sweep_whose_trials_all_diverge_stops_and_says_so(tmp_path: Path) -> N
     print(told)
     assert "the first 3 trials failed alike (diverged)" in told
     assert "the loss is nan at step 1 of epoch 1" in told
-    assert "continue with `sweep.py --resume --retry-failed --name s`" in told
+    line = r"continue with:\n.*sweep\.py .*--resume --retry-failed --name s$"
+    assert re.search(line, told, re.MULTILINE)
     assert "Traceback" not in told
     assert [record.failure for record in driver.records()] == ["diverged"] * 3
     check_failures_are_told(driver)

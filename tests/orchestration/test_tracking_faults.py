@@ -284,7 +284,8 @@ def test_what_was_not_sent_is_sent_by_a_resume_that_trains_nothing(
     plan = plan_of(TINY, where, "later")
     said: list[str] = []
     result = run_here(plan, where, resume=False, say=said.append)
-    assert said[-1].endswith("`train.py --resume --name later` with the same flags.")
+    assert said[-1].startswith("tracking: not everything is sent; the rest is sent by:\n")
+    assert said[-1].endswith("train.py --resume --name later")
     proxy.fault = "none"
     said.clear()
     again = run_here(plan, where, resume=True, say=said.append)
@@ -320,9 +321,8 @@ def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
     proxy.fault = "refuse"
     said: list[str] = []
     assert run_study(plan, where, resume=True, say=said.append).exit_code == 0
-    assert said[-1].startswith(
-        "tracking: not everything is sent; `sweep.py --resume --name settled"
-    )
+    assert said[-1].startswith("tracking: not everything is sent; the rest is sent by:\n")
+    assert said[-1].endswith("sweep.py --resume --name settled")
     proxy.fault = "none"
     said.clear()
     run_study(plan, where, resume=True, say=said.append)

@@ -40,7 +40,7 @@ def test_a_sweep_that_used_up_its_hours_ends_with_what_is_settled_and_nothing_ru
     first = sweep(tmp_path, "--max-hours", str(HOURS))
     assert first.returncode == 0, first.stdout + first.stderr
     assert f"--max-hours {HOURS:g} is used up" in first.stdout
-    assert "a larger limit goes on with `sweep.py --resume --name s`" in first.stdout
+    assert "to go on with twice as much:\n" in first.stdout
     folder = RunFolder(tmp_path / "runs" / "s")
     records = folder.records()
     assert 0 < len(records) < TRIALS
