@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
-from cpfean.errors import CpfeanError, message_of
-from cpfean.folders import can_be_written
+from cpfean.errors import ConfigError, CpfeanError, message_of
+from cpfean.folders import can_be_written, expanded
 from orchestration.ray_address import check_this_host
 from orchestration.records import RunFolder
 from orchestration.settings import Settings, token_file
@@ -246,10 +246,10 @@ def missing_workers(there: int) -> str:
     there should be.
     """
     try:
-        file = Path("~/ray_bootstrap_config.yaml").expanduser()
+        file = expanded("~/ray_bootstrap_config.yaml", what="HOME")
         types = json.loads(file.read_text(encoding="utf-8"))["available_node_types"]
         wanted = sum(kind.get("min_workers", 0) for kind in types.values())
-    except (OSError, RuntimeError, ValueError, LookupError):  # without a home it is no head
+    except (OSError, ConfigError, ValueError, LookupError):  # without a home it is no head
         return ""
     return f"{there} of {wanted} worker(s) have joined" if there < wanted else ""
 

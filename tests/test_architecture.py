@@ -280,3 +280,77 @@ def test_a_call_that_could_run_foreign_code_is_found(source: str) -> None:
 )
 def test_a_harmless_call_is_not_reported(source: str) -> None:
     assert dangers(source) == []
+
+
+# Of a user whom nobody knows they raise, or give back the ~; cpfean.folders answers for all.
+HOMES = {"expanduser", "home"}
+ASKS_FOR_HOMES = {"cpfean.folders", "orchestration.settings", "orchestration.tuner"}
+
+
+def local_habits(source: str) -> list[str]:
+    """What depends on the locale or the home of whoever runs it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func) or getattr(node.func, "attr", "")
+        last = name.split(".")[-1]
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant)] + [
+            value.value for value in given.values() if isinstance(value, ast.Constant)
+        ]
+        binary = any(isinstance(mode, str) and "b" in mode and len(mode) < 4 for mode in modes)
+        reads = last in {"read_text", "write_text"} or name == "open" or last == "fdopen"
+        starts = last in {"run", "Popen", "check_output"} and given.keys() & {
+            "text",
+            "universal_newlines",
+        }
+        is_text = (reads and not binary) or starts
+        # `write_text` of orchestration.records, a plain name, writes UTF-8 itself.
+        if is_text and "encoding" not in given and name != "write_text":
+            found.append(f"line {node.lineno}: {name}() without an encoding")
+        if last in HOMES:
+            found.append(f"line {node.lineno}: {name}()")
+    return found
+
+
+def test_files_are_utf_8_and_homes_are_asked_for_in_one_place() -> None:
+    found = {
+        module: habits
+        for module, path in sources()
+        if (habits := local_habits(path.read_text(encoding="utf-8")))
+    }
+    assert {module for module in found if module not in ASKS_FOR_HOMES} == set(), found
+    told = [habit for module in ASKS_FOR_HOMES for habit in found.get(module, [])]
+    assert [habit for habit in told if "encoding" in habit] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open(path)",
+        "path.read_text()",
+        "path.write_text(text)",
+        "open(path, 'w')",
+        "subprocess.run(words, text=True)",
+        "Path('~').expanduser()",
+        "os.path.expanduser(path)",
+        "Path.home()",
+    ],
+)
+def test_what_depends_on_who_runs_it_is_found(source: str) -> None:
+    assert local_habits(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open(path, 'rb')",
+        "open(path, mode='wb')",
+        "path.read_text(encoding='utf-8')",
+        "path.open('rb')",
+        "subprocess.run(words, encoding='utf-8')",
+    ],
+)
+def test_what_is_the_same_for_everybody_is_not_reported(source: str) -> None:
+    assert local_habits(source) == []

@@ -66,6 +66,22 @@ def test_cache_equals_the_encoder_and_is_written_once(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("words-*.npy")} == files
 
 
+def test_without_a_cache_the_vectors_are_the_same_and_it_is_said(
+    tmp_path: Path,
+    data_folder: Path,
+    frozen: ExperimentConfig,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    experiment = open_experiment(frozen, data_folder=data_folder, cache_dir=tmp_path, device=CPU)
+    cached, backbone = experiment.dev.word_features, experiment.model.backbone
+    made = encode_frozen(experiment.dev, backbone, cache_dir=tmp_path / "file", device=CPU)
+    assert cached is not None
+    np.testing.assert_array_equal(made.values, cached.values)
+    np.testing.assert_array_equal(made.offsets, cached.offsets)
+    assert "CPFEAN_CACHE" in caplog.text
+
+
 def test_frozen_encoder_is_neither_trained_nor_saved(
     tmp_path: Path, data_folder: Path, frozen: ExperimentConfig
 ) -> None:
