@@ -142,6 +142,7 @@ class RunFolder:
                 f"{self.path} holds the records of a run whose {self.identity_file.name} is gone: "
                 "put that back to resume it, or choose another --name."
             )
+        self._check_is_ours()
         try:
             (self.path / "trials").mkdir(parents=True, exist_ok=True)
             _write_first(self.identity_file, _json(own | identity))
@@ -156,6 +157,23 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise cannot_write(self.path, error) from None
+
+    def _check_is_ours(self) -> None:
+        """Refuses a folder that holds anything else: files of the same names would be replaced.
+
+        Raises:
+            ConfigError: what is in it.
+        """
+        if not self.path.is_dir() or is_there(self.identity_file):
+            return
+        # A process that was killed at its start leaves no more than these.
+        others = sorted(set(os.listdir(self.path)) - {"trials", "lock"})
+        strange = [name for name in others if not name.startswith(f".{self.identity_file.name}.")]
+        if strange:
+            raise ConfigError(
+                f"{self.path} is no run, and holds {', '.join(strange[:3])}, which might be "
+                "replaced; choose another --name."
+            )
 
     def check_same(self, identity: dict[str, Any]) -> None:
         """Compares what is asked for with what the folder was made for.
@@ -313,7 +331,8 @@ class RunFolder:
             ConfigError: another process works on this folder.
         """
         try:
-            opened = (self.path / "lock").open("w", encoding="utf-8")
+            # What a stranger's file of that name holds is left in it.
+            opened = (self.path / "lock").open("a", encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path, error) from error
         with opened as file:
