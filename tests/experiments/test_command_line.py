@@ -262,7 +262,8 @@ def test_a_training_is_evaluated_as_json_with_what_it_printed(tmp_path: Path) ->
     again = call(TRAIN, "--config", "tiny.toml", "--name", "t", cwd=tmp_path)
     assert again.returncode == 2
     assert "--resume" in again.stderr
-    valid = call("validate.py", str(next((tmp_path / "cache").glob("synthetic-*/"))), cwd=tmp_path)
+    (data,) = (path for path in (tmp_path / "cache").glob("synthetic-*") if path.is_dir())
+    valid = call("validate.py", str(data), cwd=tmp_path)
     assert (valid.returncode, valid.stderr) == (0, "")
 
 
