@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
-from cpfean.folders import expanded
+from cpfean.folders import can_be_written, expanded
 from experiments.baselines import BASELINES
 from experiments.terminal import make_forgiving
 from orchestration.budget import Budget, Prices
@@ -120,25 +120,31 @@ class _Once(argparse.Action):
 
 def _text(value: str) -> str:
     """What can be shown, and written into files."""
+    try:
+        check_text(Path(_shown(value)), what="")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+    return value
+
+
+def _shown(value: str) -> str:
+    """What can be shown, be it in another encoding than this terminal's."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
     if len(value) > _LONGEST:
         raise argparse.ArgumentTypeError(
             f"expected at most {_LONGEST} characters, found {len(value)}"
         )
-    try:
-        check_text(Path(value), what="")
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
-    if not value.isprintable():
-        odd = next(letter for letter in value if not letter.isprintable())
+    read = value.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+    if not read.isprintable():
+        odd = next(letter for letter in read if not letter.isprintable())
         raise argparse.ArgumentTypeError(f"{value!r} has {odd!r}, which cannot be shown")
     return value
 
 
 def _path(value: str) -> Path:
-    """A path that the system can be asked for."""
-    path = Path(_text(value))
+    """A path that the system can be asked for; it need not be one that can be written down."""
+    path = Path(_shown(value))
     for part in path.parts:
         if len(os.fsencode(part)) > _LONGEST_PART:
             raise argparse.ArgumentTypeError(
@@ -152,15 +158,15 @@ def _path(value: str) -> Path:
 
 def place(value: str) -> str:
     """A folder, or a name or URL that stands for one; the type of flags."""
-    if "://" in value:
-        return _text(value)
+    if "://" in _text(value):
+        return value
     path = str(_path(value))
     return path if value.startswith("~") else value  # "./small" is not "small"
 
 
 def output_folder(value: str) -> Path:
     """A folder that is there or can be made; the type of flags."""
-    path = _path(value)
+    path = _path(_text(value))
     there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, and {there} is none")
@@ -415,12 +421,10 @@ def settings(arguments: argparse.Namespace) -> Settings:
     where = Settings.resolve(
         output=arguments.output, tracking_uri=arguments.tracking_uri, address=address
     )
-    if not getattr(arguments, "dry_run", True):
-        there = next(p for p in (where.output, *where.output.parents) if os.path.lexists(p))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"--output {where.output}: {there} cannot be written to; name another folder."
-            )
+    if not getattr(arguments, "dry_run", True) and not can_be_written(where.output):
+        raise ConfigError(
+            f"--output {where.output}: this user cannot write there; name another folder."
+        )
     return where
 
 
@@ -694,6 +698,6 @@ def _absolute(path: str, name: str, *, setting: str) -> Plain:
     if path == name or "://" in path:
         return path
     try:
-        return str(_path(path).absolute())
+        return str(_path(_text(path)).absolute())
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"{setting}: {str(error).rstrip('.')}.") from None

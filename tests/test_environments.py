@@ -141,7 +141,12 @@ ROWS = [
         code=2,
         says=("the cache cannot be written", "Set CPFEAN_CACHE"),
     ),
-    Row(place="no home", command=TRAIN.replace("{out}", "/nowhere"), code=5, says=("/nowhere",)),
+    Row(
+        place="no home",
+        command=TRAIN.replace("{out}", "/nowhere"),
+        code=2,
+        says=("--output /nowhere",),
+    ),
     Row(
         place="no home",
         command=TRAIN.replace("{out}", "~nobody-of-this-name"),
