@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from cpfean.config import nearest
 from cpfean.errors import ConfigError
+from cpfean.folders import expanded
 
 _Refuse = Callable[..., ConfigError]  # of why, and of what was meant instead
 _WEB = ("http", "https")
@@ -132,11 +133,11 @@ def _sqlite_path(rest: str, refuse: _Refuse) -> Path:
         )
     try:
         # What follows a percent sign is read as in any address, by MLflow's database library too.
-        file = Path(unquote(path)).expanduser().absolute()
+        file = expanded(unquote(path), what="its home").absolute()
         str(file).encode()
         is_folder = path.endswith("/") or file.is_dir()
         is_strange = not is_folder and file.exists() and not file.is_file()
-    except (RuntimeError, OSError, ValueError) as error:
+    except (ConfigError, OSError, ValueError) as error:
         raise refuse(f"cannot be the name of a file: {error}") from None
     if is_folder:
         raise refuse("is a folder", f"sqlite:///{file / 'mlflow.db'}")
@@ -154,9 +155,9 @@ def _folder(uri: str, refuse: _Refuse, environment: Mapping[str, str]) -> str:
     """The address of a folder of runs, which MLflow keeps only where it is told to."""
     path = uri.removeprefix("file://") if uri.startswith("file://") else uri.removeprefix("file:")
     try:
-        folder = Path(path).expanduser().absolute()
+        folder = expanded(path, what="its home").absolute()
         is_file = folder.is_file()
-    except (RuntimeError, OSError, ValueError) as error:
+    except (ConfigError, OSError, ValueError) as error:
         raise refuse(f"cannot be the name of a folder: {error}") from None
     if is_file or folder.suffix in (".db", ".sqlite", ".sqlite3"):
         raise refuse("lacks the sqlite:///", f"sqlite:///{path}")
