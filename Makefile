@@ -23,8 +23,8 @@ install: $(STAMP)  ## Make .venv and install the tested versions (once; again wh
 sweep: $(STAMP)  ## Search the model's settings on the built-in data and record the trials in MLflow
 	$(BIN)/python experiments/sweep.py $(ARGS)
 
-test: $(STAMP)  ## Run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## Run the whole test suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .
