@@ -6,7 +6,9 @@ import argparse
 import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +46,7 @@ _NEEDS = {
 }
 
 
+_AGAIN_SECONDS = 3.0  # after which a Ctrl-C that was lost is sent once more
 _LONGEST = 4096  # characters of a flag's value, and bytes of a path
 _LONGEST_PART = 255  # bytes of a file's name
 _LARGEST = 2**31 - 1
@@ -348,7 +351,9 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
         sys.stdout.flush()
         os._exit(stopped.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        # What was started ends with this process, and sooner than if it were asked to.
+        sys.stdout.flush()
+        os._exit(130)
     except CpfeanError as error:
         if arguments.debug:
             raise
@@ -542,6 +547,15 @@ def start_early(arguments: argparse.Namespace, where: Settings) -> None:
         return
     from orchestration import tuner
 
+    def interrupt(number: int, _frame: object) -> None:
+        # Python drops what is raised in the callbacks of its imports, of which there are many now.
+        again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)  # until the study hears of it itself
     say("starting Ray on this machine, and checking the data meanwhile.")
     tuner.start_early(where)
 

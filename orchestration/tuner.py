@@ -506,13 +506,15 @@ def run_trials(
     scheduler: _Halving | FIFOScheduler = FIFOScheduler()
     if early_stopping is not None:
         scheduler = _Halving(early_stopping, list(past))
-    watcher = _Watcher(hooks, scheduler)
+    # On one machine the processes of several trials only slow each other down as they start.
+    source = _Source(hooks, first_alone=settings.address is None)
+    watcher = _Watcher(hooks, scheduler, begun=source.begun)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_Trial, job=job), tune.PlacementGroupFactory([{HEAD: 0.001}])
         ),
         tune_config=tune.TuneConfig(
-            search_alg=_Source(hooks),
+            search_alg=source,
             scheduler=scheduler,
             num_samples=(1 + MAX_RETRIES) * num_trials,  # what is lost is a new trial to Tune
             max_concurrent_trials=resources.concurrent,
@@ -761,12 +763,19 @@ def _tail(text: str, *, lines: int = 30) -> str:
 class _Source(Searcher):
     """Hands the study's trials to Tune, one at a time."""
 
-    def __init__(self, hooks: Hooks) -> None:
+    def __init__(self, hooks: Hooks, *, first_alone: bool = False) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._hooks = hooks
         self._running: set[str] = set()
+        self._waits = first_alone
+
+    def begun(self) -> None:
+        """A trial has its workers: the others may be started."""
+        self._waits = False
 
     def suggest(self, trial_id: str) -> Any:  # FINISHED is a text, whatever Tune's types say
+        if self._waits and self._running:
+            return None  # not now
         record = self._hooks.next_trial()
         if record is None:
             # Tune takes that as final, and a trial that runs may be lost and come back.
@@ -840,8 +849,11 @@ class _Settled:
 class _Watcher(tune.Callback):
     """Tells the study what happens, and frees what a lost crew holds."""
 
-    def __init__(self, hooks: Hooks, scheduler: Any) -> None:
+    def __init__(
+        self, hooks: Hooks, scheduler: Any, *, begun: Callable[[], None] = lambda: None
+    ) -> None:
         self._hooks = hooks
+        self._begun = begun
         self._scheduler = scheduler
         self._groups: dict[int, str] = {}
 
@@ -866,6 +878,7 @@ class _Watcher(tune.Callback):
             group = result["placement_group"]
             others = {n: known for n, known in self._groups.items() if known != group}
             self._groups = others | {number: group}
+            self._begun()
             self._hooks.begun(number, result["crew"])
         elif "history" in result:
             self._hooks.reported(number, result)
