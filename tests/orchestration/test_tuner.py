@@ -79,6 +79,19 @@ def test_tune_is_told_that_nothing_is_left_only_when_nothing_runs_that_may_be_lo
     assert source.suggest("d") == Searcher.FINISHED
 
 
+def test_the_first_trial_starts_alone_until_it_has_workers_or_has_failed() -> None:
+    waiting = [record(number) for number in range(3)]
+    hooks: Any = SimpleNamespace(next_trial=lambda: waiting.pop(0) if waiting else None)
+    source = _Source(hooks, first_alone=True)
+    assert source.suggest("a")["number"] == 0
+    assert source.suggest("b") is None
+    source.on_trial_complete("a", error=True)
+    assert source.suggest("b")["number"] == 1
+    assert source.suggest("c") is None
+    source.begun()
+    assert source.suggest("c")["number"] == 2
+
+
 def test_what_is_behind_after_the_grace_is_stopped_and_the_rest_goes_on() -> None:
     scheduler = _Halving(RULE, [])
     good, bad, better = (trial(scheduler, number) for number in range(3))
