@@ -167,7 +167,9 @@ class RunFolder:
         if not self.path.is_dir() or is_there(self.identity_file):
             return
         # A process that was killed at its start leaves no more than these.
-        others = sorted(set(os.listdir(self.path)) - {"trials", "lock"})
+        # Or another one has made it its own meanwhile, which `create` finds.
+        ours = {"trials", "lock", self.identity_file.name}
+        others = sorted(set(os.listdir(self.path)) - ours)
         strange = [name for name in others if not name.startswith(f".{self.identity_file.name}.")]
         if strange:
             raise ConfigError(
