@@ -228,7 +228,7 @@ def test_data_are_fetched_as_they_are(store: ObjectStore, proxy: Proxy, tmp_path
     proxy.fault = "reset"
     proxy.only = lambda head: "_ims.npy" in first(head) and proxy.met < 2
     fetched = resolve_data(remote, cache_dir=tmp_path / "fetched")
-    assert proxy.met == 2
+    assert proxy.met >= 2  # requests that come together are both reset
     assert data_fingerprint(fetched) == data_fingerprint(local)
 
 
