@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpfean.config import ExperimentConfig
-from cpfean.data.split import SPLITS
+from cpfean.data.convert.captions import CAPTIONS_PER_IMAGE
+from cpfean.data.findings import Findings
+from cpfean.data.split import SPLITS, read_captions, split_stem
 from cpfean.data.tokens import check_vocabulary, load_tokenizer
 from cpfean.errors import ConfigError
-
-_CAPTIONS = 5  # an image
 
 
 def check_text(config: ExperimentConfig, *, data_folder: Path) -> None:
@@ -39,14 +39,18 @@ def check_text(config: ExperimentConfig, *, data_folder: Path) -> None:
         files.check_finite()
     captions = {split: _captions(data_folder, split) for split in SPLITS}
     if config.data.train_images:
-        del captions["train"][_CAPTIONS * config.data.train_images :]
+        del captions["train"][CAPTIONS_PER_IMAGE * config.data.train_images :]
     check_vocabulary(text, captions, max_tokens=config.data.max_tokens, tokenizer=tokenizer)
 
 
 def _captions(folder: Path, split: str) -> list[str]:
-    """The lines of a checked file of captions."""
-    lines = (folder / f"{split}_caps.txt").read_bytes().decode().split("\n")
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    """The captions of a checked folder."""
+    findings = Findings()
+    captions = read_captions(
+        folder / f"{split_stem(folder, split)}_caps.txt", findings, CAPTIONS_PER_IMAGE
+    )
+    findings.refuse(folder)
+    return captions or []
 
 
 def check_places(config: ExperimentConfig, places: int | None) -> None:
