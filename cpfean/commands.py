@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -81,15 +81,7 @@ def resume(
         changed: flags with another value than the one that was typed.
     """
     new = {"--name": run} | dict(changed or {})
-    words: list[str] = []
-    skip = False
-    for word in typed:
-        if skip:
-            skip = False
-        elif word in new:
-            skip = True
-        elif word not in _BARE and word.partition("=")[0] not in new:
-            words.append(word)
+    words = [word for word in _without(typed, new) if word not in _BARE]
     more = ["--retry-failed"] if retry_failed else []
     line = script(name)
     for word in [*words, "--resume", *more]:
@@ -97,6 +89,20 @@ def resume(
     for flag, value in reversed(new.items()):
         line += " " + shell(flag, value)
     return line
+
+
+def _without(typed: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The words without some flags and their values."""
+    words = []
+    is_value = False
+    for word in typed:
+        if is_value:
+            is_value = False
+        elif word in flags:
+            is_value = True
+        elif word.partition("=")[0] not in flags:
+            words.append(word)
+    return words
 
 
 def _secretless(word: str) -> str:
@@ -132,8 +138,7 @@ def restore_experiment(uri: str, experiment: str) -> str:
         uri: of the store.
         experiment: its id.
     """
-    line = shell(program("mlflow"), "experiments", "restore", "--experiment-id", experiment)
-    return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
+    return _restore(uri, "experiments", "--experiment-id", experiment)
 
 
 def restore_run(uri: str, run: str) -> str:
@@ -143,7 +148,11 @@ def restore_run(uri: str, run: str) -> str:
         uri: of the store.
         run: its id.
     """
-    line = shell(program("mlflow"), "runs", "restore", "--run-id", run)
+    return _restore(uri, "runs", "--run-id", run)
+
+
+def _restore(uri: str, what: str, flag: str, id: str) -> str:
+    line = shell(program("mlflow"), what, "restore", flag, id)
     return f"MLFLOW_TRACKING_URI={_secretless(uri)} {line}"
 
 
@@ -175,15 +184,7 @@ def submit_job(address: str, name: str, typed: Sequence[str]) -> str:
         name: of the script.
         typed: the words after it; an address among them is the job's own business.
     """
-    words = [f"experiments/{name}"]
-    skip = False
-    for word in typed:
-        if skip or word.startswith("--address="):
-            skip = False
-        elif word == "--address":
-            skip = True
-        else:
-            words.append(word)
+    words = [f"experiments/{name}", *_without(typed, ["--address"])]
     line = f"cd ~/cpfean && python {' '.join(map(_secretless, words))}"
     return shell(program("ray"), "job", "submit", "--address", address, "--", "bash", "-c", line)
 

@@ -35,11 +35,7 @@ def map_array(path: Path, findings: Findings) -> np.ndarray | None:
     except FileNotFoundError as error:
         findings.add("missing", name, f"{error.strerror}; put the file there")
     except OSError as error:
-        findings.add(
-            "unreadable",
-            name,
-            f"cannot be read: {error.strerror or error}; check the disk and the rights",
-        )
+        findings.unreadable(name, error)
     return None
 
 

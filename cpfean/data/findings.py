@@ -44,6 +44,14 @@ class Findings:
         """Adds one fault in `file`, at `place` in it."""
         self.add_rows(kind, file, [0], lambda _: (place, message))
 
+    def unreadable(self, file: str, error: OSError) -> None:
+        """Adds a file that the system does not give."""
+        self.add(
+            "unreadable",
+            file,
+            f"cannot be read: {error.strerror or error}; check the disk and the rights",
+        )
+
     def add_rows(
         self,
         kind: str,

@@ -41,11 +41,7 @@ def read_lines(path: Path, findings: Findings) -> list[str] | None:
         findings.add("not-text", name, f"{error.strerror}; replace it")
         return None
     except OSError as error:
-        findings.add(
-            "unreadable",
-            name,
-            f"cannot be read: {error.strerror or error}; check the disk and the rights",
-        )
+        findings.unreadable(name, error)
         return None
     if not raw:
         return []
