@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from cpfean.config import TextConfig
-from cpfean.errors import CheckpointError, ConfigError, DataError
+from cpfean.errors import CheckpointError, ConfigError, DataError, message_of
 from cpfean.files import open_file
 from cpfean.json_files import read_object
 
@@ -516,11 +516,10 @@ def _pretrained(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library's own, and whatever it trips over in damaged files
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model.text.encoder {name!r}: no tokenizer can be loaded ({first}). Give a local "
-            'folder or a Hugging Face name (the first use downloads it), or "scratch", which needs '
-            "neither."
+            f"model.text.encoder {name!r}: no tokenizer can be loaded ({message_of(error)}). Give "
+            "a local folder or a Hugging Face name (the first use downloads it), or "
+            '"scratch", which needs neither.'
         ) from None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpfean.errors import ConfigError, CpfeanError
+from cpfean.errors import ConfigError, CpfeanError, message_of
 from cpfean.files import is_there
 from cpfean.json_files import read_object
 from cpfean.model.weights import FLOATS, Spec, check_finite, read_header, specs
@@ -153,7 +153,7 @@ def config_of(
     try:
         config = wanted(**settings)
     except Exception as reason:  # whatever the library trips over in a stranger's settings
-        raise error(f"{source}: no configuration of a {kind}: {first_line(reason)}") from None
+        raise error(f"{source}: no configuration of a {kind}: {message_of(reason)}") from None
     _check_sizes(config, most_layers=most_layers, source=source, error=error)
     return config
 
@@ -177,7 +177,7 @@ def skeleton_of(config: Any, *, source: str, error: type[CpfeanError]) -> nn.Mod
                     f"{source}: expected a BERT-type encoder, found the model_type "
                     f"{config.model_type!r}."
                 ) from None
-            raise error(f"{source}: no encoder can be built: {first_line(reason)}") from None
+            raise error(f"{source}: no encoder can be built: {message_of(reason)}") from None
         try:
             skeleton.eval()
             tokens = torch.zeros(1, 2, dtype=torch.int64)
@@ -185,7 +185,7 @@ def skeleton_of(config: Any, *, source: str, error: type[CpfeanError]) -> nn.Mod
         except NotImplementedError:
             return skeleton  # one that looks at the values
         except Exception as reason:
-            raise error(f"{source}: no encoder that can run: {first_line(reason)}") from None
+            raise error(f"{source}: no encoder that can run: {message_of(reason)}") from None
     if tuple(states.shape) != (1, 2, config.hidden_size):
         raise error(
             f"{source}: expected vectors of width {config.hidden_size}, found {states.shape[-1]}."
@@ -220,7 +220,7 @@ class _Files:
         try:
             found = cached_file(self.name, file)
         except (OSError, ValueError) as reason:
-            self._why = first_line(reason)
+            self._why = message_of(reason)
             return None
         return None if found is None else Path(found)
 
@@ -368,12 +368,6 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:3])}{more}"
 
 
-def first_line(reason: Exception) -> str:
-    """The first line of a library's message, or what kind of error it is."""
-    lines = str(reason).strip().splitlines()
-    return lines[0] if lines else f"{type(reason).__name__}."
-
-
 def _short(value: Any) -> str:
     try:
         text = repr(value)
@@ -385,7 +379,6 @@ def _short(value: Any) -> str:
 __all__ = [
     "EncoderFiles",
     "config_of",
-    "first_line",
     "num_places",
     "read_encoder",
     "skeleton_of",

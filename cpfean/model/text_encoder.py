@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cpfean.config import TextConfig
-from cpfean.errors import ConfigError
-from cpfean.model.pretrained import first_line, num_places, read_encoder
+from cpfean.errors import ConfigError, message_of
+from cpfean.model.pretrained import num_places, read_encoder
 from cpfean.model.weights import check_tensor_finite
 
 
@@ -84,7 +84,7 @@ class TextBackbone(nn.Module):
             )
         except Exception as error:  # whatever the library trips over in a stranger's files
             raise ConfigError(
-                f"model.text.encoder = {config.encoder!r} cannot be loaded: {first_line(error)} "
+                f"model.text.encoder = {config.encoder!r} cannot be loaded: {message_of(error)} "
                 "Give a folder with config.json and model.safetensors, a Hugging Face name, or "
                 '"scratch".'
             ) from None

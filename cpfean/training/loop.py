@@ -26,7 +26,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches, RetrievalDataset
 from cpfean.data.prefetch import prefetched
 from cpfean.data.split import data_fingerprint
-from cpfean.errors import DivergedError, NoMemoryError, StoppedError
+from cpfean.errors import DivergedError, NoMemoryError, StoppedError, message_of
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.processes import place, summed
 from cpfean.progress import Progress
@@ -399,7 +399,7 @@ def _memory_watched(
             f"over {place()[1]} process(es), at a peak of {peak / 2**30:.2f} GiB of "
             f"{'GPU' if on_gpu else 'main'} memory in this one. Lower optim.batch_size or "
             "evaluation.batch_size, or take more --workers for a trial: each has a smaller share, "
-            f"and fewer trials run at a time. ({_first_line(error)})"
+            f"and fewer trials run at a time. ({message_of(error)})"
         ) from error
 
 
@@ -413,10 +413,6 @@ def _peak_of_process() -> int:
         if kilobytes:
             return int(kilobytes[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, where this is
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def autocast(

@@ -501,6 +501,10 @@ def test_all_faults_of_a_table_are_told_at_once(flickr: Path, tmp_path: Path) ->
         (b"image_h\timage_w\timage_id\tnum_boxes\tboxes\tfeatures\n", ("in this order",)),
         (b"\0" * 10_000, ("row 1", "found 1")),
         (b"\xff\t\xfe\t\xff\t\t\t\n", ("none of them",)),
+        (b"\xef\xbb\xbf1000\t500", ("byte order mark", "tail -c +4 ")),
+        (b"\x1f\x8b\x08", ("gzip",)),
+        (b"\x89HDF\r\n\x1a\n", ("HDF5",)),
+        (b"PK\x03\x04", ("zip",)),
     ],
 )
 def test_what_is_no_table_is_refused(
@@ -866,24 +870,6 @@ def test_no_converter_reads_what_is_no_file(
         convert()
     assert words in str(refusal.value)
     assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"\xef\xbb\xbf1000\t500", ("byte order mark", "tail -c +4 ")),
-        (b"\x1f\x8b\x08", ("gzip",)),
-        (b"\x89HDF\r\n\x1a\n", ("HDF5",)),
-        (b"PK\x03\x04", ("zip",)),
-    ],
-)
-def test_a_table_that_is_another_file_is_named(
-    content: bytes, words: tuple[str, ...], flickr: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "a.tsv").write_bytes(content)
-    with pytest.raises(DataError) as refusal:
-        convert_tables([tmp_path / "a.tsv"], read_karpathy(flickr), tmp_path / "data")
-    assert [word for word in ("a.tsv", *words) if word not in str(refusal.value)] == []
 
 
 def test_a_blank_last_line_of_a_table_is_told_with_a_command_that_works(

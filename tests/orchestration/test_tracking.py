@@ -399,14 +399,20 @@ def test_a_deleted_experiment_is_told_before_the_first_number_and_gets_all_once_
     assert {run.info.status for run in runs(uri, id="4711")} == {"FINISHED"}
 
 
-def test_what_a_deleted_experiment_lacks_is_told_with_what_comes_before_a_resume(uri: str) -> None:
-    client, experiment = open_store(uri)
+def tracked_for_an_epoch(uri: str) -> tuple[Tracker, list[str]]:
+    """A tracker that has sent the first epoch of a trial, and what it says."""
     said: list[str] = []
     tracker = Tracker(uri, SWEEP, say=said.append)
     tracker.start()
     tracker.update(record(0, 1.0, state="running"))
     wait_until(lambda: runs(uri, role="trial") != [], seconds=30, what="the trial")
     wait_until(tracker._done, seconds=30, what="the first epoch")
+    return tracker, said
+
+
+def test_what_a_deleted_experiment_lacks_is_told_with_what_comes_before_a_resume(uri: str) -> None:
+    client, experiment = open_store(uri)
+    tracker, said = tracked_for_an_epoch(uri)
     client.delete_experiment(experiment)
     tracker.update(record(0, 1.0, 2.0, 3.0, state="finished"))
     assert not tracker.close()
@@ -443,12 +449,7 @@ def test_a_deleted_run_is_told_at_once_with_what_brings_it_back_and_then_goes_on
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestration.tracking._REFUSED_SECONDS", 0.05)
-    said: list[str] = []
-    tracker = Tracker(uri, SWEEP, say=said.append)
-    tracker.start()
-    tracker.update(record(0, 1.0, state="running"))
-    wait_until(lambda: runs(uri, role="trial") != [], seconds=30, what="the trial")
-    wait_until(tracker._done, seconds=30, what="the first epoch")
+    tracker, said = tracked_for_an_epoch(uri)
     (child,) = runs(uri, role="trial")
     client = MlflowClient(uri)
     client.delete_run(child.info.run_id)
