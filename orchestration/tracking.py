@@ -233,8 +233,8 @@ class Tracker:
         files = [name for task in held if isinstance(task, _Files) for name in task.names]
         parts = [f"{epochs} epoch(s)"] if epochs else []
         if files:
-            shown = ", ".join(dict.fromkeys(files[:3]))
-            parts.append(f"{len(files)} file(s) ({shown}{', ...' if len(files) > 3 else ''})")
+            named = ", ".join(dict.fromkeys(files[:3]))
+            parts.append(f"{len(files)} file(s) ({named}{', ...' if len(files) > 3 else ''})")
         return " and ".join(parts)
 
     def _work(self) -> None:
