@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from orchestration.records import RunFolder
+from orchestration.study.records import RunFolder
 
 _LINES = {"finished": "-", "pruned": "--", "failed": ":"}
 

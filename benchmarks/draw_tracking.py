@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from orchestration.records import RunFolder, TrialRecord
 from orchestration.settings import prepare_environment
-from orchestration.tracking import open_store
+from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.tracking.tracker import open_store
 
 FLAGS = (
     "--headless",

@@ -68,7 +68,7 @@ def real_trials(
     folder: Path, trials: int, settings: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the table, and what they were made of."""
-    from orchestration.records import RunFolder
+    from orchestration.study.records import RunFolder
 
     chosen = {f"data.synthetic.{name}": str(value) for name, value in _DATA.items()}
     chosen |= {"data.num_regions": str(_DATA["num_regions"]), "optim.epochs": str(_EPOCHS)}
@@ -192,8 +192,8 @@ def simulate(folder: Path, *, trials: int) -> None:
     from cpfean.config import ExperimentConfig
     from cpfean.data.sources import resolve_data
     from experiments.search_spaces import SEARCH_SPACES
-    from orchestration import tuner
-    from orchestration.study import StudyPlan, run_study
+    from orchestration.runners import tuner
+    from orchestration.study.study import StudyPlan, run_study
 
     names = [f"val/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 

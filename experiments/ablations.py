@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.ablation import Ablation
+from orchestration.study.ablations import Ablation
 
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation(

@@ -20,15 +20,15 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from cpfean.folders import can_be_written, expanded
+from cpfean.writing import cannot_write, is_disk_error
 from experiments.baselines import BASELINES
 from experiments.terminal import make_forgiving
-from orchestration.budget import Budget, Prices
-from orchestration.disks import cannot_write, is_disk_error
-from orchestration.mirror import fetch_records
-from orchestration.records import TUNING, RunFolder
-from orchestration.search import Choice, SearchSpace
+from orchestration.proposals.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, check_text, prepare_environment
-from orchestration.study import (
+from orchestration.storage.records_copy import fetch_records
+from orchestration.study.budget import Budget, Prices
+from orchestration.study.records import TUNING, RunFolder
+from orchestration.study.study import (
     Interrupted,
     StudyPlan,
     StudyResult,
@@ -326,8 +326,8 @@ def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bo
     Raises:
         ServiceError: no cluster, or no room for the checkpoints.
     """
-    from orchestration.dry_run import dry_run
-    from orchestration.study import check_room_for_checkpoints
+    from orchestration.study.dry_run import dry_run
+    from orchestration.study.study import check_room_for_checkpoints
 
     prices = plans[0].budget.prices
     assert prices is not None
@@ -545,7 +545,7 @@ def start_early(arguments: argparse.Namespace, where: Settings) -> None:
     """
     if arguments.dry_run or arguments.resume or where.address is not None:
         return
-    from orchestration import tuner
+    from orchestration.runners import tuner
 
     def interrupt(number: int, _frame: object) -> None:
         # Python drops what is raised in the callbacks of its imports, of which there are many now.
@@ -672,15 +672,15 @@ def runner(arguments: argparse.Namespace) -> Callable[..., StudyResult]:
     """Runs a study on Ray, or here."""
     if not arguments.in_process:
         return run_study
-    from orchestration.local import run_here
+    from orchestration.runners.in_process import run_here
 
     return run_here
 
 
 def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:
     """The table, and where everything is."""
-    from orchestration.ablation import compare
     from orchestration.report import markdown_table
+    from orchestration.study.ablations import compare
 
     print("\n" + markdown_table(compare(result.records)))
     print(f"tables, plots   {report}")

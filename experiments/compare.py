@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.comparison import (
+    from orchestration.study.comparison import (
         as_they_stand,
         compare_methods,
         report_folder,

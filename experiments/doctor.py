@@ -48,8 +48,8 @@ def main() -> None:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.config import DataConfig
-    from orchestration import doctor
-    from orchestration.ray_address import ray_folder
+    from orchestration.cluster import doctor
+    from orchestration.cluster.ray_address import ray_folder
     from orchestration.settings import Settings
 
     refused: CpfeanError | None = None

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cpfean.config import Plain
-from orchestration.ablation import FULL
-from orchestration.comparison import Method
-from orchestration.search import Choice, Range
+from orchestration.proposals.search import Choice, Range
+from orchestration.study.ablations import FULL
+from orchestration.study.comparison import Method
 
 # Tuned for every method, beside two settings of its own.
 COMMON: dict[str, Choice | Range] = {

@@ -13,7 +13,7 @@ from experiments import command_line
 from experiments.ablations import ABLATIONS
 
 if TYPE_CHECKING:
-    from orchestration.ablation import Ablation
+    from orchestration.study.ablations import Ablation
 
 _EPILOG = (
     """\
@@ -59,8 +59,8 @@ def make_parser() -> command_line.Parser:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.ablation import FULL, Ablation
-    from orchestration.comparison import compare_variants, report_folder, seeds_study
+    from orchestration.study.ablations import FULL, Ablation
+    from orchestration.study.comparison import compare_variants, report_folder, seeds_study
 
     chosen = command_line.chosen(arguments.only, ABLATIONS, flag="--only", what="ablation")
     plan, where, seeds = command_line.comparison_plan(arguments, "ablations")

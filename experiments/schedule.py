@@ -15,12 +15,12 @@ from cpfean.folders import expanded
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
-from orchestration.study import Interrupted
+from orchestration.study.study import Interrupted
 
 if TYPE_CHECKING:
-    from orchestration.ablation import Change
-    from orchestration.records import RunFolder
     from orchestration.schedule import Ended, Schedule
+    from orchestration.study.ablations import Change
+    from orchestration.study.records import RunFolder
 
 CHANGED = 6  # exit code
 
@@ -173,7 +173,7 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
 
 
 def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> int:
-    from orchestration.records import RunFolder
+    from orchestration.study.records import RunFolder
 
     name = f"{suite}-{slot}"
     folder = RunFolder(schedule.folder / name)
@@ -197,10 +197,11 @@ def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> i
 
 def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namespace) -> bool:
     """Says and records what changed since the round before; whether anything did for certain."""
-    from orchestration.ablation import changes
-    from orchestration.records import RunFolder, write_text
+    from cpfean.writing import write_text
     from orchestration.settings import ServiceError
-    from orchestration.tracking import tag_parent
+    from orchestration.study.ablations import changes
+    from orchestration.study.records import RunFolder
+    from orchestration.tracking.tracker import tag_parent
 
     before = _round_before(folder.path, suite)
     if before is None:

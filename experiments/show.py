@@ -72,8 +72,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.outputs import own_folder
     from orchestration.pictures.queries import open_gallery
+    from orchestration.storage.output_folders import own_folder
 
     command_line.positive(arguments.count, "--count")
     command_line.positive(arguments.seed, "--seed", least=0)

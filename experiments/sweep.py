@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.study import StudyPlan, table
+    from orchestration.study.study import StudyPlan, table
 
     trials = command_line.positive(arguments.trials, "--trials")
     workers = command_line.positive(arguments.workers, "--workers")

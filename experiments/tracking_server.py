@@ -54,8 +54,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.server import ServerPlan
-    from orchestration.tracking_address import shown, tracking_address
+    from orchestration.tracking.address import shown, tracking_address
+    from orchestration.tracking.server import ServerPlan
 
     output = expanded(arguments.output, what="--output").absolute()
     artifacts = arguments.artifacts

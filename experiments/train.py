@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.local import run_here
-    from orchestration.study import StudyPlan, TrialPlan
+    from orchestration.runners.in_process import run_here
+    from orchestration.study.study import StudyPlan, TrialPlan
 
     workers = command_line.positive(arguments.workers, "--workers", least=0)
     config = command_line.configuration(arguments)

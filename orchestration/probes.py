@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean.metrics.retrieval import RetrievalMetrics
-from orchestration.ablation import Interval, mean_interval
+from cpfean.writing import write_text
 from orchestration.colours import COLOURS
-from orchestration.records import write_text
+from orchestration.study.ablations import Interval, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

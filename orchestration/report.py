@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from orchestration.ablation import FULL, AblationResult, Interval, compare, mean_interval
+from cpfean.writing import write_text
 from orchestration.colours import COLOURS
-from orchestration.records import TrialRecord, write_text
+from orchestration.study.ablations import FULL, AblationResult, Interval, compare, mean_interval
+from orchestration.study.records import TrialRecord
 
 _RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from cpfean import commands
 from cpfean.errors import ConfigError, message_of
 from cpfean.files import is_there, open_file, read_file
+from cpfean.json_files import LARGEST, aside, checked, of_type
 from orchestration.settings import ServiceError
-from orchestration.stored import LARGEST, aside, checked, of_type
 
 if TYPE_CHECKING:
     from apscheduler.schedulers.base import BaseScheduler

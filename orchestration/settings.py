@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.folders import cache_folder, can_be_written, expanded, private_folder
-from orchestration.ray_address import find_cluster, parse_address
-from orchestration.tracking_address import tracking_address
+from orchestration.cluster.ray_address import find_cluster, parse_address
+from orchestration.tracking.address import tracking_address
 
 # What Ray, Tune and MLflow read from the environment; a value that the user has set is kept.
 ENVIRONMENT = {

@@ -5,7 +5,11 @@ acts on imports, so it has to be in place before any test file is read. Configur
 out: their own messages are what users see.
 """
 
+from __future__ import annotations
+
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before the libraries that read them are imported; Ray's workers inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +31,22 @@ hypothesis.settings.load_profile("cpfean")
 
 # The tensors of the tests are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+if TYPE_CHECKING:
+    from orchestration.settings import Settings
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Settings:
+    """Where studies of tests run."""
+    from orchestration.settings import Settings
+
+    return Settings(
+        output=tmp_path / "runs",
+        cache_dir=tmp_path / "cache",
+        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import pytest
 
-from orchestration.server import ServerPlan
+from orchestration.tracking.server import ServerPlan
 from tests.lab.hosts import wait_until
 
 Fault = Literal["none", "refuse", "hang", "reset", "lose"] | int

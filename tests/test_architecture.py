@@ -23,6 +23,7 @@ FOUNDATION = frozenset(
         "json_files",
         "processes",
         "progress",
+        "writing",
     )
 )
 
@@ -148,8 +149,8 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("cpfean.metrics.retrieval", "import ray.train"),
         ("cpfean.training.loop", "from mlflow import log_metric"),
         ("cpfean.training.loop", "def report():\n    import optuna as study"),
-        ("cpfean.training.loop", "import orchestration.study"),
-        ("orchestration.study", "from experiments.baselines import BASELINES"),
+        ("cpfean.training.loop", "import orchestration.study.study"),
+        ("orchestration.study.study", "from experiments.baselines import BASELINES"),
         ("experiments.sweep", "import ray"),
         ("experiments.sweep", "from optuna.samplers import TPESampler"),
     ],
@@ -165,8 +166,8 @@ def test_an_import_across_the_rooms_is_found(module: str, source: str) -> None:
         ("cpfean.data.split", "from cpfean.data.regions import RegionStore\nimport numpy as np"),
         ("cpfean.data.split", "from .regions import RegionStore\nfrom ..errors import DataError"),
         ("cpfean.training.loop", "from cpfean.model.cpfean import Cpfean\nimport torch"),
-        ("orchestration.study", "import ray\nfrom cpfean.training.loop import fit"),
-        ("experiments.sweep", "from orchestration.study import sweep\nimport argparse"),
+        ("orchestration.study.study", "import ray\nfrom cpfean.training.loop import fit"),
+        ("experiments.sweep", "from orchestration.study.study import sweep\nimport argparse"),
     ],
 )
 def test_an_import_that_the_table_allows_is_not_reported(module: str, source: str) -> None:
@@ -284,7 +285,7 @@ def test_a_harmless_call_is_not_reported(source: str) -> None:
 
 # Of a user whom nobody knows they raise, or give back the ~; cpfean.folders answers for all.
 HOMES = {"expanduser", "home"}
-ASKS_FOR_HOMES = {"cpfean.folders", "orchestration.settings", "orchestration.tuner"}
+ASKS_FOR_HOMES = {"cpfean.folders", "orchestration.settings", "orchestration.runners.tuner"}
 
 
 def local_habits(source: str) -> list[str]:
@@ -306,7 +307,7 @@ def local_habits(source: str) -> list[str]:
             "universal_newlines",
         }
         is_text = (reads and not binary) or starts
-        # `write_text` of orchestration.records, a plain name, writes UTF-8 itself.
+        # `write_text` of cpfean.writing, a plain name, writes UTF-8 itself.
         if is_text and "encoding" not in given and name != "write_text":
             found.append(f"line {node.lineno}: {name}() without an encoding")
         if last in HOMES:

@@ -18,8 +18,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from orchestration import doctor
-from orchestration.checkpoints import CheckpointFolder
+from orchestration.cluster import doctor
+from orchestration.storage.checkpoints import CheckpointFolder
 from tests.orchestration.ec2 import Ec2
 from tests.test_cluster_yaml import TEXT, prepared
 

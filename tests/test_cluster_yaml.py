@@ -58,7 +58,10 @@ def violations(config: Cluster) -> list[str]:
     need(servers, "several drivers have one tracking server")
     need(not re.search(r"--host\b", "".join(servers)), "tracking server on loopback")
     need(
-        any("orchestration.notice" in line for line in config["worker_setup_commands"]),
+        any(
+            "orchestration.aws.preemption_notice" in line
+            for line in config["worker_setup_commands"]
+        ),
         "workers hear that AWS will take them away",
     )
     storage = re.findall(r"\bCPFEAN_STORAGE=(\S+)", "\n".join(config["setup_commands"]))
@@ -69,7 +72,10 @@ def violations(config: Cluster) -> list[str]:
     need("security_group" not in provider, "no security group made or changed by Ray")
     need(provider.get("cache_stopped_nodes") is False, "instances end, and do not just stop")
     need(0 < config["idle_timeout_minutes"] <= 60, "idle workers are given back within the hour")
-    need(provider.get("module") == "orchestration.spot.SpotFirst", "on demand where spot has none")
+    need(
+        provider.get("module") == "orchestration.aws.spot_first.SpotFirst",
+        "on demand where spot has none",
+    )
     ordinary = provider.get("on_demand_workers", -1)
     need(0 <= ordinary <= config["max_workers"], "machines on demand are bounded both ways")
 

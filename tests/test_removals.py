@@ -12,7 +12,7 @@ REMOVES = {"unlink", "rmtree", "rename", "rm", "rm_file", "rmdir", "remove", "re
 REMOVES |= {"truncate", "delete_run", "delete_experiment", "delete_artifacts"}
 OVERWRITES = {"write_text", "write_bytes", "copyfile", "copytree", "copy2", "move"}
 LIBRARIES = {"savefig", "save_file", "save_pretrained", "open_memmap"}
-OURS = {"write_text", "write_json"}  # of orchestration.records
+OURS = {"write_text", "write_json"}  # of orchestration.study.records
 RUN = "in the folder of a run, which was new or held nothing else when it was made, and is locked"
 NEW = "a file or folder that this very call has made, under a name drawn at random"
 
@@ -41,42 +41,42 @@ PLACES = {
     "experiments.schedule:_compare_with_the_last": RUN,
     "experiments.show:_write_csv": "in a folder of results that `own_folder` has taken",
     "experiments.terminal:_forgiving": "the null device",
-    "orchestration.budget:Meter.save": RUN,
+    "orchestration.study.budget:Meter.save": RUN,
     "experiments.command_line:named": "the empty folder that it has made to claim a name",
-    "orchestration.checkpoints:CheckpointFolder.new_attempt": RUN,
-    "orchestration.checkpoints:CheckpointFolder._write": f"{RUN}: leftovers by their prefix, and a "
+    "orchestration.storage.checkpoints:CheckpointFolder.new_attempt": RUN,
+    "orchestration.storage.checkpoints:CheckpointFolder._write": f"{RUN}: leftovers by their prefix, and a "
     "checkpoint of the same name",
-    "orchestration.checkpoints:CheckpointFolder._upload": "under the study's own id in the storage",
-    "orchestration.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
+    "orchestration.storage.checkpoints:CheckpointFolder._upload": "under the study's own id in the storage",
+    "orchestration.storage.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
     "folder of a trial",
-    "orchestration.doctor:_remove_token": NEW,
-    "orchestration.mirror:_Copy.get": RUN,
-    "orchestration.mirror:_Copy.put": "under studies/NAME of the storage, once `check` has found "
+    "orchestration.cluster.doctor:_remove_token": NEW,
+    "orchestration.storage.records_copy:_Copy.get": RUN,
+    "orchestration.storage.records_copy:_Copy.put": "under studies/NAME of the storage, once `check` has found "
     "no other study there",
-    "orchestration.mirror:fetch_records": "a run's folder that is not on this machine",
+    "orchestration.storage.records_copy:fetch_records": "a run's folder that is not on this machine",
     "orchestration.probes:write_results": "in a folder of results that `own_folder` has taken",
-    "orchestration.records:RunFolder.write": RUN,
-    "orchestration.records:write_json": "a file that is ours by its folder: see who calls it",
+    "orchestration.study.records:RunFolder.write": RUN,
+    "cpfean.writing:write_json": "a file that is ours by its folder: see who calls it",
     "orchestration.report:draw_differences": RUN,
     "orchestration.report:draw_epochs": RUN,
     "orchestration.report:write_report": RUN,
-    "orchestration.results:Results.keep": "a result, named by a hash of all that it depends on",
-    "orchestration.stores:_try_file": NEW,
-    "orchestration.study:conclude": RUN,
+    "orchestration.study.results:Results.keep": "a result, named by a hash of all that it depends on",
+    "orchestration.tracking.stores:_try_file": NEW,
+    "orchestration.study.study:conclude": RUN,
     "orchestration.pictures.queries:draw_study_pictures": f"{RUN}; the name that it gives was free",
     "orchestration.pictures.sheet:Sheet.save": "in a folder of results that `own_folder` has "
     "taken, in one of a run, or the file that the user names",
     "orchestration.probes:_save": "in a folder of results that `own_folder` has taken",
-    "orchestration.records:write_text": "a file that is ours by its folder: see who calls it",
-    "orchestration.records:_written": NEW,
+    "cpfean.writing:write_text": "a file that is ours by its folder: see who calls it",
+    "cpfean.writing:_written": NEW,
     "orchestration.schedule:Schedule.only_round": "its lock, in the schedule's own folder",
-    "orchestration.search:Proposals.__init__": RUN,
-    "orchestration.search:_put_aside": f"{RUN}; under a name that was free",
-    "orchestration.stores:_make": f"{NEW}, and such names that a killed process has left",
-    "orchestration.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
-    "orchestration.stores:try_out": "the run that it has made to try writing with",
-    "orchestration.study:keep_model": f"{RUN}: best_model, or a model of a trial",
-    "orchestration.tracking:Tracker._sole_run": "a twin of our run, with its key and no numbers",
+    "orchestration.proposals.search:Proposals.__init__": RUN,
+    "orchestration.proposals.search:_put_aside": f"{RUN}; under a name that was free",
+    "orchestration.tracking.stores:_make": f"{NEW}, and such names that a killed process has left",
+    "orchestration.tracking.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
+    "orchestration.tracking.stores:try_out": "the run that it has made to try writing with",
+    "orchestration.study.study:keep_model": f"{RUN}: best_model, or a model of a trial",
+    "orchestration.tracking.tracker:Tracker._sole_run": "a twin of our run, with its key and no numbers",
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.records import RunFolder
-from orchestration.tracking import TrackedRun, Tracker
+from orchestration.study.records import RunFolder
+from orchestration.tracking.tracker import TrackedRun, Tracker
 from tests.benchmarks.conftest import ROOT
 from tests.orchestration.samples import record
 

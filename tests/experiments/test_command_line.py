@@ -18,8 +18,8 @@ from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.baselines import BASELINES
-from orchestration.records import TUNING, RunFolder
 from orchestration.settings import Settings
+from orchestration.study.records import TUNING, RunFolder
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY
 

@@ -9,7 +9,8 @@ import pytest
 
 from experiments import command_line
 from experiments import doctor as command
-from orchestration import doctor, tuner
+from orchestration.cluster import doctor
+from orchestration.runners import tuner
 
 LINES = ("token", "cluster", "nodes", "storage", "disk", "data", "tracking", "runs")
 

@@ -143,7 +143,7 @@ def test_what_is_typed_is_refused_before_anything_is_made(
 def test_a_folder_that_cannot_be_written_to_is_refused(resume: list[str]) -> None:
     script = """
 import os, sys
-import orchestration.local
+import orchestration.runners.in_process
 from experiments import train
 
 "".encode("utf-8-sig")  # loaded while this Python can be read
@@ -183,7 +183,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from dataclasses import dataclass
 from experiments.command_line import named
-from orchestration.records import RunFolder
+from orchestration.study.records import RunFolder
 
 @dataclass
 class Plan:

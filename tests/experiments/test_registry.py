@@ -12,8 +12,8 @@ from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
 from experiments.methods import COMMON, METHODS
 from experiments.search_spaces import SEARCH_SPACES
-from orchestration.ablation import Ablation, plan_trials
-from orchestration.comparison import Method, tuning_trials
+from orchestration.study.ablations import Ablation, plan_trials
+from orchestration.study.comparison import Method, tuning_trials
 from tests.orchestration.samples import TINY
 
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 
-from orchestration.records import RunFolder
 from orchestration.schedule import Schedule
-from orchestration.tracking import open_store
+from orchestration.study.records import RunFolder
+from orchestration.tracking.tracker import open_store
 from tests.experiments.test_command_line import ROOT
 from tests.orchestration.samples import TINY
 

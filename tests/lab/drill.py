@@ -29,9 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from orchestration.attempts import MARKER
-from orchestration.checkpoints import CheckpointFolder
-from orchestration.records import RunFolder, TrialRecord
+from orchestration.storage.checkpoint_names import MARKER
+from orchestration.storage.checkpoints import CheckpointFolder
+from orchestration.study.records import RunFolder, TrialRecord
 from tests.faults import moto_program, postgres_program
 from tests.lab.hosts import Lab, address, wait_until
 from tests.orchestration.samples import TINY
@@ -230,7 +230,7 @@ class Drill:
         """Its metadata say what those of AWS would; then they are as good as their word."""
         listen = """
 from datetime import timedelta
-from orchestration.notice import listen
+from orchestration.aws.preemption_notice import listen
 from tests.faults import Metadata
 listen(Metadata(timedelta(seconds=120)).url)
 """
@@ -396,7 +396,7 @@ s3fs.S3FileSystem().put(f"{folder}/", "lab/data/", recursive=True)
         folder = RunFolder(self.shared / "runs" / name)
         look = f"""
 import json
-from orchestration.tracking import open_store
+from orchestration.tracking.tracker import open_store
 client, experiment = open_store("{_SERVER}")
 runs = client.search_runs([experiment], "tags.`cpfean.id` = '{folder.id}'")
 print(json.dumps([{{

@@ -9,7 +9,7 @@ from cpfean.config import (
     SyntheticConfig,
     TextConfig,
 )
-from orchestration.records import TrialRecord
+from orchestration.study.records import TrialRecord
 
 TINY = ExperimentConfig(
     data=DataConfig(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.ablation import compare
 from orchestration.report import (
     csv_runs,
     csv_table,
@@ -15,7 +14,8 @@ from orchestration.report import (
     markdown_table,
     write_report,
 )
-from tests.orchestration.test_ablation import trial, trials
+from orchestration.study.ablations import compare
+from tests.orchestration.study.test_ablations import trial, trials
 
 FULL = [300.0, 310.0, 305.0]
 WORSE = [280.0, 289.0, 286.0]

@@ -1,0 +1,1 @@
+"""Machines of AWS: spot first, and the notice that one will be taken away."""

@@ -1,0 +1,1 @@
+"""What is tried next: search spaces, and Optuna that draws from them."""

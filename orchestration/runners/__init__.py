@@ -1,0 +1,1 @@
+"""Where trials are trained: on Ray, or in this process."""

@@ -1,0 +1,150 @@
+"""Workers that stay: one Ray Train run that trains one trial after another.
+
+To start a Train run takes ten seconds and more: a controller and workers are made, and each imports
+torch. So the run of a crew does not end with a trial. Its workers take their orders from a post, an
+actor of a few lines; each epoch's numbers come back through it, and the answer, whether there is to
+be a next epoch. A crew ends with the first failure in it: what comes after has fresh processes, and
+as many of them as there is room for by then, if their number may vary. The batch stays that of the
+configuration, split anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from orchestration.runners.mailbox import Post
+from orchestration.runners.worker import work
+
+# What holds no CPU has to be kept off nodes that may be taken away.
+HEAD = "node:__internal_head__"
+_LOOK_SECONDS = 1.0
+_NEVER_SECONDS = 1e9
+
+
+class Crew:
+    """The workers, and the way to them.
+
+    Args:
+        job: "workers", at most and "min_workers" at least, "cpus" of each, "use_gpu", "cache_dir"
+            on their nodes, "storage", whether hosts may be taken away ("is_local": no), and
+            "silence": seconds to wait for a worker that does not answer.
+        name: of the Train run and of the post; no other may have it.
+    """
+
+    def __init__(self, job: dict[str, Any], *, name: str) -> None:
+        from ray.train.torch import TorchConfig, TorchTrainer  # the driver does without torch
+
+        least_and_most = (job["min_workers"], job["workers"])
+        self.name = name
+        self._group = ""
+        self._post = (
+            ray.remote(Post)
+            .options(name=name, num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
+            .remote()
+        )
+        self._trainer = TorchTrainer(
+            work,
+            train_loop_config={
+                "post": self._post,
+                "cache_dir": job["cache_dir"],
+                "cpus": job["cpus"],
+                "is_local": job["is_local"],
+            },
+            torch_config=TorchConfig(timeout_s=job["silence"]),
+            scaling_config=ScalingConfig(
+                num_workers=least_and_most
+                if least_and_most[0] < job["workers"]
+                else job["workers"],
+                # To grow costs what is done of an epoch: a crew stays as it has begun.
+                elastic_resize_monitor_interval_s=_NEVER_SECONDS,
+                use_gpu=job["use_gpu"],
+                resources_per_worker={"CPU": job["cpus"]} | ({"GPU": 1} if job["use_gpu"] else {}),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=job["storage"],
+                failure_config=FailureConfig(
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=3
+                ),
+            ),
+        )
+        self._error: Exception = TrainingFailedError("the workers have gone without an error")
+        self._thread = threading.Thread(target=self._run, name="crew", daemon=True)
+        self._thread.start()
+
+    def train(self, trial: dict[str, Any]) -> None:
+        """Gives the workers their next trial, instead of the one they may be at."""
+        ray.get(self._post.give.remote(trial))
+
+    def go_on(self, epoch: int) -> None:
+        """Lets the trial go on after that epoch."""
+        ray.get(self._post.go_on.remote(epoch))
+
+    def news(self) -> dict[str, Any]:
+        """The next thing that the workers tell; waits for it.
+
+        Raises:
+            TrainingFailedError: the workers have failed.
+            RayActorError: the post was lost.
+        """
+        told = self._post.news.remote()
+        while not ray.wait([told], timeout=_LOOK_SECONDS)[0]:
+            if not self._thread.is_alive():
+                raise self._error
+        news: dict[str, Any] = ray.get(told)
+        self._group = news.get("placement_group", self._group)
+        return news
+
+    def hosts(self) -> dict[int, str]:
+        """Where each worker is or was, by rank; empty if nobody knows."""
+        with suppress(RayError, TimeoutError):
+            hosts: dict[int, str] = ray.get(self._post.hosts.remote(), timeout=_LOOK_SECONDS)
+            return hosts
+        return {}
+
+    def close(self, *, seconds: float) -> None:
+        """Sends the workers home and waits for that, but no longer than this."""
+        # Without the post the workers go as well.
+        with suppress(RayError, TimeoutError):
+            ray.get(self._post.close.remote(), timeout=seconds)
+            self._thread.join(seconds)
+        free(self._group)
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        # It is raised where somebody waits for news.
+        except Exception as error:
+            self._error = error
+
+
+def stop_all(names: Iterable[str], *, seconds: float) -> None:
+    """Lets the workers of crews save where they are and go; waits for that so long at most."""
+    told = []
+    for name in names:
+        with suppress(ValueError, RayError):  # a crew that has gone already
+            told.append(ray.get_actor(name).stop.remote())
+    if told:
+        ray.wait(told, num_returns=len(told), timeout=seconds)
+
+
+def free(group: str) -> None:
+    """Removes a placement group and the workers in it, unless that has been done.
+
+    A crew whose controller is killed does not tidy up; Train's own cleaner asks the State API,
+    which is not there without a dashboard. Then the CPUs would be lost, and the next trial would
+    wait for ever.
+
+    Args:
+        group: id in hexadecimal digits; empty for none.
+    """
+    if group:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

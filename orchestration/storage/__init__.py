@@ -1,0 +1,1 @@
+"""Folders and object stores: checkpoints, and the copy of the records."""

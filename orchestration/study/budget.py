@@ -1,0 +1,402 @@
+"""What a study will take and what it has taken: hours, dollars and disk.
+
+Nothing here knows of Ray or torch. Hours and dollars are counted in the driver, over all attempts,
+in `spent.json` of the study's folder: a driver that is killed loses what it counted since it last
+wrote, half a minute at most. A limit belongs to no plan: a study that it ended is resumed with a
+larger one.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpfean.errors import ConfigError
+from cpfean.files import read_file
+from cpfean.json_files import RecordError, read_fields
+from cpfean.writing import write_json
+from orchestration.settings import ServiceError
+
+SPENT = "spent.json"
+OTHER = "other"  # the type of a node that tells none
+_SAVED_SECONDS = 30.0
+_LARGEST = 1_000_000  # bytes of a file of prices
+_MARKETS = ("on_demand", "spot")
+_WITHOUT = "Without it hours and dollars are counted from 0 again."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """Of a node, in dollars an hour.
+
+    Attributes:
+        dollars: on the market where it is bought.
+        on_demand: where nobody takes it away.
+    """
+
+    dollars: float
+    on_demand: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """What nodes cost, by their type.
+
+    Attributes:
+        file: where they come from.
+        nodes: types that have a price.
+    """
+
+    file: Path
+    nodes: Mapping[str, Price]
+
+    @classmethod
+    def read(cls, file: Path) -> Prices:
+        """From a file like experiments/prices.toml.
+
+        Raises:
+            ConfigError: it cannot be read, or says what cannot be understood.
+        """
+        try:
+            plain = tomllib.loads(read_file(file, limit=_LARGEST).decode("utf-8-sig"))
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file}: not valid TOML: {error}.") from None
+        instances, nodes = plain.get("instances", {}), plain.get("nodes", {})
+        known = {
+            name: {market: _dollars(file, f"instances.{name}", of, market) for market in _MARKETS}
+            for name, of in _tables(file, "instances", instances).items()
+        }
+        return cls(
+            file=file,
+            nodes={
+                name: _price(file, f"nodes.{name}", node, known)
+                for name, node in _tables(file, "nodes", nodes).items()
+            },
+        )
+
+    def unknown(self, types: Iterable[str]) -> list[str]:
+        """Those of the types that have no price."""
+        return sorted({name for name in types if name not in self.nodes})
+
+    def hourly(self, types: Iterable[str], *, on_demand: bool = False) -> float:
+        """Dollars an hour of nodes of these types; without a price they cost nothing."""
+        priced = [self.nodes[name] for name in types if name in self.nodes]
+        return math.fsum(price.on_demand if on_demand else price.dollars for price in priced)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What a study may take before it begins no new trial.
+
+    Attributes:
+        max_hours: by the clock on the wall, from start to end of every attempt.
+        max_cost: in dollars, of all nodes of the cluster for those hours.
+        prices: of the nodes.
+    """
+
+    max_hours: float | None = None
+    max_cost: float | None = None
+    prices: Prices | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--max-hours", self.max_hours), ("--max-cost", self.max_cost)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{flag} must be a number above 0; got {value:g}.")
+
+    def used_up(self, *, hours: float, dollars: float) -> str:
+        """Which limit is reached, as a phrase; empty if none is."""
+        if self.max_hours is not None and hours >= self.max_hours:
+            return f"--max-hours {self.max_hours:g} is used up: {hours:.3g} h"
+        if self.max_cost is not None and dollars >= self.max_cost:
+            return f"--max-cost {self.max_cost:g} is used up: ${dollars:.2f}"
+        return ""
+
+    def check_prices(self, types: Sequence[str]) -> None:
+        """Raises ConfigError if there is a limit in dollars and a node without a price."""
+        unknown = self.prices.unknown(types) if self.prices else sorted(set(types))
+        if self.max_cost is not None and unknown:
+            where = self.prices.file if self.prices else "a file of prices"
+            raise ConfigError(
+                f"--max-cost needs the price of every node, and {where} has none for "
+                f"{', '.join(map(repr, unknown))}: put it under [nodes], or limit --max-hours."
+            )
+
+
+class Meter:
+    """Hours and dollars of a study over all its attempts.
+
+    Args:
+        file: where they are kept.
+        before: files of studies that count as part of this one.
+        clock: seconds from any origin; never goes back.
+
+    Raises:
+        RecordError: a file that is damaged or of another release.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        before: Sequence[Path] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = file
+        self._clock = clock
+        self._last = self._saved = clock()
+        self._rate: float | None = None
+        self._unpriced = 0.0
+        own = _spent(file)
+        self._seconds, self._dollars = own.seconds, own.dollars
+        self._before = [_spent(other) for other in before]
+
+    @property
+    def hours(self) -> float:
+        """Of all attempts, up to the last look at the clock."""
+        return (self._seconds + math.fsum(other.seconds for other in self._before)) / 3600
+
+    @property
+    def dollars(self) -> float | None:
+        """The same in dollars; None if no price was ever known."""
+        known = [
+            dollars
+            for dollars in (self._dollars, *(other.dollars for other in self._before))
+            if dollars is not None
+        ]
+        return math.fsum(known) if known else None
+
+    @property
+    def spent(self) -> str:
+        """Both for people; dollars only where a price was ever known."""
+        cost = "" if self.dollars is None else f", ${self.dollars:.2f}"
+        return f"{self.hours:.2f} h{cost}"
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to ask what the nodes cost now, and to write."""
+        return self._clock() - self._saved >= _SAVED_SECONDS
+
+    def look(self, hourly: float | None = None) -> None:
+        """Counts the time since the last look.
+
+        Args:
+            hourly: dollars an hour of what is held since then; None: as before. What this attempt
+                took before the first price is known costs that one.
+        """
+        now = self._clock()
+        self._rate = self._rate if hourly is None else hourly
+        passed, self._last = now - self._last, now
+        self._seconds += passed
+        self._unpriced += passed
+        if self._rate is not None:
+            self._dollars = (self._dollars or 0.0) + self._unpriced / 3600 * self._rate
+            self._unpriced = 0.0
+
+    def save(self) -> None:
+        """Writes what was counted, if it can be written: a full disk ends no study by this."""
+        self._saved = self._clock()
+        with suppress(ServiceError):
+            write_json(self._file, {"seconds": round(self._seconds, 3), "dollars": self._dollars})
+
+    def metrics(self) -> dict[str, float]:
+        """For the tracker."""
+        cost = {} if self.dollars is None else {"study/cost": self.dollars}
+        return {"study/hours": self.hours} | cost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """Room that the checkpoints of a plan need, all at once: those of settled trials stay.
+
+    Attributes:
+        each: bytes of a checkpoint: weights, two moments of each, and the best epoch's weights.
+        trials: that are still to be run.
+        kept: checkpoints of a trial.
+        at_a_time: trials; each writes a new checkpoint before it removes an old one.
+    """
+
+    each: int
+    trials: int
+    kept: int
+    at_a_time: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes."""
+        return self.each * (self.kept * self.trials + min(self.at_a_time, self.trials))
+
+    def __str__(self) -> str:
+        return (
+            f"{size(self.needed)} for checkpoints: {self.trials} trial(s) x {self.kept} kept and "
+            f"{min(self.at_a_time, self.trials)} being written, at most {size(self.each)} each"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where a folder is or will be."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_disk(
+    disk: Disk, folder: Path, *, lower: str, free: Callable[[Path], int] = free_bytes
+) -> None:
+    """Refuses a plan whose checkpoints do not fit.
+
+    Args:
+        folder: where they go.
+        lower: the flags that make them fewer.
+        free: tells the free bytes there.
+
+    Raises:
+        ServiceError: with the numbers.
+    """
+    there = free(folder)
+    if there < disk.needed:
+        raise ServiceError(
+            f"{folder} has {size(there)} free, and the plan needs {disk}. Lower {lower}, or set "
+            "CPFEAN_STORAGE (or --output) to where there is more."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """How long a plan takes, from a step that was timed.
+
+    Attributes:
+        trials: that are still to be run.
+        epochs: of each.
+        steps: of an epoch.
+        step_seconds: timed.
+        validation_seconds: of an epoch, timed on a part of the split.
+        workers: of a trial.
+        units: GPUs, or CPUs where there is none, of a worker.
+        at_a_time: trials.
+    """
+
+    trials: int
+    epochs: int
+    steps: int
+    step_seconds: float
+    validation_seconds: float
+    workers: int
+    units: int
+    at_a_time: int
+
+    @property
+    def trial_seconds(self) -> float:
+        """Of one trial that is not stopped early."""
+        return self.epochs * (self.steps * self.step_seconds + self.validation_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """By the clock, with as many trials at a time as there is room for."""
+        return math.ceil(self.trials / self.at_a_time) * self.trial_seconds
+
+    @property
+    def unit_hours(self) -> float:
+        """GPU-hours, or CPU-hours, of all trials."""
+        return self.trials * self.trial_seconds * self.workers * self.units / 3600
+
+
+def eta(seconds: float) -> str:
+    """How long something will still take, as a study that runs says it."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
+
+
+def cost_line(prices: Prices, types: Sequence[str], *, hours: float) -> str:
+    """What nodes of these types cost for some hours."""
+    unknown = prices.unknown(types)
+    if len(unknown) == len(set(types)):
+        return f"unknown: {prices.file} has no price of {', '.join(map(repr, unknown))} ([nodes])"
+    held = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(types).items()))
+    paid, at_most = prices.hourly(types), prices.hourly(types, on_demand=True)
+    line = f"${hours * paid:.2f} for {held} at ${paid:.2f} an hour"
+    if at_most > paid:
+        line += f"; ${hours * at_most:.2f} if all were on demand"
+    return line + (f"; without {', '.join(map(repr, unknown))}, no price" if unknown else "")
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB" if number < 1000 else f"{number:.0f} GB"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Spent:
+    """What the file of a meter holds."""
+
+    seconds: float = 0.0
+    dollars: float | None = None
+
+
+def _spent(file: Path) -> _Spent:
+    """What a file says was spent; nothing if it is not there."""
+    given = read_fields(file, _Spent, without=_WITHOUT, optional=("dollars",))
+    if given is None:
+        return _Spent()
+    for name, value in given.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise RecordError(file, f"{name} must be 0 or more; got {value}", without=_WITHOUT)
+    return _Spent(**given)
+
+
+def _tables(file: Path, name: str, plain: Any) -> dict[str, dict[str, Any]]:
+    if isinstance(plain, dict) and all(isinstance(of, dict) for of in plain.values()):
+        return plain
+    raise ConfigError(f"{file}: [{name}] must have a table for each name, as in prices.toml.")
+
+
+def _dollars(file: Path, name: str, plain: Mapping[str, Any], key: str) -> float:
+    value = plain.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{file}: {name}.{key} must be dollars an hour; got {value!r}.")
+    return float(value)
+
+
+def _price(
+    file: Path, name: str, node: Mapping[str, Any], instances: Mapping[str, Mapping[str, float]]
+) -> Price:
+    if "dollars" in node:
+        dollars = _dollars(file, name, node, "dollars")
+        return Price(dollars=dollars, on_demand=dollars)
+    instance, market = str(node.get("instance")), node.get("market")
+    if instance not in instances:
+        raise ConfigError(f"{file}: {name}.instance must be one of [instances]; got {instance!r}.")
+    if market not in _MARKETS:
+        raise ConfigError(f'{file}: {name}.market must be "on_demand" or "spot"; got {market!r}.')
+    of = instances[instance]
+    return Price(dollars=of[market], on_demand=of["on_demand"])
+
+
+__all__ = [
+    "OTHER",
+    "SPENT",
+    "Budget",
+    "Disk",
+    "Estimate",
+    "Meter",
+    "Price",
+    "Prices",
+    "check_disk",
+    "cost_line",
+    "eta",
+    "free_bytes",
+    "size",
+]

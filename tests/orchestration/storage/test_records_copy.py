@@ -1,0 +1,329 @@
+"""The copy of a study's records: kept up to date, fetched, refused; the storage is a folder."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cpfean.data.sources import resolve_data
+from cpfean.errors import ConfigError
+from cpfean.json_files import RecordError
+from cpfean.writing import write_json
+from orchestration.settings import ServiceError, Settings
+from orchestration.storage import records_copy as mirror
+from orchestration.storage.records_copy import Mirror, fetch_records
+from orchestration.study.budget import SPENT, Budget
+from orchestration.study.records import RunFolder
+from orchestration.study.study import StudyPlan, TrialPlan, run_study
+from orchestration.tracking.tracker import open_store
+from tests.lab.hosts import wait_until
+from tests.orchestration.samples import TINY, record
+
+IDENTITY = {"kind": "sweep"}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(mirror, "_RETRY_SECONDS", 0.02)
+
+
+@pytest.fixture
+def where(where: Settings, tmp_path: Path) -> Settings:
+    return replace(where, storage=str(tmp_path / "storage"))
+
+
+def study(where: Settings, *, epochs: int = 2) -> RunFolder:
+    """A study of two trials, the second of which has not ended."""
+    folder = RunFolder(where.output / "s")
+    folder.create(IDENTITY)
+    folder.write(record(0, 10.0, 20.0, state="finished"))
+    folder.write(record(1, *range(epochs), state="running"))
+    write_json(folder.path / SPENT, {"seconds": 5.0})
+    return folder
+
+
+def mirror_of(folder: RunFolder, where: Settings, say: Callable[[str], None] = print) -> Mirror:
+    assert where.storage is not None
+    return Mirror(folder, where.storage, say=say)
+
+
+def copy_of(where: Settings) -> RunFolder:
+    return RunFolder(Path(where.storage or "") / "studies" / "s")
+
+
+def copied(folder: RunFolder, where: Settings) -> None:
+    """Copies a folder, as a driver does that ends at once."""
+    said: list[str] = []
+    one = mirror_of(folder, where, said.append)
+    one.check()
+    one.start()
+    one.close()
+    assert said == []
+
+
+def test_a_study_whose_folder_is_lost_is_fetched_as_it_was(where: Settings) -> None:
+    folder = study(where)
+    records, number = folder.records(), folder.id
+    copied(folder, where)
+    shutil.rmtree(where.output)
+
+    said: list[str] = []
+    fetch_records("s", where, say=said.append)
+    assert (folder.records(), folder.id) == (records, number)
+    assert (folder.path / SPENT).read_text() == '{\n "seconds": 5.0\n}\n'
+    assert len(said) == 1
+    assert f"fetched from {copy_of(where).path}, with 2 trial(s) and 4 epoch(s)" in said[0]
+    folder.check_same(IDENTITY)
+    copied(folder, where)
+
+
+def test_a_folder_that_is_here_is_left_as_it_is(where: Settings) -> None:
+    folder = study(where)
+    copied(folder, where)
+    folder.write(record(1, 7.0, state="running"))
+    fetch_records("s", where, say=pytest.fail)
+    assert folder.records()[1].epochs == 1
+
+
+def test_where_there_is_no_copy_nothing_is_made(where: Settings) -> None:
+    fetch_records("s", where, say=pytest.fail)
+    fetch_records("s", replace(where, storage=None), say=pytest.fail)
+    assert not (where.output / "s").exists()
+
+
+def test_a_fetch_that_was_cut_off_is_done_again(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = study(where)
+    copied(folder, where)
+    shutil.rmtree(where.output)
+    get = mirror._Copy.get
+
+    def full_disk(self: mirror._Copy, name: str, file: Path) -> bool:
+        if name.startswith("trials/001"):
+            raise OSError(28, "No space left on device")
+        return get(self, name, file)
+
+    monkeypatch.setattr(mirror._Copy, "get", full_disk)
+    with pytest.raises(ServiceError, match="No space left"):
+        fetch_records("s", where, say=pytest.fail)
+    monkeypatch.setattr(mirror._Copy, "get", get)
+    fetch_records("s", where, say=print)
+    assert [found.epochs for found in folder.records()] == [2, 2]
+
+
+def test_what_changes_is_copied_while_the_study_runs_and_nothing_else_is(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: list[str] = []
+    really = mirror._Copy.put
+
+    def noted(self: mirror._Copy, file: Path, name: str) -> None:
+        put.append(name)
+        really(self, file, name)
+
+    monkeypatch.setattr(mirror._Copy, "put", noted)
+    folder = study(where)
+    (folder.path / "best_model").mkdir()
+    (folder.path / "best_model" / "model.safetensors").write_bytes(b"large")
+    one = mirror_of(folder, where)
+    one.start()
+    wait_until(lambda: len(copy_of(where).records()) == 2, seconds=30, what="the first copies")
+    folder.write(record(1, 1.0, 2.0, 3.0, state="finished"))
+    wait_until(lambda: copy_of(where).records()[1].settled, seconds=30, what="the change")
+    one.close()
+    assert put == [
+        "sweep.json",
+        SPENT,
+        "trials/000/record.json",
+        "trials/001/record.json",
+        "trials/001/record.json",
+    ]
+
+
+def test_a_name_that_another_study_has_taken_is_refused_and_its_copy_stays(where: Settings) -> None:
+    copied(study(where), where)
+    first = copy_of(where).id
+    elsewhere = replace(where, output=where.output.with_name("elsewhere"))
+    with pytest.raises(ConfigError, match=r"studies/s holds a run already.*\n  goes on with s\n"):
+        Mirror(
+            RunFolder(elsewhere.output / "s"),
+            elsewhere.storage or "",
+            say=print,
+            resume="goes on with s",
+        ).check()
+    other = study(elsewhere)
+    with pytest.raises(ConfigError, match=f"another run than .*{first}, and {other.id} here"):
+        mirror_of(other, elsewhere).check()
+    # One that learns it late, as the storage was away at its start, writes nothing either.
+    said: list[str] = []
+    late = mirror_of(other, elsewhere, said.append)
+    late.start()
+    late.close()
+    assert len(said) == 1
+    assert "the records are not copied: " in said[0]
+    assert copy_of(where).id == first
+
+
+def test_a_copy_that_is_further_than_the_folder_is_told_and_neither_is_chosen(
+    where: Settings,
+) -> None:
+    folder = study(where, epochs=5)
+    copied(folder, where)
+    folder.write(record(1, 1.0, state="running"))
+    with pytest.raises(ConfigError, match=r"further than .*: 7 epoch\(s\), and 3 here"):
+        mirror_of(folder, where).check()
+    assert copy_of(where).records()[1].epochs == 5
+
+
+def test_a_storage_that_is_away_is_told_once_and_copied_to_when_it_is_back(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    get = mirror._Copy.get
+
+    def noted(self: mirror._Copy, name: str, file: Path) -> bool:
+        asked.append(name)
+        return get(self, name, file)
+
+    monkeypatch.setattr(mirror._Copy, "get", noted)
+    folder = study(where)
+    in_the_way = Path(where.storage or "")
+    in_the_way.write_text("no folder")
+    said: list[str] = []
+    one = mirror_of(folder, where, said.append)
+    one.check()
+    one.start()
+    wait_until(lambda: len(said) > 0, seconds=30, what="the warning")
+    folder.write(record(1, 1.0, 2.0, 3.0, state="running"))
+    wait_until(lambda: len(asked) > 4, seconds=30, what="some tries")
+    in_the_way.unlink()
+    wait_until(lambda: len(copy_of(where).records()) == 2, seconds=30, what="the copies")
+    in_the_way.rename(in_the_way.with_name("taken away"))
+    in_the_way.write_text("no folder")
+    folder.write(record(1, 1.0, 2.0, 3.0, 4.0, state="running"))
+    one.close()
+    assert len(said) == 2
+    assert "training goes on" in said[0]
+    assert "has not got all records" in said[1]
+
+
+def test_a_storage_that_hangs_holds_neither_the_start_nor_the_end_up(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "_ANSWER_SECONDS", 0.1)
+    goes_on = threading.Event()
+    monkeypatch.setattr(mirror._Copy, "get", lambda *_: goes_on.wait(60))
+    said: list[str] = []
+    one = mirror_of(study(where), where, said.append)
+    began = time.monotonic()
+    one.check()
+    one.start()
+    one.close(seconds=0.1)
+    assert time.monotonic() - began < 30
+    goes_on.set()
+    assert len(said) == 1
+    assert "has not got all records" in said[0]
+
+
+def used_up_plan(where: Settings) -> StudyPlan:
+    """A study that starts no Ray: its budget is used up when it is resumed."""
+    fixed = tuple(TrialPlan(name=f"t{n}", overrides={}, config=TINY) for n in range(4))
+    return StudyPlan(
+        kind="tuning",
+        name="s",
+        base=TINY,
+        workers=1,
+        data_folder=resolve_data(TINY.data, cache_dir=where.cache_dir),
+        data_fingerprint="0",
+        trials=4,
+        fixed=fixed,
+        budget=Budget(max_hours=1.0),
+    )
+
+
+def tracked(where: Settings) -> dict[str, tuple[str, list[tuple[int, float]]]]:
+    """Status and points of each trial's run."""
+    _, experiment = open_store(where.tracking_uri)
+    client = MlflowClient(where.tracking_uri)
+    found = {}
+    for run in client.search_runs([experiment]):
+        if run.data.tags["cpfean.role"] == "trial":
+            points = client.get_metric_history(run.info.run_id, "val/rsum")
+            status = run.info.status
+            assert run.data.tags["cpfean.trial"] not in found
+            found[run.data.tags["cpfean.trial"]] = status, [(p.step, p.value) for p in points]
+    return found
+
+
+def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
+    where: Settings,
+) -> None:
+    plan = used_up_plan(where)
+    folder = RunFolder(where.output / "s")
+    folder.create(plan.identity())
+    folder.write(record(0, 10.0, 20.0, state="finished"))
+    folder.write(record(1, 5.0, state="interrupted"))
+    folder.write(record(2, 6.0, 7.0, state="running"))
+    write_json(folder.path / SPENT, {"seconds": 3600.0, "dollars": None})
+    run_study(plan, where, resume=True, say=print)
+    before, points = folder.records(), tracked(where)
+    assert points == {
+        "0": ("FINISHED", [(1, 10.0), (2, 20.0)]),
+        "1": ("KILLED", [(1, 5.0)]),
+        "2": ("KILLED", [(1, 6.0), (2, 7.0)]),
+    }
+
+    shutil.rmtree(where.output)
+    Path(where.tracking_uri.removeprefix("sqlite:///")).unlink()
+    fetch_records("s", where, say=print)
+    for _ in range(2):
+        result = run_study(plan, where, resume=True, say=print)
+        assert (list(result.records), tracked(where)) == (before, points)
+
+
+def test_a_new_study_of_a_name_that_is_taken_on_the_storage_makes_no_folder(
+    where: Settings,
+) -> None:
+    copied(study(where), where)
+    shutil.rmtree(where.output)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run_study(used_up_plan(where), where, resume=False, say=print)
+    assert not (where.output / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "trials/000/record.json"])
+@pytest.mark.parametrize("content", ["null", "[" * 1000, '{"id": 3, "unknown": 1}'])
+def test_a_copy_that_cannot_be_read_is_told_and_left(
+    where: Settings, name: str, content: str
+) -> None:
+    folder = study(where)
+    copied(folder, where)
+    file = copy_of(where).path / name
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="is made anew from") as told:
+        mirror_of(folder, where).check()
+    assert str(told.value).startswith(f"{file}: ")
+    assert f"Move {copy_of(where).path} away" in str(told.value)
+    assert file.read_text() == content
+
+
+def test_a_damaged_record_that_is_put_aside_is_fetched_with_its_run(where: Settings) -> None:
+    folder = study(where)
+    copied(folder, where)
+    folder.write(record(1, 1.0, 2.0, 3.0, state="running"))  # further than the copy
+    for file in (folder.identity_file, folder.path / "trials" / "000" / "record.json"):
+        file.write_text("{")
+    with pytest.raises(RecordError, match="fetches it once this one is put aside"):
+        folder.check_same(IDENTITY)
+    folder.identity_file.unlink()
+    (folder.path / "trials" / "000" / "record.json").unlink()
+    fetch_records("s", where, say=print)
+    folder.check_same(IDENTITY)
+    assert [found.epochs for found in folder.records()] == [2, 3]

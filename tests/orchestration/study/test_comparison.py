@@ -1,0 +1,310 @@
+"""Methods tuned alike and run on the same seeds; here in this process, without Ray."""
+
+import csv
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from cpfean.config import ExperimentConfig
+from cpfean.data.sources import resolve_data
+from cpfean.data.split import data_fingerprint
+from cpfean.errors import ConfigError
+from cpfean.training.setup import evaluate_checkpoint
+from orchestration.proposals.search import Choice, Range, SearchSpace, spread_points
+from orchestration.runners.in_process import run_here
+from orchestration.settings import Settings
+from orchestration.study.ablations import FULL, Ablation, compare
+from orchestration.study.budget import Budget
+from orchestration.study.comparison import (
+    Method,
+    compare_methods,
+    compare_variants,
+    tuned,
+    tuning_trials,
+)
+from orchestration.study.records import TUNING, RunFolder
+from orchestration.study.study import StudyPlan, StudyResult, closing_lines
+from orchestration.tracking.tracker import open_store
+from tests.orchestration.samples import TINY, record
+
+COMMON = {"optim.learning_rate": Range(1e-4, 1e-2, log=True)}
+METHODS = (
+    Method(
+        name=FULL,
+        source="here",
+        overrides={},
+        knobs={"model.alignment.global_weight": Range(0.3, 0.7, step=0.1)},
+    ),
+    Method(
+        name="pooled",
+        source="there",
+        overrides={"model.alignment.global_weight": 1.0},
+        knobs={"data.region_dropout": Choice((0.0, 0.2, 0.4))},
+    ),
+)
+FAST = TINY.with_overrides({"optim.epochs": 1})
+
+
+def plan_of(
+    where: Settings, name: str, base: ExperimentConfig = FAST, budget: Budget | None = None
+) -> StudyPlan:
+    folder = resolve_data(base.data, cache_dir=where.cache_dir)
+    return StudyPlan(
+        kind="comparison",
+        name=name,
+        base=base,
+        trials=0,
+        workers=1,
+        data_folder=folder,
+        data_fingerprint=data_fingerprint(folder),
+        results=where.output / "results",
+        budget=budget or Budget(),
+    )
+
+
+def compared(
+    where: Settings,
+    name: str,
+    say: Callable[[str], None] = print,
+    budget: Budget | None = None,
+    **given,
+):
+    arguments = {"points": 2, "seeds": range(1, 3), "resume": False} | given
+    return compare_methods(
+        plan_of(where, name, budget=budget),
+        METHODS,
+        COMMON,
+        settings=where,
+        runner=run_here,
+        say=say,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_points_that_failed_are_tried_again_until_what_is_compared_has_been_chosen(
+    where: Settings, chosen: bool
+) -> None:
+    plan = replace(plan_of(where, "c"), retry_failed=True)
+    if chosen:
+        RunFolder(where.output / "c").create({"kind": "comparison"})
+    asked: list[bool] = []
+
+    def runner(study: StudyPlan, settings: Settings, **how: Any) -> StudyResult:
+        asked.append(study.retry_failed)
+        return StudyResult(folder=where.output, records=(), used_up="--max-hours 1")
+
+    compare_methods(
+        plan,
+        METHODS,
+        COMMON,
+        points=2,
+        seeds=[1],
+        settings=where,
+        resume=True,
+        runner=runner,
+        say=print,
+    )
+    assert asked == [not chosen]
+
+
+def test_points_are_inside_the_space_spread_and_always_the_same() -> None:
+    space = SearchSpace(
+        name="s",
+        question="?",
+        parameters={
+            "optim.learning_rate": Range(1e-4, 1e-2, log=True),
+            "loss.margin": Range(0.1, 0.3, step=0.05),
+            "data.num_regions": Choice((12, 24, 36)),
+        },
+    )
+    points = spread_points(space, 8, seed=3)
+    assert points == spread_points(space, 8, seed=3)
+    assert points[:4] == spread_points(space, 4, seed=3)
+    assert points != spread_points(space, 8, seed=4)
+    for point in points:
+        assert all(point[path] in values for path, values in space.parameters.items())
+    # A Sobol sequence of eight has one point in each eighth of a coordinate's range.
+    rates = sorted(float(point["optim.learning_rate"]) for point in points)
+    assert all(1e-4 * 10 ** (i / 4) <= r <= 1e-4 * 10 ** ((i + 1) / 4) for i, r in enumerate(rates))
+
+
+def test_every_method_gets_the_same_budget_and_starts_as_it_stands() -> None:
+    plans = tuning_trials(FAST, METHODS, COMMON, points=3)
+    assert [plan.name for plan in plans] == [
+        f"{name}/point-0{point}" for name in (FULL, "pooled") for point in range(3)
+    ]
+    assert plans[0].config == FAST
+    assert all(plan.config.model.alignment.global_weight == 1.0 for plan in plans[3:])
+    alone = tuning_trials(FAST, METHODS[1:], COMMON, points=3)
+    assert alone == plans[3:]  # whoever else is compared
+
+
+def test_the_best_on_dev_is_chosen_and_a_method_without_a_trial_is_refused() -> None:
+    margins = {"loss.margin": 0.1}, {"loss.margin": 0.3}
+    records = [
+        record(0, 50.0, name="full/point-00", overrides=margins[0], state="finished"),
+        record(1, 70.0, 60.0, name="full/point-01", overrides=margins[1], state="finished"),
+        record(2, 90.0, name="full/point-02", state="failed"),
+    ]
+    assert tuned(METHODS[:1], records)[0].overrides == margins[1]
+    with pytest.raises(ConfigError, match="no trial of 'pooled' finished"):
+        tuned(METHODS, records)
+
+
+def test_a_comparison_run_twice_gives_the_same_numbers_and_trains_once(where: Settings) -> None:
+    first, chosen = compared(where, "first")
+    assert [variant.name for variant in chosen] == [FULL, "pooled"]
+    assert all(trial.test and not trial.reused for trial in first.records)
+
+    lines: list[str] = []
+    second, again = compared(where, "second", say=lines.append)
+    assert again == chosen
+    assert all(trial.reused for trial in second.records)
+    assert not any("epoch" in line for line in lines)
+    assert compare(second.records) == compare(first.records)
+    report = where.output / "second" / "report"
+    assert (report / "table.md").read_text() == (first.folder / "report" / "table.md").read_text()
+
+    # Tuning is never shown the test split; what is reported never uses the seed of the tuning.
+    tuning = [row for row in _runs(where) if row.data.tags["cpfean.kind"] == "tuning"]
+    assert len(tuning) == 2 * (1 + 4)
+    assert not any(name.startswith("test/") for run in tuning for name in run.data.metrics)
+    assert {trial.experiment.seed for trial in first.records} == {1, 2}
+    assert {run.info.status for run in _runs(where)} == {"FINISHED"}
+
+    # The table and the pictures are with the parent run.
+    client = MlflowClient(where.tracking_uri)
+    (parent,) = (
+        run
+        for run in _runs(where)
+        if run.data.tags["cpfean.role"] == "parent" and run.info.run_name == "first"
+    )
+    kept = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert {"table.md", "table.tex", "runs.csv", "differences.png", "epochs.png"} <= kept
+
+
+def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
+    variants = [Ablation(name=FULL, question="?", overrides={})]
+    plan = plan_of(where, "one")
+    result = compare_variants(
+        plan, variants, seeds=[4], settings=where, resume=False, runner=run_here, say=print
+    )
+    (trial,) = result.records
+    best_model = result.folder / "best_model"
+    for model in (best_model, Path(trial.checkpoint)):
+        metrics = evaluate_checkpoint(
+            model,
+            data_folder=plan.data_folder,
+            split="test",
+            protocol="full",
+            cache_dir=where.cache_dir,
+            device=torch.device("cpu"),
+            num_regions=8,
+        )
+        with (result.folder / "report" / "runs.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert float(row["test_rsum"]) == pytest.approx(metrics.rsum, abs=0.005)
+        assert metrics.rsum == trial.test["rsum"]
+    assert f"model           {best_model}" in closing_lines(result, where)
+
+    # What is known from elsewhere has its numbers here, and its weights elsewhere.
+    shutil.rmtree(trial.checkpoint)
+    known = compare_variants(
+        plan_of(where, "known"),
+        variants,
+        seeds=[4],
+        settings=where,
+        resume=False,
+        runner=run_here,
+        say=print,
+    )
+    assert known.test == result.test
+    assert "model           not on this machine" in closing_lines(known, where)
+
+
+def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> None:
+    def stop_in_the_last_run(line: str) -> None:
+        if line.startswith("pooled/seed-2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compared(where, "stopped", say=stop_in_the_last_run)
+    lines: list[str] = []
+    result, _ = compared(where, "stopped", say=lines.append, resume=True)
+    assert sum("testing" in line for line in lines) == 1
+    whole, _ = compared(
+        Settings(
+            output=where.output / "other",
+            cache_dir=where.cache_dir,
+            tracking_uri=where.tracking_uri,
+        ),
+        "whole",
+    )
+    assert [of.rsums for of in compare(result.records)] == [
+        of.rsums for of in compare(whole.records)
+    ]
+
+
+def test_a_comparison_that_was_renamed_without_its_tuning_is_refused(where: Settings) -> None:
+    for name in ("a", f"a{TUNING}"):
+        RunFolder(where.output / name).create({"kind": "comparison"})
+    (where.output / "a").rename(where.output / "b")
+    with pytest.raises(ConfigError, match=f"started as a.* rename a{TUNING} to b{TUNING} too"):
+        compared(where, "b", resume=True)
+    assert sorted(path.name for path in where.output.iterdir()) == [f"a{TUNING}", "b"]
+
+
+def _runs(where: Settings):
+    client, experiment = open_store(where.tracking_uri)
+    return client.search_runs([experiment])
+
+
+def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger_one(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, ahead = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead)
+
+    def an_hour_each(line: str) -> None:
+        nonlocal ahead
+        ahead += 3600 * line.startswith("epoch 1/1")
+
+    # Methods that are not tuned alike are not compared.
+    cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5))
+    assert [record.state for record in cut.records] == ["finished"] * 3
+    assert variants == []
+    assert "--max-hours 2.5 is used up" in cut.used_up
+    assert cut.used_up.endswith("compare.py --resume --max-hours 5.5 --name c")
+    assert RunFolder.newest_unfinished(where.output, "comparison", "tuning").name == "c-tuning"
+    parent = runs_of(where, "c-tuning", "parent")[0]
+    assert parent.data.tags["cpfean.used_up"].startswith("--max-hours 2.5")
+    assert parent.data.metrics["study/hours"] == pytest.approx(3.0, abs=0.1)
+
+    # Four hours of tuning count: two of four runs are begun.
+    some, variants = compared(where, "c", an_hour_each, Budget(max_hours=5.5), resume=True)
+    assert len(variants) == 2
+    assert [record.state for record in some.records] == ["finished"] * 2
+    assert some.used_up
+    assert some.exit_code == 0
+    assert (where.output / "c" / "report" / "table.md").exists()
+    assert {run.info.status for run in runs_of(where, "c", "trial")} == {"FINISHED"}
+
+    whole, _ = compared(where, "c", an_hour_each, resume=True)
+    assert [record.state for record in whole.records] == ["finished"] * 4
+    assert whole.used_up == ""
+    assert runs_of(where, "c", "parent")[0].data.tags["cpfean.used_up"] == "no"
+    assert whole.records[:2] == some.records
+
+
+def runs_of(where: Settings, name: str, role: str) -> list[Any]:
+    client, experiment = open_store(where.tracking_uri)
+    query = f"tags.`cpfean.sweep` = '{name}' and tags.`cpfean.role` = '{role}'"
+    return list(client.search_runs([experiment], query))

@@ -1,0 +1,521 @@
+"""A real MLflow server that goes away, comes back, and answers wrongly; a store that is locked."""
+
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestration.cluster import doctor
+from orchestration.runners.in_process import run_here
+from orchestration.settings import ServiceError, Settings
+from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.study import StudyPlan, run_study
+from orchestration.tracking.tracker import TrackedRun, Tracker, open_store
+from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
+from tests.lab.hosts import wait_until
+from tests.orchestration.runners.test_in_process import plan_of
+from tests.orchestration.samples import TINY, record
+from tests.orchestration.study.test_study import SPACE
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    server = TrackingServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server: TrackingServer) -> Iterator[Proxy]:
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setattr("orchestration.tracking.tracker._RETRY_SECONDS", 0.2)
+
+
+class Tracked:
+    """A study of the test's own, handed to a tracker record by record."""
+
+    def __init__(self, uri: str, id: str) -> None:
+        self.said: list[str] = []
+        self.slowest = 0.0
+        self.run = TrackedRun(id=id, name=f"s-{id}", kind="sweep", parameters={"study.trials": 2})
+        self.tracker = Tracker(uri, self.run, say=self.said.append)
+        self.tracker.start()
+
+    def update(self, given: TrialRecord) -> None:
+        began = time.monotonic()
+        self.tracker.update(given)
+        self.slowest = max(self.slowest, time.monotonic() - began)
+
+    def end(self) -> bool:
+        self.tracker.update_parent("finished", {"best/val_rsum": 42.0})
+        return self.tracker.close()
+
+    def runs(self, uri: str, **tags: str) -> list[Run]:
+        return runs(uri, **tags | {"id": self.run.id})
+
+
+def runs(uri: str, **tags: str) -> list[Run]:
+    client, experiment = open_store(uri)
+    query = " and ".join(f"tags.`cpfean.{name}` = '{value}'" for name, value in tags.items())
+    return list(client.search_runs([experiment], query))
+
+
+def steps(uri: str, run: Run) -> list[int]:
+    """The steps of every point, sorted as they were sent."""
+    points = MlflowClient(uri).get_metric_history(run.info.run_id, "val/rsum")
+    return [point.step for point in points]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "refuse",
+        "hang",
+        "lose",
+        500,
+        404,
+        *(pytest.param(more, marks=pytest.mark.drill) for more in ("reset", 400, 403)),
+    ],
+)
+def test_whatever_a_server_does_nothing_waits_for_it_and_every_point_is_there_once(
+    proxy: Proxy, server: TrackingServer, fault: Fault
+) -> None:
+    proxy.fault = fault
+    study = Tracked(proxy.url, f"whole-{fault}")
+    for epochs in range(1, 6):
+        study.update(record(0, *range(epochs), state="running"))
+    study.update(record(1, 1.0, 2.0, state="finished", test={"rsum": 3.0}))
+    if fault == "refuse":
+        wait_until(lambda: study.said != [], seconds=20, what="the warning")
+    else:
+        wait_until(lambda: proxy.met >= 2, seconds=20, what="two tries")
+    proxy.fault = "none"
+    wait_until(study.tracker._done, seconds=30, what="what was waiting is sent")
+    study.update(record(0, *range(6), state="finished"))
+    assert study.end(), study.said
+    assert study.slowest < 0.05
+    assert len(study.said) == 1
+    assert "training goes on" in study.said[0]
+    (parent,) = study.runs(server.url, role="parent")
+    first, second = (study.runs(server.url, trial=str(number))[0] for number in (0, 1))
+    assert len(study.runs(server.url)) == 3
+    assert steps(server.url, first) == [1, 2, 3, 4, 5, 6]
+    assert steps(server.url, second) == [1, 2]
+    assert second.data.metrics["test/rsum"] == 3.0
+    assert {run.info.status for run in (parent, first, second)} == {"FINISHED"}
+    assert "config.toml" in {
+        file.path for file in MlflowClient(server.url).list_artifacts(first.info.run_id)
+    }
+
+
+@pytest.mark.parametrize("verb", [b"runs/create", b"runs/log-batch", b"runs/set-tag"])
+def test_a_request_whose_answer_is_lost_counts_once(
+    proxy: Proxy, server: TrackingServer, verb: bytes
+) -> None:
+    study = Tracked(proxy.url, f"lost-{verb.decode().replace('/', '-')}")
+    proxy.only = lambda head: verb in head.split(b"\r\n")[0]
+    proxy.fault = "lose"
+    study.update(record(0, 1.0, 2.0, 3.0, state="running"))
+    wait_until(lambda: proxy.met >= 2, seconds=30, what="two lost answers")
+    proxy.fault = "none"
+    study.update(record(0, 1.0, 2.0, 3.0, 4.0, state="finished"))
+    assert study.end(), study.said
+    (parent,) = study.runs(server.url, role="parent")
+    (child,) = study.runs(server.url, role="trial")
+    points = MlflowClient(server.url).get_metric_history(child.info.run_id, "val/rsum")
+    assert [(point.step, point.value) for point in points] == [(n, float(n)) for n in range(1, 5)]
+    assert {run.info.status for run in (parent, child)} == {"FINISHED"}
+
+
+def test_a_slow_server_slows_nobody_down(proxy: Proxy, server: TrackingServer) -> None:
+    proxy.delay = 0.1
+    study = Tracked(proxy.url, "slow")
+    for epochs in range(1, 40):
+        study.update(record(0, *range(epochs), state="running"))
+    assert study.slowest < 0.05
+    assert study.end()
+    (child,) = study.runs(server.url, role="trial")
+    assert steps(server.url, child) == list(range(1, 40))
+
+
+@pytest.mark.parametrize("fault", ["refuse", "hang"])
+def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
+    proxy: Proxy, server: TrackingServer, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.tracking.tracker._AWAY_SECONDS", 2.0)
+    proxy.fault = fault
+    study = Tracked(proxy.url, f"end-{fault}")
+    study.update(record(0, 1.0, 2.0, state="finished"))
+    wait_until(lambda: study.said != [], seconds=20, what="the warning")
+    began = time.monotonic()
+    assert not study.end()
+    assert time.monotonic() - began < 4.0
+    assert study.said[1:] == ["tracking: 2 epoch(s) are not sent; they are kept in the records."]
+    proxy.fault = "none"
+    again = Tracked(proxy.url, f"end-{fault}")
+    again.update(record(0, 1.0, 2.0, state="finished"))
+    assert again.end()
+    assert again.said == []
+    (child,) = again.runs(server.url, role="trial")
+    assert steps(server.url, child) == [1, 2]
+
+
+def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
+    proxy: Proxy, server: TrackingServer
+) -> None:
+    study = Tracked(proxy.url, "deleted")
+    study.update(record(0, 1.0, state="running"))
+    study.update(record(1, 1.0, state="running"))
+    wait_until(lambda: len(study.runs(server.url, role="trial")) == 2, seconds=30, what="two runs")
+    wait_until(study.tracker._done, seconds=30, what="all sent")
+    (gone,) = study.runs(server.url, trial="0")
+    MlflowClient(server.url).delete_run(gone.info.run_id)
+    requests = 0
+
+    def counted(head: bytes) -> bool:
+        nonlocal requests
+        requests += b"log-batch" in head.split(b"\r\n")[0]
+        return False
+
+    proxy.only, proxy.fault = counted, 500
+    for epochs in range(2, 30):
+        study.update(record(0, *range(epochs), state="running"))
+        wait_until(lambda: not study.tracker._pending, seconds=30, what="the record taken")
+    assert requests <= 2  # it is asked once, and not again for every epoch
+    study.update(record(1, 1.0, 2.0, state="finished"))
+    study.update(record(0, *range(30), state="finished"))
+    assert not study.end()
+    assert len(study.said) == 2
+    assert "refuses trial-000" in study.said[0]
+    assert "deleted" in study.said[0]
+    assert study.said[1].startswith("tracking: 29 epoch(s) are not sent")
+    (other,) = study.runs(server.url, role="trial")
+    assert (other.info.status, steps(server.url, other)) == ("FINISHED", [1, 2])
+    # Who asks for the rest gets a new run with all of it.
+    again = Tracked(proxy.url, "deleted")
+    again.update(record(0, *range(30), state="finished"))
+    assert again.end()
+    (new,) = again.runs(server.url, trial="0")
+    assert steps(server.url, new) == list(range(1, 31))
+
+
+def test_a_parameter_that_somebody_else_has_set_costs_no_number(
+    proxy: Proxy, server: TrackingServer
+) -> None:
+    client, experiment = open_store(server.url)
+    tags = {"cpfean.id": "conflict", "cpfean.trial": "0", "cpfean.role": "trial"}
+    run = client.create_run(experiment, tags=tags)
+    client.log_param(run.info.run_id, "loss.margin", "17")
+    study = Tracked(proxy.url, "conflict")
+    study.update(record(0, 1.0, 2.0, state="finished"))
+    study.update(record(1, 1.0, state="finished"))
+    assert not study.end()
+    (said,) = study.said
+    assert "refuses trial-000" in said
+    assert "loss.margin" in said
+    children = {r.data.tags["cpfean.trial"]: r for r in study.runs(server.url, role="trial")}
+    assert steps(server.url, children["0"]) == [1, 2]
+    assert {child.info.status for child in children.values()} == {"FINISHED"}
+    assert children["1"].data.params["loss.margin"] == str(TINY.loss.margin)
+
+
+def test_a_server_that_is_killed_and_started_again_has_all_of_a_training(
+    where: Settings, tmp_path: Path
+) -> None:
+    own = TrackingServer(tmp_path)
+    own.start()
+    where = Settings(output=where.output, cache_dir=where.cache_dir, tracking_uri=own.url)
+    said: list[str] = []
+    back: list[threading.Thread] = []
+
+    def disturb(line: str) -> None:
+        """Called between epochs: the server is away for the middle third."""
+        said.append(line)
+        if line.startswith("epoch 2/"):
+            own.kill()
+        elif line.startswith("epoch 4/"):
+            back.append(threading.Thread(target=own.start))
+            back[0].start()
+        elif line.startswith("epoch 6/"):
+            back[0].join()
+
+    config = TINY.with_overrides({"optim.epochs": 6})
+    try:
+        result = run_here(plan_of(config, where, "t"), where, resume=False, say=disturb)
+        (run,) = runs(own.url, kind="train")
+        points = MlflowClient(own.url).get_metric_history(run.info.run_id, "val/rsum")
+    finally:
+        own.kill()
+    assert [(point.step, point.value) for point in points] == [
+        (row["epoch"], row["val/rsum"]) for row in result.records[0].history
+    ]
+    assert run.info.status == "FINISHED"
+    assert sum(line.startswith("tracking:") for line in said) == 1
+
+
+def test_what_was_not_sent_is_sent_by_a_resume_that_trains_nothing(
+    where: Settings, proxy: Proxy, server: TrackingServer
+) -> None:
+    proxy.fault = "refuse"
+    where = Settings(output=where.output, cache_dir=where.cache_dir, tracking_uri=proxy.url)
+    plan = plan_of(TINY, where, "later")
+    said: list[str] = []
+    result = run_here(plan, where, resume=False, say=said.append)
+    assert said[-1].startswith("tracking: not everything is sent; the rest is sent by:\n")
+    assert said[-1].endswith("train.py --resume --name later")
+    proxy.fault = "none"
+    said.clear()
+    again = run_here(plan, where, resume=True, say=said.append)
+    assert again.records == result.records
+    assert not any(line.startswith("epoch") for line in said)
+    (run,) = [r for r in runs(server.url, kind="train") if r.info.run_name == "later"]
+    assert (run.info.status, steps(server.url, run)) == ("FINISHED", [1, 2])
+
+
+def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
+    where: Settings, proxy: Proxy, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_ray(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("Ray is not needed")
+
+    monkeypatch.setattr("orchestration.runners.tuner.connect", no_ray)
+    plan = StudyPlan(
+        kind="sweep",
+        name="settled",
+        base=TINY,
+        trials=2,
+        workers=1,
+        space=SPACE,
+        data_folder=where.cache_dir,
+        data_fingerprint="0",
+    )
+    folder = RunFolder(where.output / "settled")
+    folder.create(plan.identity())
+    best = record(0, 1.0, 2.0, state="finished", overrides={"loss.margin": 0.2}, test={"rsum": 2.0})
+    folder.write(best)
+    folder.write(record(1, 1.0, state="pruned", overrides={"loss.margin": 0.3}))
+    where = replace(where, tracking_uri=proxy.url)
+    proxy.fault = "refuse"
+    said: list[str] = []
+    assert run_study(plan, where, resume=True, say=said.append).exit_code == 0
+    assert said[-1].startswith("tracking: not everything is sent; the rest is sent by:\n")
+    assert said[-1].endswith("sweep.py --resume --name settled")
+    proxy.fault = "none"
+    said.clear()
+    run_study(plan, where, resume=True, say=said.append)
+    assert not any("tracking" in line for line in said)
+    assert {run.info.status for run in runs(server.url, id=folder.id)} == {"FINISHED"}
+    trials = runs(server.url, id=folder.id, role="trial")
+    children = {run.data.tags["cpfean.trial"]: steps(server.url, run) for run in trials}
+    assert children == {"0": [1, 2], "1": [1]}
+
+
+@pytest.mark.drill
+def test_a_server_may_keep_its_runs_in_postgresql(tmp_path: Path) -> None:
+    database = Postgres(tmp_path)
+    own = TrackingServer(tmp_path, store=database.uri)
+    try:
+        own.start()
+        for id in ("first", "second"):
+            study = Tracked(own.url, id)
+            study.update(record(0, 1.0, 2.0, state="running"))
+            study.update(record(0, 1.0, 2.0, 3.0, state="finished", test={"rsum": 2.5}))
+            study.update(record(1, 1.0, state="pruned"))
+            assert study.end(), study.said
+            children = {r.data.tags["cpfean.trial"]: r for r in study.runs(own.url, role="trial")}
+            assert steps(own.url, children["0"]) == [1, 2, 3]
+            assert steps(own.url, children["1"]) == [1]
+            assert {r.info.status for r in study.runs(own.url)} == {"FINISHED"}
+            assert len(study.runs(own.url)) == 3
+    finally:
+        own.kill()
+        database.stop()
+
+
+@pytest.mark.drill
+def test_a_locked_database_is_named_and_stalls_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mlflow.db"
+    uri = f"sqlite:///{file}"
+    open_store(uri)
+    held = sqlite3.connect(file, isolation_level=None, timeout=30)
+    held.execute("BEGIN EXCLUSIVE")
+    study = Tracked(uri, "locked")
+    study.update(record(0, 1.0, 2.0, state="finished"))
+    wait_until(lambda: study.said != [], seconds=40, what="the warning")
+    assert study.slowest < 0.05
+    assert str(file) in study.said[0]
+    assert f"locked by another process, see `fuser {file}`" in study.said[0]
+    began = time.monotonic()
+    held.execute("ROLLBACK")
+    held.close()
+    assert study.end()
+    assert time.monotonic() - began < 30
+    (child,) = study.runs(uri, role="trial")
+    assert steps(uri, child) == [1, 2]
+
+
+def test_a_database_that_is_read_only_is_named(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
+        uri = f"sqlite:///{disk / 'mlflow.db'}"
+        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        shutil.copy(tmp_path / "mlflow.db", disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        study = Tracked(uri, "read-only")
+        study.update(record(0, 1.0, state="finished"))
+        assert not study.end()
+    assert "mlflow.db: cannot be written" in study.said[0]
+    assert "Read-only file system" in study.said[0]
+
+
+def test_who_opens_a_database_for_too_long_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    monkeypatch.setattr("orchestration.tracking.stores._LOCK_SECONDS", 0.3)
+    with (tmp_path / ".mlflow.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ServiceError, match=r"mlflow\.db: another process has been opening"):
+            open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+_OPEN_TOGETHER = """
+import multiprocessing, sys, tempfile
+from pathlib import Path
+import mlflow
+from orchestration.tracking.tracker import open_store
+
+def open_one(barrier, uri, failures):
+    barrier.wait()
+    try:
+        client, experiment = open_store(uri)
+        run = client.create_run(experiment)
+        client.log_metric(run.info.run_id, "x", 1.0)
+    except Exception as error:
+        failures.put(repr(error))
+
+fork = multiprocessing.get_context("fork")
+for number in range(int(sys.argv[2])):
+    uri = f"sqlite:///{Path(sys.argv[1]) / f'{number}.db'}"
+    barrier, failures = fork.Barrier(8), fork.Queue()
+    openers = [
+        fork.Process(target=open_one, args=(barrier, uri, failures)) for _ in range(8)
+    ]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
+    assert failures.empty(), failures.get()
+    client, experiment = open_store(uri)
+    assert len(client.search_runs([experiment])) == 8
+print("all opened")
+"""
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.drill)])
+def test_eight_processes_may_open_an_empty_database_at_once(tmp_path: Path, rounds: int) -> None:
+    done: Any = subprocess.run(
+        [sys.executable, "-c", _OPEN_TOGETHER, str(tmp_path), str(rounds)],
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.stdout.strip() == "all opened", done.stderr
+
+
+def test_files_of_a_server_that_has_them_on_its_own_disk_are_not_written_to_ours(
+    tmp_path: Path,
+) -> None:
+    files_at = tmp_path / "server's disk"
+    own = TrackingServer(tmp_path, files_at=files_at)
+    own.start()
+    report = tmp_path / "report.md"
+    report.write_text("a report")
+
+    def send(id: str) -> Tracked:
+        study = Tracked(own.url, id)
+        study.update(record(0, 1.0, 2.0, state="finished"))
+        study.tracker.keep_files([report])
+        assert study.end()
+        return study
+
+    try:
+        study = send("elsewhere")
+        (said,) = study.said
+        assert "numbers are sent, files are not" in said
+        assert "--artifacts-destination" in said
+        assert not files_at.exists()
+        (child,) = study.runs(own.url, role="trial")
+        assert steps(own.url, child) == [1, 2]
+        tags = [tag for run in study.runs(own.url) for tag in run.data.tags]
+        assert not [tag for tag in tags if tag.startswith("cpfean.file.")]
+        where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=own.url)
+        with pytest.raises(doctor.Ill, match="numbers are sent, files are not") as ill:
+            doctor.check_tracking(where)
+        assert "rename the experiment" in ill.value.fix
+        assert not files_at.exists()
+        # Where both see the same files the disk is one that they share.
+        (files_at / "1" / child.info.run_id / "artifacts").mkdir(parents=True)
+        (files_at / "1" / child.info.run_id / "artifacts" / "seen.txt").write_text("by both")
+        assert send("shared").said == []
+        assert len(list(files_at.rglob("report.md"))) == 1
+        assert "takes numbers and files" in doctor.check_tracking(where)
+    finally:
+        own.kill()
+
+
+@pytest.mark.parametrize(
+    ("fault", "helps"),
+    [
+        (401, "MLFLOW_TRACKING_PASSWORD"),
+        (403, "MLFLOW_TRACKING_PASSWORD"),
+        (404, "it answers"),
+        ("refuse", "tracking_server.py"),
+    ],
+)
+def test_the_doctor_says_what_helps_a_tracker_that_does_not_take_what_it_sends(
+    proxy: Proxy, tmp_path: Path, fault: Fault, helps: str
+) -> None:
+    where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=proxy.url)
+    proxy.only = lambda head: b"runs/" in head.split(b"\r\n")[0]
+    proxy.body = b"Permission denied"  # as MLflow's own, without JSON
+    proxy.fault = fault
+    with pytest.raises(doctor.Ill, match=re.escape(proxy.url)) as ill:
+        doctor.check_tracking(where)
+    assert helps in ill.value.fix
+
+
+def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
+        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        shutil.copy(tmp_path / "mlflow.db", disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        uri = f"sqlite:///{disk / 'mlflow.db'}"
+        where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=uri)
+        with pytest.raises(doctor.Ill, match=r"mlflow\.db.*[Rr]ead-?only"):
+            doctor.check_tracking(where)

@@ -1,0 +1,150 @@
+"""Disks of the driver that take no more, done to a real small disk."""
+
+import errno
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cpfean.errors import CpfeanError
+from cpfean.writing import cannot_write, is_disk_error
+from orchestration.proposals.search import Proposals
+from orchestration.runners.guard import Guarded
+from orchestration.settings import ServiceError
+from orchestration.study.records import RunFolder
+from tests.faults import small_disk
+from tests.orchestration.samples import record
+from tests.orchestration.study.test_study import SPACE, begin, report, study
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", kilobytes=1024) as disk:
+        yield disk
+
+
+def fill(disk: Path) -> None:
+    """To the last byte."""
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        filler.write(bytes(shutil.disk_usage(disk).free))
+    assert shutil.disk_usage(disk).free == 0
+
+
+def test_a_record_on_a_full_disk_is_the_old_one_whole(disk: Path) -> None:
+    folder = RunFolder(disk / "run")
+    folder.create({"kind": "sweep"})
+    folder.write(record(0, 1.0))
+    fill(disk)
+    with pytest.raises(ServiceError, match=r"record\.json: disk full: 0 B free, \d+ kB needed"):
+        folder.write(record(0, *range(200)))
+    assert [known.epochs for known in folder.records()] == [1]
+    assert not list((disk / "run" / "trials" / "000").glob(".record*"))
+    with pytest.raises(ServiceError, match="disk full"):
+        RunFolder(disk / "other").create({"kind": "sweep", "long": "x" * 10_000})
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: folder.write(record(0, 1.0)),
+        lambda folder: folder.lock().__enter__(),
+        lambda folder: RunFolder(folder.path / "b").create({}),
+    ],
+)
+def test_a_disk_that_is_read_only_is_named(disk: Path, use: Callable[[RunFolder], None]) -> None:
+    folder = RunFolder(disk / "run")
+    folder.create({"kind": "sweep"})
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(ServiceError, match=rf"{disk}/run.*: cannot be written: Read-only file"):
+        use(folder)
+
+
+def test_a_study_whose_disk_is_full_is_stopped_in_good_order(disk: Path) -> None:
+    driven, _ = study(disk)
+    hooks = Guarded(driven, folder=disk, give_up=driven._give_up)
+    number = begin(driven)
+    report(driven, number, 10.0)
+    fill(disk)
+    assert not driven.interrupted
+    hooks.reported(number, {"history": record(0, *range(300)).history, "ended": False})
+    assert driven.interrupted
+    assert isinstance(driven.error, ServiceError)
+    assert "disk full" in str(driven.error)
+    assert hooks.next_trial() is None
+    hooks.ended(number, pruned=False)  # Tune still tells what it stops
+    (disk / "filler").unlink()
+    resumed, said = study(disk)
+    assert [known.epochs for known in RunFolder(disk / "s").records()] == [1]
+    assert "cut off: trial-000" in said[-1]
+    assert begin(resumed) == number
+
+
+def test_a_search_on_a_full_disk_is_told_as_one(disk: Path) -> None:
+    proposals = Proposals(SPACE, file=disk / "study.db", name="s", seed=1, baseline=None, trials=4)
+    fill(disk)
+    stopped: list[CpfeanError] = []
+
+    class Hooks:
+        def next_trial(self) -> None:
+            for number in range(100):
+                proposals.ask(number, [])
+
+    hooks = Guarded(Hooks(), folder=disk, give_up=stopped.append)  # type: ignore[arg-type]
+    assert hooks.next_trial() is None
+    assert "disk full" in str(stopped[0])
+    assert str(disk) in str(stopped[0])
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_a_search_whose_database_is_locked_waits_half_a_minute(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    proposals = Proposals(SPACE, file=file, name="s", seed=1, baseline=None, trials=4)
+    held = sqlite3.connect(file, isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    stopped: list[CpfeanError] = []
+
+    class Hooks:
+        def next_trial(self) -> None:
+            proposals.ask(0, [])
+
+    hooks = Guarded(Hooks(), folder=tmp_path, give_up=stopped.append)  # type: ignore[arg-type]
+    began = time.monotonic()
+    assert hooks.next_trial() is None
+    assert 25 < time.monotonic() - began < 45
+    assert str(stopped[0]) == f"{tmp_path}: cannot be written: database is locked."
+    held.close()
+
+
+def test_a_defect_is_no_disk_error() -> None:
+    assert not is_disk_error(ValueError("no space in this list"))
+    assert not is_disk_error(FileNotFoundError(errno.ENOENT, "No such file"))
+    assert is_disk_error(sqlite3.OperationalError("database or disk is full"))
+    assert is_disk_error(Exception("I/O error: No space left on device (os error 28)"))
+    told = cannot_write(Path("/"), OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert "quota of this user" in str(told)
+
+
+_FULL = """
+import sys
+from experiments import command_line
+def body(arguments):
+    raise OSError(28, "No space left on device")
+parser = command_line.Parser(description="", epilog="")
+parser.add_argument("--debug", action="store_true")
+command_line.run(parser, body)
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--debug",)])
+def test_a_command_whose_disk_is_full_shows_no_traceback(flags: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-c", _FULL, *flags], capture_output=True, text=True)
+    assert ("Traceback" in done.stderr) == bool(flags)
+    if not flags:
+        assert done.returncode == 5
+        assert "disk full" in done.stderr
