@@ -193,7 +193,8 @@ def simulate(folder: Path, *, trials: int) -> None:
     from cpfean.data.sources import resolve_data
     from experiments.search_spaces import SEARCH_SPACES
     from orchestration.runners import tuner
-    from orchestration.study.study import StudyPlan, run_study
+    from orchestration.study.plan import StudyPlan
+    from orchestration.study.study import run_study
 
     names = [f"val/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 

@@ -27,14 +27,11 @@ from orchestration.proposals.search import Choice, SearchSpace
 from orchestration.settings import Settings, check_name, check_text, prepare_environment
 from orchestration.storage.records_copy import fetch_records
 from orchestration.study.budget import Budget, Prices
+from orchestration.study.conclusion import StudyResult, closing_lines
+from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING, RunFolder
-from orchestration.study.study import (
-    Interrupted,
-    StudyPlan,
-    StudyResult,
-    closing_lines,
-    run_study,
-)
+from orchestration.study.stopping import Interrupted
+from orchestration.study.study import run_study
 
 # A setting -> the file that data must have for it to make a difference, and what is in it.
 _NEEDS = {
@@ -327,7 +324,7 @@ def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bo
         ServiceError: no cluster, or no room for the checkpoints.
     """
     from orchestration.study.dry_run import dry_run
-    from orchestration.study.study import check_room_for_checkpoints
+    from orchestration.study.plan import check_room_for_checkpoints
 
     prices = plans[0].budget.prices
     assert prices is not None
@@ -545,7 +542,7 @@ def start_early(arguments: argparse.Namespace, where: Settings) -> None:
     """
     if arguments.dry_run or arguments.resume or where.address is not None:
         return
-    from orchestration.runners import tuner
+    from orchestration.cluster import connection
 
     def interrupt(number: int, _frame: object) -> None:
         # Python drops what is raised in the callbacks of its imports, of which there are many now.
@@ -557,7 +554,7 @@ def start_early(arguments: argparse.Namespace, where: Settings) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)  # until the study hears of it itself
     say("starting Ray on this machine, and checking the data meanwhile.")
-    tuner.start_early(where)
+    connection.start_early(where)
 
 
 def checked_data(

@@ -15,7 +15,7 @@ from cpfean.folders import expanded
 from experiments import command_line, run_ablations
 from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
-from orchestration.study.study import Interrupted
+from orchestration.study.stopping import Interrupted
 
 if TYPE_CHECKING:
     from orchestration.schedule import Ended, Schedule

@@ -42,7 +42,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.study.study import StudyPlan, table
+    from orchestration.study.conclusion import table
+    from orchestration.study.plan import StudyPlan
 
     trials = command_line.positive(arguments.trials, "--trials")
     workers = command_line.positive(arguments.workers, "--workers")

@@ -33,7 +33,7 @@ def main() -> None:
 
 def body(arguments: argparse.Namespace) -> int:
     from orchestration.runners.in_process import run_here
-    from orchestration.study.study import StudyPlan, TrialPlan
+    from orchestration.study.plan import StudyPlan, TrialPlan
 
     workers = command_line.positive(arguments.workers, "--workers", least=0)
     config = command_line.configuration(arguments)

@@ -285,7 +285,7 @@ def test_a_harmless_call_is_not_reported(source: str) -> None:
 
 # Of a user whom nobody knows they raise, or give back the ~; cpfean.folders answers for all.
 HOMES = {"expanduser", "home"}
-ASKS_FOR_HOMES = {"cpfean.folders", "orchestration.settings", "orchestration.runners.tuner"}
+ASKS_FOR_HOMES = {"cpfean.folders", "orchestration.settings", "orchestration.cluster.connection"}
 
 
 def local_habits(source: str) -> list[str]:

@@ -62,7 +62,7 @@ PLACES = {
     "orchestration.report:write_report": RUN,
     "orchestration.study.results:Results.keep": "a result, named by a hash of all that it depends on",
     "orchestration.tracking.stores:_try_file": NEW,
-    "orchestration.study.study:conclude": RUN,
+    "orchestration.study.conclusion:conclude": RUN,
     "orchestration.pictures.queries:draw_study_pictures": f"{RUN}; the name that it gives was free",
     "orchestration.pictures.sheet:Sheet.save": "in a folder of results that `own_folder` has "
     "taken, in one of a run, or the file that the user names",
@@ -75,7 +75,7 @@ PLACES = {
     "orchestration.tracking.stores:_make": f"{NEW}, and such names that a killed process has left",
     "orchestration.tracking.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
     "orchestration.tracking.stores:try_out": "the run that it has made to try writing with",
-    "orchestration.study.study:keep_model": f"{RUN}: best_model, or a model of a trial",
+    "orchestration.study.conclusion:keep_model": f"{RUN}: best_model, or a model of a trial",
     "orchestration.tracking.tracker:Tracker._sole_run": "a twin of our run, with its key and no numbers",
 }  # fmt: skip
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpfean import commands
+from cpfean.errors import ServiceError
+from orchestration.settings import usable_cpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,4 +67,79 @@ def places(nodes: Sequence[Node], *, cpus: int, use_gpu: bool) -> int:
     """Workers of that size that fit on empty nodes."""
     return sum(
         min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What there is to run on.
+
+    Attributes:
+        cpus, gpus: of all nodes now.
+        is_local: Ray was started by this process, on this machine.
+        nodes: that live now; without them all is taken to be one node.
+    """
+
+    cpus: int
+    gpus: int
+    is_local: bool
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What the trials take.
+
+    Attributes:
+        workers: of one trial.
+        min_workers: with which it may go on when there is no room for more.
+        cpus: of one worker.
+        use_gpu: one for each worker.
+        concurrent: trials at a time. Tune does not count the workers of a trial: without this
+            limit trials hold each other up for ever.
+    """
+
+    workers: int
+    cpus: int
+    use_gpu: bool
+    concurrent: int
+    min_workers: int = 0  # 0: no fewer than `workers`
+
+
+def this_machine() -> Cluster:
+    """What Ray would find here, without starting it."""
+    import torch
+
+    cpus, gpus = usable_cpus(), torch.cuda.device_count()
+    return Cluster(cpus=cpus, gpus=gpus, is_local=True, nodes=(Node(cpus=cpus, gpus=gpus),))
+
+
+def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int = 0) -> Resources:
+    """How many trials of so many workers run at a time, and with what.
+
+    Raises:
+        ServiceError: one trial alone asks for more than there is.
+    """
+    use_gpu = cluster.gpus > 0
+    there, what = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")
+    if workers > there and cluster.is_local:
+        raise ServiceError(
+            f"{workers} workers need {workers} {what} and this machine has {there}; lower "
+            "--workers or give a cluster with --address."
+        )
+    # A cluster may grow to what a first trial waits for; one trial at a time is always right.
+    concurrent = max(1, min(trials, there // workers))
+    cpus = max(1, cluster.cpus // (workers * concurrent))
+    if not cluster.is_local:
+        cpus = min(cpus, 8)  # the nodes that join later may be smaller
+    # A worker is on one node: what all nodes have together is no measure of it.
+    fitting = min(workers * concurrent, places(cluster.nodes, cpus=1, use_gpu=use_gpu))
+    while cpus > 1 and places(cluster.nodes, cpus=cpus, use_gpu=use_gpu) < fitting:
+        cpus -= 1
+    return Resources(
+        workers=workers,
+        cpus=cpus,
+        use_gpu=use_gpu,
+        concurrent=concurrent,
+        min_workers=min_workers,
     )

@@ -103,12 +103,12 @@ def check_token() -> str:
 
 def check_cluster(settings: Settings) -> str:
     """Whether Ray answers at the address; joins it for the checks that follow."""
-    from orchestration.runners import tuner
+    from orchestration.cluster import connection
 
     if settings.address is None:
         check_this_host()
         return "none: studies run on this machine"
-    cluster = tuner.connect(settings)
+    cluster = connection.connect(settings)
     return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"
 
 

@@ -18,26 +18,23 @@ from orchestration.runners.worker import metrics_of, test_metrics, this_device
 from orchestration.settings import Settings
 from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.budget import OTHER
+from orchestration.study.conclusion import StudyResult, conclude, keep_model
 from orchestration.study.failures import known_failure
+from orchestration.study.plan import (
+    StudyPlan,
+    check_room_for_checkpoints,
+    meter_of,
+    planned_record,
+    resume_line,
+)
 from orchestration.study.records import RunFolder, State, TrialRecord
-from orchestration.study.study import (
+from orchestration.study.stopping import (
     SAVE_SECONDS,
     Interrupted,
-    StudyPlan,
-    StudyResult,
-    check_room_for_checkpoints,
-    conclude,
-    follow_places,
-    keep_model,
-    meter_of,
-    opened_folder,
-    planned_record,
-    reopen_failed,
-    resume_line,
     seconds_to_stop,
     stopped_by_signals,
-    tracked_run,
 )
+from orchestration.study.study import follow_places, opened_folder, reopen_failed, tracked_run
 from orchestration.tracking.tracker import Tracker
 
 if TYPE_CHECKING:

@@ -8,59 +8,51 @@ back, so that a restart depends on nothing but our records and the checkpoints.
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
-import secrets
-import signal
-import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from ray import cloudpickle, tune
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import TrainingFailedError, WorkerGroupError
+from ray.exceptions import RayActorError
+from ray.train import TrainingFailedError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cpfean.errors import (
     CheckpointError,
-    CpfeanError,
-    LostPartnerError,
     ServiceError,
     StoppedError,
 )
-from cpfean.folders import can_be_written
-from orchestration.cluster.capacity import Node, Room, places
-from orchestration.cluster.ray_address import check_head, check_this_host, parse_address
+from orchestration.cluster.capacity import Resources
 from orchestration.proposals.search import METRIC
+from orchestration.runners.ray_errors import (
+    causes_of,
+    classify,
+    has_waited,
+    lost_ranks,
+    refusal,
+    waiting_ranks,
+)
 from orchestration.runners.worker_pool import HEAD, Crew, free
 from orchestration.settings import (
     Settings,
     prepare_environment,
-    token_file,
-    usable_cpus,
 )
 from orchestration.storage.checkpoints import CheckpointFolder
-from orchestration.study.budget import OTHER
-from orchestration.study.failures import known_failure
 from orchestration.study.records import TrialRecord
 
 _RETRIED = ("infra", "preempted")
 MAX_RETRIES = 3
 _PAUSE_SECONDS = 2.0  # times the number of the retry, where a disk or a store has refused
 _CLOSE_SECONDS = 10.0
-_JOIN_SECONDS = 40.0  # a cluster that is well takes a few
-_ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us
 _ELASTIC_START_SECONDS = 30
 
 
@@ -87,383 +79,12 @@ class Hooks(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cluster:
-    """What there is to run on.
-
-    Attributes:
-        cpus, gpus: of all nodes now.
-        is_local: Ray was started by this process, on this machine.
-        nodes: that live now; without them all is taken to be one node.
-    """
-
-    cpus: int
-    gpus: int
-    is_local: bool
-    nodes: tuple[Node, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What the trials take.
-
-    Attributes:
-        workers: of one trial.
-        min_workers: with which it may go on when there is no room for more.
-        cpus: of one worker.
-        use_gpu: one for each worker.
-        concurrent: trials at a time. Tune does not count the workers of a trial: without this
-            limit trials hold each other up for ever.
-    """
-
-    workers: int
-    cpus: int
-    use_gpu: bool
-    concurrent: int
-    min_workers: int = 0  # 0: no fewer than `workers`
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStopping:
     """Successive halving: what is clearly behind after `grace` epochs, and so on, is stopped."""
 
     grace: int
     epochs: int
     reduction: float = 2.0
-
-
-class _HeadStart:
-    """Ray on this machine, started in a thread of its own while the main one checks the data.
-
-    The thread stays until Ray has ended: Linux ends Ray's processes with the thread that made them.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._is_done = threading.Event()
-        self._is_over = threading.Event()
-        self._cluster: Cluster | None = None
-        self._error: CpfeanError | None = None
-        threading.Thread(target=self._run, name="ray", daemon=True).start()
-        atexit.register(self.end)
-
-    def cluster(self) -> Cluster:
-        """What there is; waits for Ray.
-
-        Raises:
-            ConfigError, ServiceError: Ray does not start.
-        """
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._cluster is not None
-        return self._cluster
-
-    def wait(self) -> None:
-        """Until Ray has started, or has not."""
-        self._is_done.wait()
-
-    def end(self) -> None:
-        """At the end of the process: ends Ray, once it has started; half of it could not be."""
-        if not self._is_over.is_set():
-            self.wait()
-            disconnect()
-
-    def let_go(self) -> None:
-        """Ray has ended."""
-        self._is_over.set()
-
-    def _run(self) -> None:
-        try:
-            self._cluster = _connected(self._settings, _end)
-        except CpfeanError as error:
-            self._error = error
-        except BaseException as error:
-            self._error = ServiceError(f"Ray does not start: {error!r}")
-            raise
-        finally:
-            self._is_done.set()
-        self._is_over.wait()
-
-
-_head_start: _HeadStart | None = None
-
-
-def start_early(settings: Settings) -> None:
-    """Begins to start Ray on this machine and returns; `connect` then waits for the rest of it.
-
-    Without effect where a cluster is to be joined. What is started ends with `disconnect`, or else
-    with the process.
-    """
-    global _head_start
-    if settings.address is None and _head_start is None:
-        _head_start = _HeadStart(settings)
-
-
-def wait_for_start() -> None:
-    """Waits until what `start_early` began is done, well or badly, if it was called."""
-    if _head_start is not None:
-        _head_start.wait()
-
-
-def connect(
-    settings: Settings, *, give_up: Callable[[ServiceError], None] | None = None
-) -> Cluster:
-    """Joins the cluster, or starts Ray on this machine.
-
-    Args:
-        give_up: ends the process where Ray does not come back from joining a cluster, from another
-            thread; None says why and exits.
-
-    Raises:
-        ConfigError: a folder for Ray's files that cannot be.
-        ServiceError: no cluster at the address, or Ray does not start.
-    """
-    if settings.address is None and _head_start is not None:
-        return _head_start.cluster()
-    return _connected(settings, give_up or _end)
-
-
-def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> Cluster:
-    _check(settings)
-    cpus = usable_cpus()
-    try:
-        with _sigterm_kept():
-            if settings.address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=False,  # ten processes that would start first
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=200 * 2**20,
-                )
-            else:
-                _join(settings, give_up)
-        if settings.address is not None:
-            _check_actors_start()
-    # Ray raises many kinds here, down to OSError and its own.
-    except Exception as error:
-        where, hint = settings.address or "on this machine", ""
-        if settings.address:
-            where += f", from {settings.address_source}"
-            hint = (
-                "\nDoes this machine have the cluster's ~/.ray/auth_token? If the cluster wants "
-                "none, set RAY_AUTH_MODE=disabled. Without the cluster: --address local."
-            )
-        raise ServiceError(f"Ray does not start or answer ({where}): {error}{hint}") from error
-    # An instance that a neighbour started on this host must not be taken for ours.
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    return cluster_now(is_local=settings.address is None)
-
-
-def _check(settings: Settings) -> None:
-    """Finds in seconds what Ray would try for many minutes, or fall over in the middle of."""
-    settings.check_address()
-    if settings.address is None:
-        check_this_host()
-        # Ray's own parts read it, and take it for theirs.
-        os.environ.pop("RAY_ADDRESS", None)
-        _give_a_token()
-    else:
-        check_head(parse_address(settings.address, source=settings.address_source))
-
-
-def _join(settings: Settings, give_up: Callable[[ServiceError], None]) -> None:
-    """Joins the cluster; where its part on this host is dead Ray waits, and ends the process."""
-    error = ServiceError(
-        f"the head of the Ray cluster at {settings.address} (from {settings.address_source}) "
-        f"answers, and cannot be joined from this machine within {_JOIN_SECONDS:.0f} s. Is this "
-        "one of its machines, and does `ray status` list it? `ray start` on it joins; --address "
-        "local runs on this machine alone."
-    )
-    timer = threading.Timer(_JOIN_SECONDS, give_up, [error])
-    timer.daemon = True
-    timer.start()
-    try:
-        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
-    finally:
-        timer.cancel()
-
-
-def _end(error: ServiceError) -> None:
-    """Ends the process from another thread, as the main thread hangs in Ray."""
-    print(error, file=sys.stderr, flush=True)
-    os._exit(error.exit_code)
-
-
-def _give_a_token() -> None:
-    """Ray started here asks for a token, and makes it in the home; without one it is in memory."""
-    there = os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file())
-    if not there and not can_be_written(Path.home() / ".ray"):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def cluster_now(*, is_local: bool) -> Cluster:
-    """What the Ray that this process has joined or started has now."""
-    nodes = _nodes()
-    return Cluster(
-        cpus=sum(node.cpus for node in nodes),
-        gpus=sum(node.gpus for node in nodes),
-        is_local=is_local,
-        nodes=nodes,
-    )
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Undoes what Ray does to SIGTERM as it starts: it would end this process without a word."""
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as end:
-        if end.code == signal.SIGTERM and callable(ours):
-            ours(signal.SIGTERM, None)  # what Ray has taken for its own
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours or signal.SIG_DFL)
-
-
-def this_machine() -> Cluster:
-    """What Ray would find here, without starting it."""
-    import torch
-
-    cpus, gpus = usable_cpus(), torch.cuda.device_count()
-    return Cluster(cpus=cpus, gpus=gpus, is_local=True, nodes=(Node(cpus=cpus, gpus=gpus),))
-
-
-def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
-    """A cluster and its nodes' types; nothing is started on it.
-
-    Raises:
-        ServiceError: no cluster at the address.
-    """
-    _check(settings)
-    try:
-        _join(settings, _end)
-        return cluster_now(is_local=False), node_types()
-    except Exception as error:  # Ray raises many kinds here
-        raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
-    finally:
-        ray.shutdown()
-
-
-def _nodes() -> tuple[Node, ...]:
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(
-        Node(cpus=int(has.get("CPU", 0)), gpus=int(has.get("GPU", 0))) for has in resources
-    )
-
-
-def node_types() -> list[str]:
-    """The type of every node that lives, as the autoscaler's file calls it; none if Ray is gone."""
-    try:
-        labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
-    except Exception:  # Ray raises many kinds; what is lost is told elsewhere
-        return []
-    return [of.get("ray.io/node-group") or OTHER for of in labels]
-
-
-def room_for(resources: Resources) -> Room | None:
-    """A trial beside the cluster as it is now; None if the cluster does not answer."""
-    try:
-        nodes = _nodes()
-        room = Room(
-            workers=resources.min_workers or resources.workers,
-            cpus=resources.cpus,
-            use_gpu=resources.use_gpu,
-            nodes=nodes,
-            grows=_grows(),
-        )
-    except Exception:  # as above
-        return None
-    return room
-
-
-def _grows() -> bool | None:
-    """Whether the autoscaler adds nodes for what waits now; None if there is no telling.
-
-    A head that was started without an autoscaler's file has one that only looks on. Ray's second
-    autoscaler tells what it cannot give whatever it adds; the first one does not.
-    """
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if is_autoscaler_v2():
-        client = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
-        reply = GetClusterStatusReply()
-        reply.ParseFromString(client.get_cluster_status(timeout_s=10))
-        state = reply.autoscaling_state
-        if state.pending_instance_requests or state.pending_instances:
-            return True
-        # Those that an autoscaler starts know the machine that they are; where none does, this one
-        # only looks on, and cannot even tell that: parts of a resource, of which our trials have
-        # one, are an error in its own list of what there is.
-        if not any(node.instance_id for node in reply.cluster_resource_state.node_states):
-            return False
-        cannot = state.infeasible_gang_resource_requests or state.infeasible_resource_requests
-        return False if cannot else None
-    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
-    report = status.get("autoscaler_report")
-    if not report:
-        return None
-    if report["pending_nodes"] or report["pending_launches"]:
-        return True
-    # Nodes that nobody described go by their own ids.
-    known = report["active_nodes"]
-    return False if known and all(name.startswith("node_") for name in known) else None
-
-
-def _check_actors_start() -> None:
-    """Starts an actor: where client and cluster disagree about tokens, that alone goes wrong."""
-    probe = ray.remote(num_cpus=0)(_Probe).remote()
-    ray.get(probe.answer.remote(), timeout=_ACTOR_SECONDS)
-
-
-class _Probe:
-    def answer(self) -> None: ...
-
-
-def disconnect() -> None:
-    """Leaves the cluster; ends Ray if this process started it."""
-    global _head_start
-    os.environ.pop("RAY_ADDRESS", None)
-    ray.shutdown()
-    early, _head_start = _head_start, None
-    if early is not None:
-        early.let_go()
-
-
-def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int = 0) -> Resources:
-    """How many trials of so many workers run at a time, and with what.
-
-    Raises:
-        ServiceError: one trial alone asks for more than there is.
-    """
-    use_gpu = cluster.gpus > 0
-    there, what = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")
-    if workers > there and cluster.is_local:
-        raise ServiceError(
-            f"{workers} workers need {workers} {what} and this machine has {there}; lower "
-            "--workers or give a cluster with --address."
-        )
-    # A cluster may grow to what a first trial waits for; one trial at a time is always right.
-    concurrent = max(1, min(trials, there // workers))
-    cpus = max(1, cluster.cpus // (workers * concurrent))
-    if not cluster.is_local:
-        cpus = min(cpus, 8)  # the nodes that join later may be smaller
-    # A worker is on one node: what all nodes have together is no measure of it.
-    fitting = min(workers * concurrent, places(cluster.nodes, cpus=1, use_gpu=use_gpu))
-    while cpus > 1 and places(cluster.nodes, cpus=cpus, use_gpu=use_gpu) < fitting:
-        cpus -= 1
-    return Resources(
-        workers=workers,
-        cpus=cpus,
-        use_gpu=use_gpu,
-        concurrent=concurrent,
-        min_workers=min_workers,
-    )
 
 
 def run_trials(
@@ -570,10 +191,10 @@ class _Trial(tune.Trainable):
         try:
             return self._news()
         except (TrainingFailedError, RayActorError, ServiceError, CheckpointError) as error:
-            refusal = _refusal(error)
-            what = refusal or self._lost(error)
+            refused = refusal(error)
+            what = refused or self._lost(error)
             self._dismiss()
-            if _has_waited(error):
+            if has_waited(error):
                 return {"done": False}  # how long that may go on is for the study to say
             failure, message = classify(error)
             self._retries += failure == "infra"
@@ -585,9 +206,9 @@ class _Trial(tune.Trainable):
             if failure == "infra":
                 self._first_loss = self._first_loss or what
                 line = f"{what}; retry {self._retries}/{MAX_RETRIES} from epoch {self._epoch}."
-                if refusal:
+                if refused:
                     time.sleep(_PAUSE_SECONDS * self._retries)
-            elif any(isinstance(cause, StoppedError) for cause in _causes(error)):
+            elif any(isinstance(cause, StoppedError) for cause in causes_of(error)):
                 line = f"preempted: {message} It goes on there."
             else:
                 line = f"preempted; goes on from epoch {self._epoch}."
@@ -646,118 +267,6 @@ class _Trial(tune.Trainable):
         crew, self._crew, self._given = self._crew, None, False
         if crew is not None:
             crew.close(seconds=_CLOSE_SECONDS)
-
-
-def classify(error: BaseException) -> tuple[str, str]:
-    """The class of a failure and its last lines.
-
-    Classes: preempted, infra (something was lost), oom, diverged, data, config, bug.
-    """
-    causes = list(_causes(error))
-    if known := known_failure(causes):
-        failure, message = known
-        return failure, _tail(message)
-    for cause in causes:
-        if isinstance(cause, OutOfMemoryError):  # Ray has ended a process before the system would
-            return "oom", _tail(str(cause))
-    if any(_is_preemption(cause) for cause in causes):
-        return "preempted", _tail(str(error))
-    # A worker with an error of its own takes the others' connections along: then it is to blame.
-    roots = [cause for cause in causes if not _inner(cause)]
-    if any(map(_is_loss, causes)) and all(map(_is_loss, roots)):
-        return "infra", _tail(str(error))
-    blamed = [cause for cause in roots if not _is_loss(cause)]
-    return "bug", _tail(str((blamed or [error])[0]))
-
-
-def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
-    """Ranks that do not answer any more, and ranks that are gone."""
-    silent: list[int] = []
-    gone: list[int] = []
-    for cause in _causes(error):
-        if isinstance(cause, WorkerGroupError):
-            for rank, failure in sorted(cause.worker_failures.items()):
-                if type(failure).__name__.startswith("WorkerHealthCheckTimeout"):
-                    silent.append(rank)
-                elif _is_loss(failure):
-                    gone.append(rank)
-    return silent, gone
-
-
-def waiting_ranks(error: BaseException) -> set[int]:
-    """Ranks that waited for another one in vain."""
-    return {
-        rank
-        for cause in _causes(error)
-        if isinstance(cause, WorkerGroupError)
-        for rank, failure in cause.worker_failures.items()
-        if any(isinstance(inner, LostPartnerError) for inner in _causes(failure))
-    }
-
-
-def _refusal(error: BaseException) -> str:
-    """What a disk or a store has said, if that is what is wrong."""
-    for cause in _causes(error):
-        if isinstance(cause, ServiceError):
-            return str(cause).splitlines()[0].rstrip(".")
-    return ""
-
-
-def _has_waited(error: BaseException) -> bool:
-    """Whether workers were waited for in vain: there is no room for them, and no failure."""
-    return any(
-        type(cause).__name__.startswith("WorkerGroupStartupTimeout") for cause in _causes(error)
-    )
-
-
-def _is_preemption(error: BaseException) -> bool:
-    """Whether Ray knows that the host was taken away."""
-    return type(error).__name__ == "PreemptionError" or bool(getattr(error, "preempted", False))
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether a process, node or connection was lost; names and texts differ with who noticed.
-
-    Often it is the other workers of a lost host: their next exchange with it fails at once, long
-    before Ray takes the host for dead.
-    """
-    lost = ("WorkerHealthCheck", "WorkerGroupStartup", "InsufficientClusterResources", "NodeDied")
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return (
-        isinstance(error, RayActorError | ConnectionError | TimeoutError)
-        or type(error).__name__.startswith(lost)
-        or "DistError" in names  # torch's, of NCCL and of the rendezvous
-        or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
-    )
-
-
-def _causes(error: BaseException) -> Iterable[BaseException]:
-    """The error and all that is wrapped in it, outermost first."""
-    todo: list[BaseException] = [error]
-    seen: set[int] = set()
-    while todo:
-        current = todo.pop(0)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        todo += _inner(current)
-
-
-def _inner(error: BaseException) -> list[BaseException]:
-    """What an error wraps."""
-    wrapped: list[Any] = []
-    if isinstance(error, WorkerGroupError):
-        failures = [failure for _, failure in sorted(error.worker_failures.items())]
-        # Those that only waited for it in vain do not know the cause.
-        wrapped += [one for one in failures if not isinstance(one, LostPartnerError)] or failures
-    names = ("cause", "_base_exc", "controller_failure", "health_check_failure", "__cause__")
-    wrapped += [getattr(error, name, None) for name in names]
-    return [one for one in wrapped if isinstance(one, BaseException)]
-
-
-def _tail(text: str, *, lines: int = 30) -> str:
-    return "\n".join(text.strip().splitlines()[-lines:])
 
 
 class _Source(Searcher):
@@ -926,16 +435,3 @@ def _error_of(trial: Trial) -> BaseException:
     if trial.error_file and Path(trial.error_file).is_file():
         return RuntimeError(Path(trial.error_file).read_text(encoding="utf-8"))
     return RuntimeError("no error was left behind")
-
-
-__all__ = [
-    "Cluster",
-    "EarlyStopping",
-    "Hooks",
-    "Resources",
-    "classify",
-    "connect",
-    "disconnect",
-    "run_trials",
-    "share_out",
-]

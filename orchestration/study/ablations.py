@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
+from orchestration.study.plan import TrialPlan
 from orchestration.study.records import TrialRecord
-from orchestration.study.study import TrialPlan
 
 FULL = "full"
 LEVEL = 0.05  # of significance, after Holm's correction

@@ -21,8 +21,9 @@ from orchestration.proposals.search import Choice, Range, SearchSpace, spread_po
 from orchestration.report import write_report
 from orchestration.settings import Settings
 from orchestration.study.ablations import Ablation, plan_trials
+from orchestration.study.conclusion import StudyResult
+from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import TUNING, RunFolder, TrialRecord
-from orchestration.study.study import StudyPlan, StudyResult, TrialPlan
 
 Runner = Callable[
     ..., StudyResult

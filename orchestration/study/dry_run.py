@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from orchestration.cluster.capacity import share_out, this_machine
 from orchestration.runners.worker import this_device
 from orchestration.settings import Settings, usable_cpus
 from orchestration.study.budget import OTHER, Estimate, Prices, cost_line, eta, free_bytes, size
-from orchestration.study.study import StudyPlan, disk_of, num_open, storage_of
+from orchestration.study.plan import StudyPlan, disk_of, num_open, storage_of
 
 
 def dry_run(
@@ -35,14 +36,14 @@ def dry_run(
         cpus, gpus = usable_cpus(), device.type == "cuda"
         at_a_time, types, there = 1, [OTHER], "this machine, in one process"
     else:
-        from orchestration.runners import tuner
-
         if settings.address is None:
-            cluster, types, there = tuner.this_machine(), [OTHER], "this machine"
+            cluster, types, there = this_machine(), [OTHER], "this machine"
         else:
-            cluster, types = tuner.look_at(settings)
+            from orchestration.cluster.connection import look_at
+
+            cluster, types = look_at(settings)
             there = f"the cluster at {settings.address}"
-        resources = tuner.share_out(cluster, workers=workers, trials=max(1, *trials))
+        resources = share_out(cluster, workers=workers, trials=max(1, *trials))
         cpus, gpus, at_a_time = resources.cpus, resources.use_gpu, resources.concurrent
         there += f" ({len(cluster.nodes)} node(s), {cluster.cpus} CPUs, {cluster.gpus} GPUs)"
     timing = time_training(

@@ -7,50 +7,58 @@ difference whether the last driver ended, was stopped or was killed, nor when.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import shutil
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
-from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import CpfeanError, message_of
-from cpfean.writing import write_json, write_text
 from orchestration.cluster.capacity import Room
 from orchestration.cluster.doctor import ask_nodes, missing_workers, versions
 from orchestration.cluster.version_drift import among_nodes, since_start
-from orchestration.proposals.search import Proposals, SearchSpace
+from orchestration.proposals.search import Proposals
 from orchestration.runners.guard import Guarded
 from orchestration.runners.worker import test_metrics, this_device
 from orchestration.settings import ServiceError, Settings
-from orchestration.storage.checkpoints import KEPT, CheckpointFolder
 from orchestration.storage.records_copy import Mirror
 from orchestration.study.budget import (
     OTHER,
-    SPENT,
-    Budget,
-    Disk,
-    Meter,
-    check_disk,
     eta,
-    free_bytes,
 )
-from orchestration.study.records import TUNING, RunFolder, State, TrialRecord
-from orchestration.study.results import Results, encoder_fingerprint
-from orchestration.tracking.address import is_web, shown
+from orchestration.study.conclusion import (
+    StudyResult,
+    best_of,
+    conclude,
+    keep_model,
+)
+from orchestration.study.plan import (
+    StudyPlan,
+    TrialPlan,
+    check_room_for_checkpoints,
+    meter_of,
+    planned_record,
+    resume_line,
+)
+from orchestration.study.records import RunFolder, State, TrialRecord
+from orchestration.study.results import encoder_fingerprint
+from orchestration.study.stopping import (
+    _STOP_SECONDS,
+    SAVE_SECONDS,
+    STOPPED_SECONDS,
+    Interrupted,
+    seconds_to_stop,
+    stopped_by_signals,
+)
 from orchestration.tracking.tracker import TrackedRun, Tracker, git_commit
 
 if TYPE_CHECKING:
-    from orchestration.runners.tuner import Cluster
+    from orchestration.cluster.capacity import Cluster
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _SAME_FAILURES = 3
@@ -58,173 +66,12 @@ _DUPLICATES = 3  # of one search for a proposal, told one by one; more are count
 _JOIN_SECONDS = 600.0  # for workers that are to be there at least
 _LOOK_SECONDS = 5.0  # between two looks at whether the cluster's head still answers
 _LOOKS = 3  # in vain: the head is gone
-SAVE_SECONDS = 4.0  # that trials have to save where they are when a study is told to stop
-_STOP_SECONDS = 7.0  # that Tune and Ray have to end, those included
-STOPPED_SECONDS = 9.0  # after which it has stopped; what the tracker lacks by then waits
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialPlan:
-    """One trial that is asked for by name: what it changes, and the whole configuration."""
-
-    name: str
-    overrides: Mapping[str, Plain]
-    config: ExperimentConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyPlan:
-    """What to run; where it runs and where it is recorded is in the settings.
-
-    Attributes:
-        base: configuration that the trials vary.
-        trials: how many, if a space is searched.
-        workers: data-parallel processes of each trial.
-        min_workers: with which a trial may go on when hosts are lost; 0: no fewer than `workers`.
-        space: searched by Optuna; None runs `fixed`.
-        fixed: trials to run as they are.
-        grace: epochs before a trial may be stopped for being behind; 0 stops none.
-        results: folder of what runs came to; a trial that it knows is not trained again.
-        report: called at the end with what came out; writes files, which the tracker gets too.
-        tags: of the tracker's runs, beside its own.
-        data_folder: the data, checked, on this node.
-        data_fingerprint: of the data.
-        budget: what it may take; a resume may ask for another one.
-        allow_drift: go on where versions are not those of the start, or differ between nodes.
-        retry_failed: a resume runs trials that failed once more.
-        typed: the words of the command that asked for it, for the lines that go on with it.
-    """
-
-    kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
-    name: str
-    base: ExperimentConfig
-    workers: int
-    data_folder: Path
-    data_fingerprint: str
-    trials: int
-    min_workers: int = 0
-    space: SearchSpace | None = None
-    fixed: tuple[TrialPlan, ...] = ()
-    grace: int = 0
-    results: Path | None = None
-    report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    budget: Budget = field(default_factory=Budget)
-    allow_drift: bool = False
-    retry_failed: bool = False
-    typed: tuple[str, ...] = ()
-
-    @property
-    def tested(self) -> Literal["best", "all", "none"]:
-        """Which trials the test split is shown to; those that are only chosen among never are."""
-        if self.kind in ("ablations", "comparison"):
-            return "all"
-        return "none" if self.kind == "tuning" else "best"
-
-    def known_results(self, folder: RunFolder) -> Results | None:
-        """The folder of results, if the plan has one."""
-        if self.results is None:
-            return None
-        return Results(self.results, data_fingerprint=self.data_fingerprint, commit=folder.commit)
-
-    def identity(self) -> dict[str, Any]:
-        """What a resume has to ask for again."""
-        return {
-            "kind": self.kind,
-            "metric": "val/rsum, maximized",
-            "trials": self.trials,
-            "workers": self.workers,
-            "grace": self.grace,
-            "data_fingerprint": self.data_fingerprint,
-            "encoder_fingerprint": encoder_fingerprint(self.base),
-            "space": self.space.to_dict() if self.space else {},
-            "fixed": {plan.name: dict(plan.overrides) for plan in self.fixed},
-            "config": self.base.to_dict(),
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyResult:
-    """What came out.
-
-    Attributes:
-        records: all trials, by number.
-        best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
-        test: its metrics on the test split.
-        used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
-        failed: how many trials failed with what, and how to run them again; empty if none did.
-        spent: hours, and dollars where prices are known, of all attempts; for people.
-    """
-
-    folder: Path
-    records: tuple[TrialRecord, ...]
-    best: TrialRecord | None = None
-    test: Mapping[str, float] = field(default_factory=dict)
-    used_up: str = ""
-    failed: str = ""
-    spent: str = ""
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 4 if trials failed."""
-        return 4 if any(record.state == "failed" for record in self.records) else 0
-
-
-class KeepsFiles(Protocol):
-    """What reports are handed to."""
-
-    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
 
 
 class StudyError(CpfeanError):
     """A study in which nothing but failures is to be expected."""
 
     exit_code = 4
-
-
-class Interrupted(BaseException):
-    """The user or the system asked us to stop; everything is recorded for a resume."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
-
-
-@contextmanager
-def stopped_by_signals(stop: Callable[[int], None], say: Callable[[str], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop` with their number; the second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told = False
-
-    def handle(number: int, _frame: object) -> None:
-        nonlocal told
-        if told:
-            os._exit(128 + number)
-        told = True
-        # It may have come in the middle of another line.
-        with suppress(RuntimeError):
-            say("stopping ... (once more to stop at once)")
-        stop(number)
-
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def seconds_to_stop(told: float) -> float:
-    """What is left of the time that a study has to stop.
-
-    Args:
-        told: when it was told to, by the monotonic clock; 0 if by no signal.
-    """
-    return max(0.0, STOPPED_SECONDS - (time.monotonic() - told if told else 0.0))
 
 
 def run_study(
@@ -308,78 +155,6 @@ def reopen_failed(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]
         say(f"{number} trial(s) that failed are run once more.")
 
 
-def num_open(plan: StudyPlan, settings: Settings) -> int:
-    """Trials of a plan that would have to be trained now."""
-    folder = RunFolder(settings.output / plan.name)
-    records = {record.number: record for record in folder.records()}
-    settled = {
-        number
-        for number, record in records.items()
-        if record.settled and not (plan.retry_failed and record.state == "failed")
-    }
-    results = plan.known_results(folder)
-    if results is not None:
-        settled |= {
-            number
-            for number, trial in enumerate(plan.fixed)
-            if number not in records
-            and results.fill(planned_record(number, trial), tested=plan.tested == "all")
-        }
-    return max(0, plan.trials - len(settled))
-
-
-def storage_of(plan: StudyPlan, settings: Settings) -> Path | None:
-    """The folder that checkpoints go to; None if it is a store, which has no end."""
-    if settings.storage is None:
-        return settings.output / plan.name
-    storage = settings.storage.removeprefix("file://")
-    return None if "://" in storage else Path(storage)
-
-
-def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
-    """The room that the checkpoints of a plan need."""
-    from cpfean.training.timing import checkpoint_bytes
-
-    return Disk(
-        each=checkpoint_bytes(plan.base, data_folder=plan.data_folder),
-        trials=num_open(plan, settings),
-        kept=KEPT,
-        at_a_time=at_a_time,
-    )
-
-
-def check_room_for_checkpoints(
-    plan: StudyPlan, settings: Settings, *, free: Callable[[Path], int] = free_bytes
-) -> None:
-    """Refuses a plan whose checkpoints do not fit where they go, if that is a folder.
-
-    Raises:
-        ServiceError: with the numbers, and the flags that lower them.
-    """
-    folder = storage_of(plan, settings)
-    if folder is None or num_open(plan, settings) == 0:
-        return
-    lower = {
-        "sweep": "--trials",
-        "ablations": "--seeds, or the variants with --only",
-        "train": "the size of the model (--set model.dim=...)",
-        "tuning": "--tuning, or the methods with --methods",
-        "comparison": "--seeds, or the methods with --methods",
-    }
-    # How many run at a time is known when Ray has started; it is one at least.
-    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=lower[plan.kind], free=free)
-
-
-def meter_of(plan: StudyPlan, folder: RunFolder) -> Meter:
-    """What a study has taken; the tuning of a comparison is part of it."""
-    tuning = folder.path.with_name(folder.name + TUNING) / SPENT
-    return Meter(
-        folder.path / SPENT,
-        before=[tuning] if plan.kind == "comparison" else [],
-        clock=time.monotonic,
-    )
-
-
 def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
     """How the tracker knows a study."""
     parameters = {
@@ -455,9 +230,9 @@ class _Study:
 
     def _run(self) -> StudyResult:
         if self._num_open() > 0:
-            from orchestration.runners import tuner
+            from orchestration.cluster import connection
 
-            tuner.wait_for_start()  # importing MLflow beside it can deadlock
+            connection.wait_for_start()  # importing MLflow beside it can deadlock
         self._tracker.start()
         self._tracker.update_parent("running", {})
         if self._mirror is not None:
@@ -702,16 +477,18 @@ class _Study:
         return taken
 
     def _run_open(self) -> None:
+        from orchestration.cluster import connection, nodes
+        from orchestration.cluster.capacity import share_out
         from orchestration.runners import tuner
 
         storage = self._settings.storage
-        cluster = tuner.connect(self._settings, give_up=self._leave_for)
+        cluster = connection.connect(self._settings, give_up=self._leave_for)
         try:
             if not cluster.is_local:
                 threading.Thread(target=self._watch_head, name="head", daemon=True).start()
                 cluster = self._with_its_workers(cluster)
                 self._look_at_nodes()
-            resources = tuner.share_out(
+            resources = share_out(
                 cluster,
                 workers=self._plan.workers,
                 trials=self._num_open(),
@@ -726,11 +503,11 @@ class _Study:
                 f"each with {resources.workers} worker(s) of {device}; the first "
                 "processes are started, which takes a while."
             )
-            self._nodes = tuner.node_types
+            self._nodes = nodes.node_types
             self._plan.budget.check_prices(self._nodes())
             self._count()
             if not cluster.is_local:
-                self._room = lambda: tuner.room_for(resources)
+                self._room = lambda: nodes.room_for(resources)
             self._clock = _Clock(is_local=cluster.is_local)
             self._clock.epochs_left = self._epochs_left()
             early = None
@@ -757,7 +534,7 @@ class _Study:
                 raise
             self._give_up_cluster()
         finally:
-            tuner.disconnect()
+            connection.disconnect()
             self._left_cluster.set()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # Tune leaves its own
@@ -775,7 +552,7 @@ class _Study:
         Whether trials have GPUs, and how many run at a time, is settled by what is there when they
         start, and `ray up` returns when the head is up.
         """
-        from orchestration.runners import tuner
+        from orchestration.cluster.nodes import cluster_now
 
         end = time.monotonic() + _JOIN_SECONDS
         told = False
@@ -787,7 +564,7 @@ class _Study:
                 told = True
                 self._say(f"{missing}: waiting for the others, ten minutes at most.")
             time.sleep(1.0)
-            cluster = tuner.cluster_now(is_local=False)
+            cluster = cluster_now(is_local=False)
         return cluster
 
     def _look_at_nodes(self) -> None:
@@ -1073,213 +850,11 @@ class _Clock:
         return eta((self._last - self._start) / self._epochs * epochs_left)
 
 
-def resume_line(
-    plan: StudyPlan, *, retry_failed: bool = False, changed: Mapping[str, str] | None = None
-) -> str:
-    """What to type to go on: the whole command, for a line of its own.
-
-    Args:
-        retry_failed: with the trials that failed.
-        changed: flags with other values than before.
-    """
-    scripts = {
-        "sweep": "sweep.py",
-        "ablations": "run_ablations.py",
-        "train": "train.py",
-        "tuning": "compare.py",
-        "comparison": "compare.py",
-    }
-    name = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
-    return commands.resume(
-        scripts[plan.kind], plan.typed, run=name, retry_failed=retry_failed, changed=changed
-    )
-
-
-def with_more(plan: StudyPlan, meter: Meter) -> str:
-    """What to type to go on with as much again as a study has had, at least."""
-    limits = {
-        "--max-hours": (plan.budget.max_hours, meter.hours),
-        "--max-cost": (plan.budget.max_cost, meter.dollars or 0.0),
-    }
-    changed = {
-        flag: f"{limit + max(limit, taken):.3g}"
-        for flag, (limit, taken) in limits.items()
-        if limit is not None and taken >= limit
-    }
-    return resume_line(plan, changed=changed)
-
-
 def _tune_listens() -> bool:
     return signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, None)
-
-
-def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
-    """The record of a trial that is yet to run."""
-    return TrialRecord(
-        number=number,
-        name=plan.name,
-        overrides=dict(plan.overrides),
-        config=plan.config.to_dict(),
-    )
-
-
-def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The finished trial with the highest rSum on dev; a stopped one only if none finished."""
-    ranked = [record for record in records if math.isfinite(record.best_rsum)]
-    finished = [record for record in ranked if record.state == "finished"]
-    pruned = [record for record in ranked if record.state == "pruned"]
-    return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
-
-
-def conclude(
-    plan: StudyPlan,
-    folder: RunFolder,
-    records: tuple[TrialRecord, ...],
-    tracker: KeepsFiles,
-    meter: Meter,
-    *,
-    test: Callable[[TrialRecord], None],
-    used_up: str = "",
-) -> StudyResult:
-    """The result of a study whose trials are settled: best trial, reports and summary.
-
-    Args:
-        tracker: gets the files of the plan's report.
-        meter: of the study.
-        test: shows a trial the test split; called for the best one, where that is all that is
-            tested.
-        used_up: the limit that kept further trials from being begun.
-    """
-    best = best_of(records)
-    if best is not None:
-        write_text(folder.path / "best_config.toml", best.experiment.to_toml())
-        if plan.tested == "best":
-            test(best)
-        elif plan.tested == "all":
-            # The checkpoint of a run that was known already may be on another machine.
-            with suppress(ServiceError):
-                keep_model(best, folder.path / "best_model")
-    if plan.report is not None:
-        tracker.keep_files(plan.report(records))
-    metrics = {} if best is None else best.test
-    failed = _failures(records)
-    meter.look()
-    result = StudyResult(
-        folder=folder.path,
-        records=records,
-        best=best,
-        test=metrics,
-        used_up=used_up and f"{used_up}; to go on with twice as much:\n{with_more(plan, meter)}",
-        failed=failed
-        and f"{failed}; to run them once more:\n{resume_line(plan, retry_failed=True)}",
-        spent=meter.spent,
-    )
-    write_json(folder.path / "summary.json", summary(result))
-    return result
-
-
-def keep_model(record: TrialRecord, folder: Path) -> Path:
-    """Copies the best weights out of a trial's checkpoint, wherever it is stored.
-
-    The folder is one for `Cpfean.from_pretrained`; `config.toml` beside the weights is the whole
-    experiment.
-
-    Raises:
-        ServiceError: the checkpoint cannot be read.
-    """
-    uri, _, name = record.checkpoint.rpartition("/")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with CheckpointFolder(uri).opened(name) as source:
-            shutil.copytree(source / "best", temporary)
-    except OSError as error:
-        raise ServiceError(f"{record.checkpoint}: cannot be read: {error}") from None
-    write_text(temporary / "config.toml", record.experiment.to_toml())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    return folder
-
-
-def summary(result: StudyResult) -> dict[str, Any]:
-    """The outcome as plain data, for programs."""
-    rows = []
-    for record in result.records:
-        row = asdict(record)
-        del row["config"], row["history"]
-        best = {"best_rsum": record.best_rsum} if record.history else {}
-        rows.append(row | {"epochs": record.epochs} | best)
-    return {
-        "best": result.best.number if result.best else None,
-        "test": dict(result.test),
-        "commit": RunFolder(result.folder).commit,
-        "used_up": result.used_up,
-        "trials": rows,
-    }
-
-
-def table(records: Sequence[TrialRecord]) -> str:
-    """Trials as lines for people: state, rSum, epochs, what was varied, seconds."""
-    paths = list(dict.fromkeys(path for record in records for path in record.overrides))
-    header = ["trial", "state", "dev rSum", "epochs", *(_short(path) for path in paths), "seconds"]
-    rows = [
-        [
-            record.name,
-            record.state + (f" ({record.failure})" if record.failure else ""),
-            f"{record.best_rsum:.1f}" if record.history else "-",
-            str(record.epochs),
-            *(_value(record.overrides.get(path, "-")) for path in paths),
-            f"{record.seconds:.0f}",
-        ]
-        for record in sorted(records, key=lambda r: (r.state == "failed", -r.best_rsum, r.number))
-    ]
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [header, *rows]
-    )
-
-
-def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
-    """Where everything is."""
-    lines = [f"records         {result.folder}"]
-    if result.best is None:
-        lines.append("best            none: no trial finished")
-    else:
-        lines += [
-            f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
-            f"configuration   {result.folder / 'best_config.toml'}",
-        ]
-    if result.test:
-        lines.append(f"test rSum       {result.test['rsum']:.1f}")
-        model = result.folder / "best_model"
-        lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
-    if result.failed:
-        lines.append(f"failed          {result.failed}")
-    if result.spent:
-        lines.append(f"spent           {result.spent}")
-    if result.used_up:
-        lines.append(f"budget          {result.used_up}")
-    uri = settings.tracking_uri
-    look = shown(uri) if is_web(uri) else commands.look_at_runs(uri)
-    return [*lines, f"look at it      {look}"]
-
-
-def _failures(records: Sequence[TrialRecord]) -> str:
-    """How many trials failed with what."""
-    counted = Counter(record.failure for record in records if record.state == "failed")
-    return ", ".join(f"{count} {failure}" for failure, count in counted.items())
 
 
 def _kind_of_failure(record: TrialRecord) -> tuple[str, str]:
     """What failures have in common; steps, rates and norms in the message need not be the same."""
     last = (record.message.strip().splitlines() or [""])[-1]
     return record.failure, re.sub(r"[-+]?\b(\d[\d.]*(e[-+]?\d+)?|nan|inf)\b", "#", last)
-
-
-def _short(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
-
-
-def _value(value: Plain) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.errors import ServiceError
 from experiments import command_line
 from experiments import doctor as command
-from orchestration.cluster import doctor
-from orchestration.runners import tuner
+from orchestration.cluster import connection, doctor
+from orchestration.cluster.capacity import Cluster
 
 LINES = ("token", "cluster", "nodes", "storage", "disk", "data", "tracking", "runs")
 
@@ -35,8 +36,8 @@ def examined(
     monkeypatch.setenv("CPFEAN_CACHE", str(shared / "cache"))
     monkeypatch.setenv("CPFEAN_STORAGE", str(tmp_path / "storage"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared / 'mlflow.db'}")
-    well = tuner.Cluster(cpus=8, gpus=2, is_local=False)
-    monkeypatch.setattr(tuner, "connect", lambda settings: well)
+    well = Cluster(cpus=8, gpus=2, is_local=False)
+    monkeypatch.setattr(connection, "connect", lambda settings: well)
     same = {"head": doctor.versions(), "worker": doctor.versions()}
     monkeypatch.setattr(doctor, "ask_nodes", lambda storage: same)
     monkeypatch.chdir(tmp_path)
@@ -71,10 +72,10 @@ def no_token(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def silent_cluster(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    def refuse(settings: command_line.Settings) -> tuner.Cluster:
-        raise tuner.ServiceError("no Ray cluster answers at 10.0.0.1:6379")
+    def refuse(settings: command_line.Settings) -> Cluster:
+        raise ServiceError("no Ray cluster answers at 10.0.0.1:6379")
 
-    patch.setattr(tuner, "connect", refuse)
+    patch.setattr(connection, "connect", refuse)
 
 
 def drift(patch: pytest.MonkeyPatch, folder: Path) -> None:

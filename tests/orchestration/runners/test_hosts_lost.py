@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from orchestration.cluster import connection
+from orchestration.cluster.capacity import Resources
 from orchestration.runners import tuner
 from orchestration.settings import ENVIRONMENT, Settings
 from orchestration.study.records import TrialRecord
@@ -68,7 +70,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     hosts = Hosts()
     yield hosts
-    tuner.disconnect()
+    connection.disconnect()
     hosts.cluster.shutdown()
 
 
@@ -115,7 +117,7 @@ class Script:
         tuner.run_trials(
             self,
             num_trials=len(self.records),
-            resources=tuner.Resources(
+            resources=Resources(
                 workers=workers, min_workers=min_workers, cpus=1, use_gpu=False, concurrent=1
             ),
             settings=where,
@@ -140,7 +142,7 @@ def test_notice_moves_a_trial_in_mid_epoch_and_a_lost_host_leaves_fewer_workers(
         address=hosts.cluster.address,
         silence=60,
     )
-    tuner.connect(where)
+    connection.connect(where)
 
     def notify_in_time() -> None:
         (host,) = hosts.of_workers()

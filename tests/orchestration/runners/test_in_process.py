@@ -23,8 +23,10 @@ from orchestration.runners import in_process as local
 from orchestration.runners.in_process import _Stop, run_here
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.budget import SPENT
+from orchestration.study.conclusion import StudyResult
+from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import RunFolder
-from orchestration.study.study import Interrupted, StudyPlan, StudyResult, TrialPlan
+from orchestration.study.stopping import Interrupted
 from orchestration.tracking.tracker import open_store
 from tests.orchestration.samples import TINY
 
@@ -263,7 +265,7 @@ def test_a_result_that_cannot_be_read_ends_nothing_before_it_is_told(where: Sett
 def test_a_second_signal_ends_the_process_at_once() -> None:
     script = """
 import os, signal, time
-from orchestration.study.study import stopped_by_signals
+from orchestration.study.stopping import stopped_by_signals
 
 with stopped_by_signals(lambda number: None, print):
     os.kill(os.getpid(), signal.SIGINT)

@@ -27,18 +27,15 @@ from cpfean.errors import (
     NoMemoryError,
     StoppedError,
 )
-from orchestration.cluster.capacity import Node, Room, places
+from orchestration.cluster.capacity import Cluster, Node, Room, places, share_out
+from orchestration.cluster.connection import connect
 from orchestration.runners import tuner
+from orchestration.runners.ray_errors import classify, lost_ranks
 from orchestration.runners.tuner import (
-    Cluster,
     EarlyStopping,
     _Halving,
     _Source,
     _Trial,
-    classify,
-    connect,
-    lost_ranks,
-    share_out,
 )
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage.checkpoints import CheckpointFolder

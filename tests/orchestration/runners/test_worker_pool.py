@@ -171,6 +171,8 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
 ) -> None:
     import ray
 
+    from orchestration.cluster import connection
+    from orchestration.cluster.capacity import Resources
     from orchestration.runners import tuner
 
     base = TINY.with_overrides({"optim.epochs": 3, "loss.warmup_epochs": 0})
@@ -189,13 +191,13 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
     where = Settings(output=tmp_path, cache_dir=tmp_path / "cache", tracking_uri="")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    tuner.connect(where)
+    connection.connect(where)
     try:
         before = ray.available_resources()["CPU"]
         tuner.run_trials(
             script,
             num_trials=len(records),
-            resources=tuner.Resources(workers=1, cpus=1, use_gpu=False, concurrent=1),
+            resources=Resources(workers=1, cpus=1, use_gpu=False, concurrent=1),
             settings=where,
             run_name="s",
             train_storage=str(tmp_path / "train"),
@@ -208,7 +210,7 @@ def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fai
         assert {group["state"] for group in groups} == {"REMOVED"}
         assert before == ray.cluster_resources()["CPU"]
     finally:
-        tuner.disconnect()
+        connection.disconnect()
     expected = ["finished", "finished", "finished", "diverged", "finished"]
     assert script.outcomes == list(enumerate(expected))
     assert "the loss is nan at step 1 of epoch 1" in script.messages[3]

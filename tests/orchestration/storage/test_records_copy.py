@@ -18,8 +18,9 @@ from orchestration.settings import ServiceError, Settings
 from orchestration.storage import records_copy as mirror
 from orchestration.storage.records_copy import Mirror, fetch_records
 from orchestration.study.budget import SPENT, Budget
+from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import RunFolder
-from orchestration.study.study import StudyPlan, TrialPlan, run_study
+from orchestration.study.study import run_study
 from orchestration.tracking.tracker import open_store
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record

@@ -9,7 +9,7 @@ import yaml
 
 from cpfean.errors import ConfigError
 from orchestration.settings import ServiceError, Settings
-from orchestration.study import study as studies
+from orchestration.study import plan as plans
 from orchestration.study.budget import (
     OTHER,
     SPENT,
@@ -24,8 +24,8 @@ from orchestration.study.budget import (
     eta,
     size,
 )
+from orchestration.study.plan import StudyPlan, check_room_for_checkpoints, meter_of
 from orchestration.study.records import TUNING, RunFolder
-from orchestration.study.study import StudyPlan, check_room_for_checkpoints, meter_of
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -199,7 +199,7 @@ def test_a_study_is_refused_before_its_folder_is_made(
         return 12_999
 
     enough = Disk(each=1000, trials=6, kept=2, at_a_time=1)
-    monkeypatch.setattr(studies, "disk_of", lambda *_, **__: enough)
+    monkeypatch.setattr(plans, "disk_of", lambda *_, **__: enough)
     settings = Settings(output=tmp_path / "runs", cache_dir=tmp_path, tracking_uri="")
     with pytest.raises(ServiceError, match=r"12\.999|13 kB"):
         check_room_for_checkpoints(plan(tmp_path, kind=kind), settings, free=free)
@@ -221,7 +221,7 @@ def test_only_a_folder_has_an_end(
         return 10**12
 
     small = Disk(each=1000, trials=6, kept=2, at_a_time=1)
-    monkeypatch.setattr(studies, "disk_of", lambda *_, **__: small)
+    monkeypatch.setattr(plans, "disk_of", lambda *_, **__: small)
     settings = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="", storage=storage)
     check_room_for_checkpoints(plan(tmp_path), settings, free=free)
     assert asked == ([] if looked_at is None else [looked_at])

@@ -29,8 +29,9 @@ from orchestration.study.comparison import (
     tuned,
     tuning_trials,
 )
+from orchestration.study.conclusion import StudyResult, closing_lines
+from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING, RunFolder
-from orchestration.study.study import StudyPlan, StudyResult, closing_lines
 from orchestration.tracking.tracker import open_store
 from tests.orchestration.samples import TINY, record
 

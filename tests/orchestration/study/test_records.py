@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cpfean.errors import ConfigError
+from orchestration.study.conclusion import table
 from orchestration.study.records import TUNING, RunFolder, relocated
-from orchestration.study.study import table
 from tests.orchestration.samples import record
 
 ROOT = Path(__file__).resolve().parents[3]

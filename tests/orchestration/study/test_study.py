@@ -17,27 +17,18 @@ from ray.tune.schedulers import TrialScheduler
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
-from orchestration.cluster.capacity import Node, Room
+from orchestration.cluster import nodes
+from orchestration.cluster.capacity import Cluster, Node, Room
 from orchestration.cluster.doctor import versions
 from orchestration.proposals.search import Range, SearchSpace
-from orchestration.runners import tuner
-from orchestration.runners.tuner import Cluster, EarlyStopping, _Halving
+from orchestration.runners.tuner import EarlyStopping, _Halving
 from orchestration.settings import ServiceError, Settings
 from orchestration.study import study as study_module
 from orchestration.study.budget import SPENT, Budget, Price, Prices
+from orchestration.study.conclusion import StudyResult, best_of, closing_lines, summary
+from orchestration.study.plan import StudyPlan, TrialPlan, num_open
 from orchestration.study.records import RunFolder
-from orchestration.study.study import (
-    StudyError,
-    StudyPlan,
-    StudyResult,
-    TrialPlan,
-    _Study,
-    best_of,
-    closing_lines,
-    num_open,
-    reopen_failed,
-    summary,
-)
+from orchestration.study.study import StudyError, _Study, reopen_failed
 from tests.orchestration.samples import TINY, history, record
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
@@ -752,7 +743,7 @@ def test_a_study_waits_for_the_workers_that_a_cluster_is_to_have(
         return Cluster(cpus=8, gpus=gpus, is_local=is_local, nodes=nodes)
 
     monkeypatch.setattr(study_module, "missing_workers", missing)
-    monkeypatch.setattr(tuner, "cluster_now", now)
+    monkeypatch.setattr(nodes, "cluster_now", now)
     monkeypatch.setattr(study_module.time, "sleep", lambda seconds: None)
     driven, said = study(tmp_path)
     assert driven._with_its_workers(now(is_local=False)).gpus == 2

@@ -19,8 +19,9 @@ from mlflow.entities import Run
 from orchestration.cluster import doctor
 from orchestration.runners.in_process import run_here
 from orchestration.settings import ServiceError, Settings
+from orchestration.study.plan import StudyPlan
 from orchestration.study.records import RunFolder, TrialRecord
-from orchestration.study.study import StudyPlan, run_study
+from orchestration.study.study import run_study
 from orchestration.tracking.tracker import TrackedRun, Tracker, open_store
 from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
 from tests.lab.hosts import wait_until
@@ -301,7 +302,7 @@ def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
     def no_ray(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("Ray is not needed")
 
-    monkeypatch.setattr("orchestration.runners.tuner.connect", no_ray)
+    monkeypatch.setattr("orchestration.cluster.connection.connect", no_ray)
     plan = StudyPlan(
         kind="sweep",
         name="settled",

@@ -1,0 +1,251 @@
+"""Joining a Ray cluster or starting Ray on this machine, ahead of time too, and leaving it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from cpfean.errors import (
+    CpfeanError,
+    ServiceError,
+)
+from cpfean.folders import can_be_written
+from orchestration.cluster.capacity import Cluster
+from orchestration.cluster.nodes import cluster_now, node_types
+from orchestration.cluster.ray_address import check_head, check_this_host, parse_address
+from orchestration.settings import (
+    Settings,
+    token_file,
+    usable_cpus,
+)
+
+_JOIN_SECONDS = 40.0  # a cluster that is well takes a few
+_ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us
+
+
+class _HeadStart:
+    """Ray on this machine, started in a thread of its own while the main one checks the data.
+
+    The thread stays until Ray has ended: Linux ends Ray's processes with the thread that made them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._is_done = threading.Event()
+        self._is_over = threading.Event()
+        self._cluster: Cluster | None = None
+        self._error: CpfeanError | None = None
+        threading.Thread(target=self._run, name="ray", daemon=True).start()
+        atexit.register(self.end)
+
+    def cluster(self) -> Cluster:
+        """What there is; waits for Ray.
+
+        Raises:
+            ConfigError, ServiceError: Ray does not start.
+        """
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._cluster is not None
+        return self._cluster
+
+    def wait(self) -> None:
+        """Until Ray has started, or has not."""
+        self._is_done.wait()
+
+    def end(self) -> None:
+        """At the end of the process: ends Ray, once it has started; half of it could not be."""
+        if not self._is_over.is_set():
+            self.wait()
+            disconnect()
+
+    def let_go(self) -> None:
+        """Ray has ended."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        try:
+            self._cluster = _connected(self._settings, _end)
+        except CpfeanError as error:
+            self._error = error
+        except BaseException as error:
+            self._error = ServiceError(f"Ray does not start: {error!r}")
+            raise
+        finally:
+            self._is_done.set()
+        self._is_over.wait()
+
+
+_head_start: _HeadStart | None = None
+
+
+def start_early(settings: Settings) -> None:
+    """Begins to start Ray on this machine and returns; `connect` then waits for the rest of it.
+
+    Without effect where a cluster is to be joined. What is started ends with `disconnect`, or else
+    with the process.
+    """
+    global _head_start
+    if settings.address is None and _head_start is None:
+        _head_start = _HeadStart(settings)
+
+
+def wait_for_start() -> None:
+    """Waits until what `start_early` began is done, well or badly, if it was called."""
+    if _head_start is not None:
+        _head_start.wait()
+
+
+def connect(
+    settings: Settings, *, give_up: Callable[[ServiceError], None] | None = None
+) -> Cluster:
+    """Joins the cluster, or starts Ray on this machine.
+
+    Args:
+        give_up: ends the process where Ray does not come back from joining a cluster, from another
+            thread; None says why and exits.
+
+    Raises:
+        ConfigError: a folder for Ray's files that cannot be.
+        ServiceError: no cluster at the address, or Ray does not start.
+    """
+    if settings.address is None and _head_start is not None:
+        return _head_start.cluster()
+    return _connected(settings, give_up or _end)
+
+
+def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> Cluster:
+    _check(settings)
+    cpus = usable_cpus()
+    try:
+        with _sigterm_kept():
+            if settings.address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,  # ten processes that would start first
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=200 * 2**20,
+                )
+            else:
+                _join(settings, give_up)
+        if settings.address is not None:
+            _check_actors_start()
+    # Ray raises many kinds here, down to OSError and its own.
+    except Exception as error:
+        where, hint = settings.address or "on this machine", ""
+        if settings.address:
+            where += f", from {settings.address_source}"
+            hint = (
+                "\nDoes this machine have the cluster's ~/.ray/auth_token? If the cluster wants "
+                "none, set RAY_AUTH_MODE=disabled. Without the cluster: --address local."
+            )
+        raise ServiceError(f"Ray does not start or answer ({where}): {error}{hint}") from error
+    # An instance that a neighbour started on this host must not be taken for ours.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    return cluster_now(is_local=settings.address is None)
+
+
+def _check(settings: Settings) -> None:
+    """Finds in seconds what Ray would try for many minutes, or fall over in the middle of."""
+    settings.check_address()
+    if settings.address is None:
+        check_this_host()
+        # Ray's own parts read it, and take it for theirs.
+        os.environ.pop("RAY_ADDRESS", None)
+        _give_a_token()
+    else:
+        check_head(parse_address(settings.address, source=settings.address_source))
+
+
+def _join(settings: Settings, give_up: Callable[[ServiceError], None]) -> None:
+    """Joins the cluster; where its part on this host is dead Ray waits, and ends the process."""
+    error = ServiceError(
+        f"the head of the Ray cluster at {settings.address} (from {settings.address_source}) "
+        f"answers, and cannot be joined from this machine within {_JOIN_SECONDS:.0f} s. Is this "
+        "one of its machines, and does `ray status` list it? `ray start` on it joins; --address "
+        "local runs on this machine alone."
+    )
+    timer = threading.Timer(_JOIN_SECONDS, give_up, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+    finally:
+        timer.cancel()
+
+
+def _end(error: ServiceError) -> None:
+    """Ends the process from another thread, as the main thread hangs in Ray."""
+    print(error, file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
+def _give_a_token() -> None:
+    """Ray started here asks for a token, and makes it in the home; without one it is in memory."""
+    there = os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file())
+    if not there and not can_be_written(Path.home() / ".ray"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Undoes what Ray does to SIGTERM as it starts: it would end this process without a word."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM and callable(ours):
+            ours(signal.SIGTERM, None)  # what Ray has taken for its own
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours or signal.SIG_DFL)
+
+
+def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
+    """A cluster and its nodes' types; nothing is started on it.
+
+    Raises:
+        ServiceError: no cluster at the address.
+    """
+    _check(settings)
+    try:
+        _join(settings, _end)
+        return cluster_now(is_local=False), node_types()
+    except Exception as error:  # Ray raises many kinds here
+        raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def _check_actors_start() -> None:
+    """Starts an actor: where client and cluster disagree about tokens, that alone goes wrong."""
+    probe = ray.remote(num_cpus=0)(_Probe).remote()
+    ray.get(probe.answer.remote(), timeout=_ACTOR_SECONDS)
+
+
+class _Probe:
+    def answer(self) -> None: ...
+
+
+def disconnect() -> None:
+    """Leaves the cluster; ends Ray if this process started it."""
+    global _head_start
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.shutdown()
+    early, _head_start = _head_start, None
+    if early is not None:
+        early.let_go()

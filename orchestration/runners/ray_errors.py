@@ -1,0 +1,127 @@
+"""What kind of failure an error of Ray is, and whom it was lost with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import WorkerGroupError
+
+from cpfean.errors import (
+    LostPartnerError,
+    ServiceError,
+)
+from orchestration.study.failures import known_failure
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """The class of a failure and its last lines.
+
+    Classes: preempted, infra (something was lost), oom, diverged, data, config, bug.
+    """
+    causes = list(causes_of(error))
+    if known := known_failure(causes):
+        failure, message = known
+        return failure, _tail(message)
+    for cause in causes:
+        if isinstance(cause, OutOfMemoryError):  # Ray has ended a process before the system would
+            return "oom", _tail(str(cause))
+    if any(_is_preemption(cause) for cause in causes):
+        return "preempted", _tail(str(error))
+    # A worker with an error of its own takes the others' connections along: then it is to blame.
+    roots = [cause for cause in causes if not _inner(cause)]
+    if any(map(_is_loss, causes)) and all(map(_is_loss, roots)):
+        return "infra", _tail(str(error))
+    blamed = [cause for cause in roots if not _is_loss(cause)]
+    return "bug", _tail(str((blamed or [error])[0]))
+
+
+def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
+    """Ranks that do not answer any more, and ranks that are gone."""
+    silent: list[int] = []
+    gone: list[int] = []
+    for cause in causes_of(error):
+        if isinstance(cause, WorkerGroupError):
+            for rank, failure in sorted(cause.worker_failures.items()):
+                if type(failure).__name__.startswith("WorkerHealthCheckTimeout"):
+                    silent.append(rank)
+                elif _is_loss(failure):
+                    gone.append(rank)
+    return silent, gone
+
+
+def waiting_ranks(error: BaseException) -> set[int]:
+    """Ranks that waited for another one in vain."""
+    return {
+        rank
+        for cause in causes_of(error)
+        if isinstance(cause, WorkerGroupError)
+        for rank, failure in cause.worker_failures.items()
+        if any(isinstance(inner, LostPartnerError) for inner in causes_of(failure))
+    }
+
+
+def refusal(error: BaseException) -> str:
+    """What a disk or a store has said, if that is what is wrong."""
+    for cause in causes_of(error):
+        if isinstance(cause, ServiceError):
+            return str(cause).splitlines()[0].rstrip(".")
+    return ""
+
+
+def has_waited(error: BaseException) -> bool:
+    """Whether workers were waited for in vain: there is no room for them, and no failure."""
+    return any(
+        type(cause).__name__.startswith("WorkerGroupStartupTimeout") for cause in causes_of(error)
+    )
+
+
+def _is_preemption(error: BaseException) -> bool:
+    """Whether Ray knows that the host was taken away."""
+    return type(error).__name__ == "PreemptionError" or bool(getattr(error, "preempted", False))
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether a process, node or connection was lost; names and texts differ with who noticed.
+
+    Often it is the other workers of a lost host: their next exchange with it fails at once, long
+    before Ray takes the host for dead.
+    """
+    lost = ("WorkerHealthCheck", "WorkerGroupStartup", "InsufficientClusterResources", "NodeDied")
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return (
+        isinstance(error, RayActorError | ConnectionError | TimeoutError)
+        or type(error).__name__.startswith(lost)
+        or "DistError" in names  # torch's, of NCCL and of the rendezvous
+        or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    )
+
+
+def causes_of(error: BaseException) -> Iterable[BaseException]:
+    """The error and all that is wrapped in it, outermost first."""
+    todo: list[BaseException] = [error]
+    seen: set[int] = set()
+    while todo:
+        current = todo.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        todo += _inner(current)
+
+
+def _inner(error: BaseException) -> list[BaseException]:
+    """What an error wraps."""
+    wrapped: list[Any] = []
+    if isinstance(error, WorkerGroupError):
+        failures = [failure for _, failure in sorted(error.worker_failures.items())]
+        # Those that only waited for it in vain do not know the cause.
+        wrapped += [one for one in failures if not isinstance(one, LostPartnerError)] or failures
+    names = ("cause", "_base_exc", "controller_failure", "health_check_failure", "__cause__")
+    wrapped += [getattr(error, name, None) for name in names]
+    return [one for one in wrapped if isinstance(one, BaseException)]
+
+
+def _tail(text: str, *, lines: int = 30) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])

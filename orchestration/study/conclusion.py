@@ -1,0 +1,221 @@
+"""What came out of a study whose trials are settled: the best one, its test, files and lines."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cpfean import commands
+from cpfean.config import Plain
+from cpfean.writing import write_json, write_text
+from orchestration.settings import ServiceError, Settings
+from orchestration.storage.checkpoints import CheckpointFolder
+from orchestration.study.budget import (
+    Meter,
+)
+from orchestration.study.plan import (
+    StudyPlan,
+    resume_line,
+    with_more,
+)
+from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.tracking.address import is_web, shown
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """What came out.
+
+    Attributes:
+        records: all trials, by number.
+        best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
+        test: its metrics on the test split.
+        used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
+        failed: how many trials failed with what, and how to run them again; empty if none did.
+        spent: hours, and dollars where prices are known, of all attempts; for people.
+    """
+
+    folder: Path
+    records: tuple[TrialRecord, ...]
+    best: TrialRecord | None = None
+    test: Mapping[str, float] = field(default_factory=dict)
+    used_up: str = ""
+    failed: str = ""
+    spent: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 4 if trials failed."""
+        return 4 if any(record.state == "failed" for record in self.records) else 0
+
+
+class KeepsFiles(Protocol):
+    """What reports are handed to."""
+
+    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
+
+
+def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The finished trial with the highest rSum on dev; a stopped one only if none finished."""
+    ranked = [record for record in records if math.isfinite(record.best_rsum)]
+    finished = [record for record in ranked if record.state == "finished"]
+    pruned = [record for record in ranked if record.state == "pruned"]
+    return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
+
+
+def conclude(
+    plan: StudyPlan,
+    folder: RunFolder,
+    records: tuple[TrialRecord, ...],
+    tracker: KeepsFiles,
+    meter: Meter,
+    *,
+    test: Callable[[TrialRecord], None],
+    used_up: str = "",
+) -> StudyResult:
+    """The result of a study whose trials are settled: best trial, reports and summary.
+
+    Args:
+        tracker: gets the files of the plan's report.
+        meter: of the study.
+        test: shows a trial the test split; called for the best one, where that is all that is
+            tested.
+        used_up: the limit that kept further trials from being begun.
+    """
+    best = best_of(records)
+    if best is not None:
+        write_text(folder.path / "best_config.toml", best.experiment.to_toml())
+        if plan.tested == "best":
+            test(best)
+        elif plan.tested == "all":
+            # The checkpoint of a run that was known already may be on another machine.
+            with suppress(ServiceError):
+                keep_model(best, folder.path / "best_model")
+    if plan.report is not None:
+        tracker.keep_files(plan.report(records))
+    metrics = {} if best is None else best.test
+    failed = _failures(records)
+    meter.look()
+    result = StudyResult(
+        folder=folder.path,
+        records=records,
+        best=best,
+        test=metrics,
+        used_up=used_up and f"{used_up}; to go on with twice as much:\n{with_more(plan, meter)}",
+        failed=failed
+        and f"{failed}; to run them once more:\n{resume_line(plan, retry_failed=True)}",
+        spent=meter.spent,
+    )
+    write_json(folder.path / "summary.json", summary(result))
+    return result
+
+
+def keep_model(record: TrialRecord, folder: Path) -> Path:
+    """Copies the best weights out of a trial's checkpoint, wherever it is stored.
+
+    The folder is one for `Cpfean.from_pretrained`; `config.toml` beside the weights is the whole
+    experiment.
+
+    Raises:
+        ServiceError: the checkpoint cannot be read.
+    """
+    uri, _, name = record.checkpoint.rpartition("/")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with CheckpointFolder(uri).opened(name) as source:
+            shutil.copytree(source / "best", temporary)
+    except OSError as error:
+        raise ServiceError(f"{record.checkpoint}: cannot be read: {error}") from None
+    write_text(temporary / "config.toml", record.experiment.to_toml())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def summary(result: StudyResult) -> dict[str, Any]:
+    """The outcome as plain data, for programs."""
+    rows = []
+    for record in result.records:
+        row = asdict(record)
+        del row["config"], row["history"]
+        best = {"best_rsum": record.best_rsum} if record.history else {}
+        rows.append(row | {"epochs": record.epochs} | best)
+    return {
+        "best": result.best.number if result.best else None,
+        "test": dict(result.test),
+        "commit": RunFolder(result.folder).commit,
+        "used_up": result.used_up,
+        "trials": rows,
+    }
+
+
+def table(records: Sequence[TrialRecord]) -> str:
+    """Trials as lines for people: state, rSum, epochs, what was varied, seconds."""
+    paths = list(dict.fromkeys(path for record in records for path in record.overrides))
+    header = ["trial", "state", "dev rSum", "epochs", *(_short(path) for path in paths), "seconds"]
+    rows = [
+        [
+            record.name,
+            record.state + (f" ({record.failure})" if record.failure else ""),
+            f"{record.best_rsum:.1f}" if record.history else "-",
+            str(record.epochs),
+            *(_value(record.overrides.get(path, "-")) for path in paths),
+            f"{record.seconds:.0f}",
+        ]
+        for record in sorted(records, key=lambda r: (r.state == "failed", -r.best_rsum, r.number))
+    ]
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *rows]
+    )
+
+
+def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
+    """Where everything is."""
+    lines = [f"records         {result.folder}"]
+    if result.best is None:
+        lines.append("best            none: no trial finished")
+    else:
+        lines += [
+            f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
+            f"configuration   {result.folder / 'best_config.toml'}",
+        ]
+    if result.test:
+        lines.append(f"test rSum       {result.test['rsum']:.1f}")
+        model = result.folder / "best_model"
+        lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
+    if result.failed:
+        lines.append(f"failed          {result.failed}")
+    if result.spent:
+        lines.append(f"spent           {result.spent}")
+    if result.used_up:
+        lines.append(f"budget          {result.used_up}")
+    uri = settings.tracking_uri
+    look = shown(uri) if is_web(uri) else commands.look_at_runs(uri)
+    return [*lines, f"look at it      {look}"]
+
+
+def _failures(records: Sequence[TrialRecord]) -> str:
+    """How many trials failed with what."""
+    counted = Counter(record.failure for record in records if record.state == "failed")
+    return ", ".join(f"{count} {failure}" for failure, count in counted.items())
+
+
+def _short(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _value(value: Plain) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,226 @@
+"""What a study is to run, and what follows from that alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cpfean import commands
+from cpfean.config import ExperimentConfig, Plain
+from orchestration.proposals.search import SearchSpace
+from orchestration.settings import Settings
+from orchestration.storage.checkpoints import KEPT
+from orchestration.study.budget import (
+    SPENT,
+    Budget,
+    Disk,
+    Meter,
+    check_disk,
+    free_bytes,
+)
+from orchestration.study.records import TUNING, RunFolder, TrialRecord
+from orchestration.study.results import Results, encoder_fingerprint
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialPlan:
+    """One trial that is asked for by name: what it changes, and the whole configuration."""
+
+    name: str
+    overrides: Mapping[str, Plain]
+    config: ExperimentConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyPlan:
+    """What to run; where it runs and where it is recorded is in the settings.
+
+    Attributes:
+        base: configuration that the trials vary.
+        trials: how many, if a space is searched.
+        workers: data-parallel processes of each trial.
+        min_workers: with which a trial may go on when hosts are lost; 0: no fewer than `workers`.
+        space: searched by Optuna; None runs `fixed`.
+        fixed: trials to run as they are.
+        grace: epochs before a trial may be stopped for being behind; 0 stops none.
+        results: folder of what runs came to; a trial that it knows is not trained again.
+        report: called at the end with what came out; writes files, which the tracker gets too.
+        tags: of the tracker's runs, beside its own.
+        data_folder: the data, checked, on this node.
+        data_fingerprint: of the data.
+        budget: what it may take; a resume may ask for another one.
+        allow_drift: go on where versions are not those of the start, or differ between nodes.
+        retry_failed: a resume runs trials that failed once more.
+        typed: the words of the command that asked for it, for the lines that go on with it.
+    """
+
+    kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
+    name: str
+    base: ExperimentConfig
+    workers: int
+    data_folder: Path
+    data_fingerprint: str
+    trials: int
+    min_workers: int = 0
+    space: SearchSpace | None = None
+    fixed: tuple[TrialPlan, ...] = ()
+    grace: int = 0
+    results: Path | None = None
+    report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
+    allow_drift: bool = False
+    retry_failed: bool = False
+    typed: tuple[str, ...] = ()
+
+    @property
+    def tested(self) -> Literal["best", "all", "none"]:
+        """Which trials the test split is shown to; those that are only chosen among never are."""
+        if self.kind in ("ablations", "comparison"):
+            return "all"
+        return "none" if self.kind == "tuning" else "best"
+
+    def known_results(self, folder: RunFolder) -> Results | None:
+        """The folder of results, if the plan has one."""
+        if self.results is None:
+            return None
+        return Results(self.results, data_fingerprint=self.data_fingerprint, commit=folder.commit)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resume has to ask for again."""
+        return {
+            "kind": self.kind,
+            "metric": "val/rsum, maximized",
+            "trials": self.trials,
+            "workers": self.workers,
+            "grace": self.grace,
+            "data_fingerprint": self.data_fingerprint,
+            "encoder_fingerprint": encoder_fingerprint(self.base),
+            "space": self.space.to_dict() if self.space else {},
+            "fixed": {plan.name: dict(plan.overrides) for plan in self.fixed},
+            "config": self.base.to_dict(),
+        }
+
+
+def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
+    """The record of a trial that is yet to run."""
+    return TrialRecord(
+        number=number,
+        name=plan.name,
+        overrides=dict(plan.overrides),
+        config=plan.config.to_dict(),
+    )
+
+
+def num_open(plan: StudyPlan, settings: Settings) -> int:
+    """Trials of a plan that would have to be trained now."""
+    folder = RunFolder(settings.output / plan.name)
+    records = {record.number: record for record in folder.records()}
+    settled = {
+        number
+        for number, record in records.items()
+        if record.settled and not (plan.retry_failed and record.state == "failed")
+    }
+    results = plan.known_results(folder)
+    if results is not None:
+        settled |= {
+            number
+            for number, trial in enumerate(plan.fixed)
+            if number not in records
+            and results.fill(planned_record(number, trial), tested=plan.tested == "all")
+        }
+    return max(0, plan.trials - len(settled))
+
+
+def storage_of(plan: StudyPlan, settings: Settings) -> Path | None:
+    """The folder that checkpoints go to; None if it is a store, which has no end."""
+    if settings.storage is None:
+        return settings.output / plan.name
+    storage = settings.storage.removeprefix("file://")
+    return None if "://" in storage else Path(storage)
+
+
+def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
+    """The room that the checkpoints of a plan need."""
+    from cpfean.training.timing import checkpoint_bytes
+
+    return Disk(
+        each=checkpoint_bytes(plan.base, data_folder=plan.data_folder),
+        trials=num_open(plan, settings),
+        kept=KEPT,
+        at_a_time=at_a_time,
+    )
+
+
+def check_room_for_checkpoints(
+    plan: StudyPlan, settings: Settings, *, free: Callable[[Path], int] = free_bytes
+) -> None:
+    """Refuses a plan whose checkpoints do not fit where they go, if that is a folder.
+
+    Raises:
+        ServiceError: with the numbers, and the flags that lower them.
+    """
+    folder = storage_of(plan, settings)
+    if folder is None or num_open(plan, settings) == 0:
+        return
+    lower = {
+        "sweep": "--trials",
+        "ablations": "--seeds, or the variants with --only",
+        "train": "the size of the model (--set model.dim=...)",
+        "tuning": "--tuning, or the methods with --methods",
+        "comparison": "--seeds, or the methods with --methods",
+    }
+    # How many run at a time is known when Ray has started; it is one at least.
+    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=lower[plan.kind], free=free)
+
+
+def meter_of(plan: StudyPlan, folder: RunFolder) -> Meter:
+    """What a study has taken; the tuning of a comparison is part of it."""
+    tuning = folder.path.with_name(folder.name + TUNING) / SPENT
+    return Meter(
+        folder.path / SPENT,
+        before=[tuning] if plan.kind == "comparison" else [],
+        clock=time.monotonic,
+    )
+
+
+def resume_line(
+    plan: StudyPlan, *, retry_failed: bool = False, changed: Mapping[str, str] | None = None
+) -> str:
+    """What to type to go on: the whole command, for a line of its own.
+
+    Args:
+        retry_failed: with the trials that failed.
+        changed: flags with other values than before.
+    """
+    scripts = {
+        "sweep": "sweep.py",
+        "ablations": "run_ablations.py",
+        "train": "train.py",
+        "tuning": "compare.py",
+        "comparison": "compare.py",
+    }
+    name = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
+    return commands.resume(
+        scripts[plan.kind], plan.typed, run=name, retry_failed=retry_failed, changed=changed
+    )
+
+
+def with_more(plan: StudyPlan, meter: Meter) -> str:
+    """What to type to go on with as much again as a study has had, at least."""
+    limits = {
+        "--max-hours": (plan.budget.max_hours, meter.hours),
+        "--max-cost": (plan.budget.max_cost, meter.dollars or 0.0),
+    }
+    changed = {
+        flag: f"{limit + max(limit, taken):.3g}"
+        for flag, (limit, taken) in limits.items()
+        if limit is not None and taken >= limit
+    }
+    return resume_line(plan, changed=changed)
