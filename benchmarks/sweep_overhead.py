@@ -192,7 +192,9 @@ def simulate(folder: Path, *, trials: int) -> None:
     from cpfean.config import ExperimentConfig
     from cpfean.data.sources import resolve_data
     from experiments.search_spaces import SEARCH_SPACES
-    from orchestration.runners import tuner
+    from orchestration.runners.messages import Epoch
+    from orchestration.runners.on_ray import OnRay
+    from orchestration.runners.trial_process import result_of
     from orchestration.study.plan import StudyPlan
     from orchestration.study.study import run_study
 
@@ -201,7 +203,7 @@ def simulate(folder: Path, *, trials: int) -> None:
     class Trivial(tune.Trainable):
         """Makes up the numbers of an epoch in each step."""
 
-        def setup(self, config: dict[str, Any], job: Mapping[str, Any] | None = None) -> None:
+        def setup(self, config: dict[str, Any], options: Any = None) -> None:
             self.reset_config(config)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -216,11 +218,9 @@ def simulate(folder: Path, *, trials: int) -> None:
             row |= dict.fromkeys(names, best / 6) | {"val/rsum": best}
             self.history.append(row | {"best/val_rsum": best, "best/epoch": epoch})
             ended = epoch == _SIMULATED_EPOCHS
-            told = {"epoch": epoch, "val/rsum": best, "history": list(self.history)}
-            saved = {"checkpoint_path": f"{folder}/epoch-{epoch:04d}"}
-            return told | saved | {"ended": ended, "done": ended}
+            saved = f"{folder}/epoch-{epoch:04d}"
+            return result_of(Epoch(history=tuple(self.history), checkpoint=saved, ended=ended))
 
-    tuner._Trial = Trivial  # type: ignore[assignment, misc]
     # Next to nothing, as a study makes sure at its start that the checkpoints of all trials fit.
     base = ExperimentConfig().with_overrides(
         {
@@ -245,7 +245,13 @@ def simulate(folder: Path, *, trials: int) -> None:
         data_fingerprint="0",
     )
     settings = Settings.resolve(output=folder, address="local")
-    run_study(plan, settings, resume=False, say=lambda line: print(line, flush=True))
+    run_study(
+        plan,
+        settings,
+        runner=OnRay(settings, trainable=Trivial),
+        resume=False,
+        say=lambda line: print(line, flush=True),
+    )
 
 
 # ------------------------------------------------------------------------------------------- both

@@ -24,6 +24,7 @@ from cpfean.writing import cannot_write, is_disk_error
 from experiments.baselines import BASELINES
 from experiments.terminal import make_forgiving
 from orchestration.proposals.search import Choice, SearchSpace
+from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings, check_name, check_text, prepare_environment
 from orchestration.storage.records_copy import fetch_records
 from orchestration.study.budget import Budget, Prices
@@ -31,7 +32,6 @@ from orchestration.study.conclusion import StudyResult, closing_lines
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING, RunFolder
 from orchestration.study.stopping import Interrupted
-from orchestration.study.study import run_study
 
 # A setting -> the file that data must have for it to make a difference, and what is in it.
 _NEEDS = {
@@ -268,6 +268,11 @@ def add_comparison_flags(parser: Parser, *, seeds: int) -> None:
         help="folder of what runs came to; those in it are not trained again, and files from other "
         "machines may be put there (default: results in the output folder)",
     )
+    add_in_process_flag(parser)
+
+
+def add_in_process_flag(parser: Parser) -> None:
+    """The flag of commands that can do without Ray."""
     parser.add_argument(
         "--in-process",
         action="store_true",
@@ -639,8 +644,7 @@ def comparison_plan(
     """
     num_seeds = positive(arguments.seeds, "--seeds", most=_MOST_SEEDS)
     workers = positive(arguments.workers, "--workers")
-    if arguments.in_process and workers > 1:
-        raise ConfigError(f"--in-process is one process; got --workers {workers}.")
+    check_in_process(arguments, workers)
     config = configuration(arguments)
     may_take = budget(arguments)
     where = settings(arguments)
@@ -665,13 +669,21 @@ def comparison_plan(
     return plan, where, range(config.seed + 1, config.seed + 1 + num_seeds)
 
 
-def runner(arguments: argparse.Namespace) -> Callable[..., StudyResult]:
-    """Runs a study on Ray, or here."""
-    if not arguments.in_process:
-        return run_study
-    from orchestration.runners.in_process import run_here
+def runner(where: Settings, *, in_process: bool) -> Runner:
+    """What runs trials: Ray, or this process."""
+    if in_process:
+        from orchestration.runners.in_process import InProcess
 
-    return run_here
+        return InProcess()
+    from orchestration.runners.on_ray import OnRay
+
+    return OnRay(where)
+
+
+def check_in_process(arguments: argparse.Namespace, workers: int) -> None:
+    """Raises ConfigError if several workers are asked for in one process."""
+    if arguments.in_process and workers > 1:
+        raise ConfigError(f"--in-process is one process; got --workers {workers}.")
 
 
 def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:
@@ -682,13 +694,6 @@ def print_comparison(result: StudyResult, report: Path, where: Settings) -> None
     print("\n" + markdown_table(compare(result.records)))
     print(f"tables, plots   {report}")
     print_closing(result, where)
-
-
-def finish(plan: StudyPlan, where: Settings, *, resume: bool) -> StudyResult:
-    """Runs a study and says where everything is."""
-    result = run_study(plan, where, resume=resume, say=say)
-    print()
-    return result
 
 
 def print_closing(result: StudyResult, where: Settings) -> None:

@@ -85,7 +85,7 @@ def body(arguments: argparse.Namespace) -> int:
             seeds=seeds,
             settings=where,
             resume=arguments.resume,
-            runner=command_line.runner(arguments),
+            runner=command_line.runner(where, in_process=arguments.in_process),
             say=command_line.say,
         )
     if not variants:

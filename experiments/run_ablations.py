@@ -86,7 +86,7 @@ def body(arguments: argparse.Namespace) -> int:
             seeds=seeds,
             settings=where,
             resume=arguments.resume,
-            runner=command_line.runner(arguments),
+            runner=command_line.runner(where, in_process=arguments.in_process),
             say=command_line.say,
         )
     command_line.print_comparison(result, report_folder(plan, where), where)

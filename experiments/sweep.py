@@ -19,6 +19,7 @@ the best configuration as a file for train.py, and the best model tested once on
   python experiments/sweep.py --set optim.batch_size=64     any setting, fixed for all trials
   python experiments/sweep.py --dry-run                     hours, dollars and disk alone
   python experiments/sweep.py --max-hours 8                 no new trial after eight hours
+  python experiments/sweep.py --in-process                  one trial after another, without Ray
   python experiments/sweep.py --resume                      after a crash: finished trials stay
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some trials failed, 5 cluster or storage,
@@ -34,6 +35,7 @@ def main() -> None:
         default="default",
         help="; ".join(f"{space.name}: {space.question}" for space in SEARCH_SPACES.values()),
     )
+    command_line.add_in_process_flag(parser)
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a trial (default: 1)"
     )
@@ -44,9 +46,11 @@ def main() -> None:
 def body(arguments: argparse.Namespace) -> int:
     from orchestration.study.conclusion import table
     from orchestration.study.plan import StudyPlan
+    from orchestration.study.study import run_study
 
     trials = command_line.positive(arguments.trials, "--trials")
     workers = command_line.positive(arguments.workers, "--workers")
+    command_line.check_in_process(arguments, workers)
     if arguments.space not in SEARCH_SPACES:
         raise ConfigError(
             f"no search space {arguments.space!r}{nearest(arguments.space, SEARCH_SPACES)}"
@@ -57,7 +61,8 @@ def body(arguments: argparse.Namespace) -> int:
     budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "sweep", where)
-    command_line.start_early(arguments, where)
+    if not arguments.in_process:
+        command_line.start_early(arguments, where)
     folder, fingerprint = command_line.checked_data(
         config, where, num_regions=config.data.num_regions
     )
@@ -87,10 +92,16 @@ def body(arguments: argparse.Namespace) -> int:
         typed=arguments.typed,
     )
     if arguments.dry_run:
-        return command_line.print_dry_run([plan], where)
+        return command_line.print_dry_run([plan], where, in_process=arguments.in_process)
     with command_line.named(plan, arguments, where) as plan:
-        result = command_line.finish(plan, where, resume=arguments.resume)
-    print(table(result.records))
+        result = run_study(
+            plan,
+            where,
+            runner=command_line.runner(where, in_process=arguments.in_process),
+            resume=arguments.resume,
+            say=command_line.say,
+        )
+    print(f"\n{table(result.records)}")
     if result.test:
         print(f"\n{result.best.name if result.best else ''} on the test split:")
         command_line.print_metrics(result.test)

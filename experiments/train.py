@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.runners.in_process import run_here
     from orchestration.study.plan import StudyPlan, TrialPlan
+    from orchestration.study.study import run_study
 
     workers = command_line.positive(arguments.workers, "--workers", least=0)
     config = command_line.configuration(arguments)
@@ -57,16 +57,20 @@ def body(arguments: argparse.Namespace) -> int:
         data_fingerprint=fingerprint,
         budget=budget,
         allow_drift=arguments.allow_drift,
-        retry_failed=arguments.retry_failed,
+        # A training that failed here is asked for again by its resume.
+        retry_failed=arguments.retry_failed or workers == 0,
         typed=arguments.typed,
     )
     if arguments.dry_run:
         return command_line.print_dry_run([plan], where, in_process=workers == 0)
     with command_line.named(plan, arguments, where) as plan:
-        if workers == 0:
-            result = run_here(plan, where, resume=arguments.resume, say=command_line.say)
-        else:
-            result = command_line.finish(plan, where, resume=arguments.resume)
+        result = run_study(
+            plan,
+            where,
+            runner=command_line.runner(where, in_process=workers == 0),
+            resume=arguments.resume,
+            say=command_line.say,
+        )
     if result.test:
         print(f"\n{plan.name}, best epoch, on the test split:")
         command_line.print_metrics(result.test)

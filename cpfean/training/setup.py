@@ -196,6 +196,44 @@ def evaluate_checkpoint(
     )
 
 
+def test_split_metrics(
+    checkpoint: Path,
+    config: ExperimentConfig,
+    *,
+    data_folder: Path,
+    cache_dir: Path,
+    device: torch.device,
+) -> dict[str, float]:
+    """Six recalls and rSum of a checkpoint's best model on the test split.
+
+    Args:
+        checkpoint: folder of a model or checkpoint.
+        config: that it was trained with, which says how it is evaluated.
+        data_folder: checked.
+        cache_dir: for what can be made again.
+        device: to score on.
+
+    Raises:
+        CheckpointError, DataError: as in `evaluate_checkpoint`.
+    """
+    return evaluate_checkpoint(
+        checkpoint,
+        data_folder=data_folder,
+        split="test",
+        protocol=config.evaluation.protocol,
+        cache_dir=cache_dir,
+        device=device,
+        num_regions=config.data.num_regions,
+        batch_size=config.evaluation.batch_size,
+        products=config.evaluation.products,
+    ).as_dict()
+
+
+def default_device() -> torch.device:
+    """The GPU that this process may use, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _check_tokenizer_fits(model: Cpfean, tokenizer: CaptionTokenizer, *, source: Path) -> None:
     """Refuses a vocabulary that is not the saved model's."""
     text, rows = model.config.text, model.backbone.piece_embeddings().num_embeddings

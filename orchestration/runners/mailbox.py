@@ -1,34 +1,35 @@
-"""The post of a crew: where its workers take their orders and leave their news.
+"""Where the workers of a pool take their orders and leave their messages.
 
-Alone in its file: a process that is a post needs nothing else, and starts a second earlier without.
+Alone in its file: a process that is a mailbox needs nothing else, and starts a second earlier so.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+
+from orchestration.runners.messages import Message, Order
 
 
-class Post:
+class Mailbox:
     """Between the process that asks for trials and the workers that train them; an actor."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
-        self._news: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
         self._number = 0
-        self._trial: dict[str, Any] = {}
+        self._order: Order | None = None
         self._allowed = 0
         self._closed = False
         self._gone = False
         self._hosts: dict[int, str] = {}
 
-    async def give(self, trial: dict[str, Any]) -> None:
+    async def give(self, order: Order) -> None:
         """A new trial; the one before it is abandoned if it is not at its end."""
         async with self._changed:
             self._number += 1
-            self._trial = trial
+            self._order = order
             self._allowed = 0
-            self._news = asyncio.Queue()
+            self._messages = asyncio.Queue()
             self._changed.notify_all()
 
     async def go_on(self, epoch: int) -> None:
@@ -37,9 +38,9 @@ class Post:
             self._allowed = max(self._allowed, epoch)
             self._changed.notify_all()
 
-    async def news(self) -> dict[str, Any]:
+    async def message(self) -> Message:
         """The next thing that is told of the trial; waits for it."""
-        return await self._news.get()
+        return await self._messages.get()
 
     async def close(self) -> None:
         """No more trials; what is underway is saved where it is."""
@@ -72,11 +73,11 @@ class Post:
             self._gone = True
             self._changed.notify_all()
 
-    async def order(self, *, after: int) -> tuple[int, dict[str, Any]] | None:
-        """For workers: number and trial that follow that number; None at the end; waits."""
+    async def order(self, *, after: int) -> tuple[int, Order | None] | None:
+        """For workers: number and order that follow that number; None at the end; waits."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._closed or self._number > after)
-            return None if self._closed else (self._number, self._trial)
+            return None if self._closed else (self._number, self._order)
 
     async def verdict(self, number: int, epoch: int) -> bool:
         """For workers: whether the trial of that number goes on after that epoch; waits."""
@@ -86,7 +87,7 @@ class Post:
             )
             return not self._closed and self._number == number
 
-    async def tell(self, number: int, news: dict[str, Any]) -> None:
-        """For the first worker."""
+    async def tell(self, number: int, message: Message) -> None:
+        """For the first worker: news of the trial of that number; of an earlier one nobody asks."""
         if number == self._number:
-            await self._news.put(news)
+            await self._messages.put(message)

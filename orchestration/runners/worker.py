@@ -1,7 +1,7 @@
 """What each Ray Train worker runs: one share of one training after another.
 
 Ray has initialised torch.distributed before it calls us; `fit` finds it and makes one batch of all
-workers' shares. A worker lives as long as its crew (`orchestration.runners.worker_pool`):
+workers' shares. A worker lives as long as its pool (`orchestration.runners.worker_pool`):
 processes, imports and the process group are there for the next trial. Nothing else is: data, model
 and optimizer are made anew, and all that is drawn depends on the configuration's seed, so a trial
 comes to the same numbers whichever trials its workers have trained before.
@@ -13,64 +13,56 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cpfean.config import ExperimentConfig
-from orchestration.proposals.search import METRIC
-from orchestration.storage.checkpoint_names import epoch_of
-from orchestration.storage.checkpoints import CheckpointFolder
-
-if TYPE_CHECKING:
-    from cpfean.training.checkpoint import Checkpoint, TrainingState
-    from cpfean.training.loop import EpochReport
-
-
-def metrics_of(report: EpochReport) -> dict[str, Any]:
-    """What a driver is told of an epoch.
-
-    The numbers of all epochs so far, so that a driver that was away misses nothing, and whether the
-    training has come to its own end.
-    """
-    ended = report.stopped_early or report.epoch >= report.epochs
-    return _told(report.history, ended=ended)
-
-
-def _told(history: tuple[dict[str, float], ...], *, ended: bool) -> dict[str, Any]:
-    # On top only what a scheduler looks at: Tune keeps statistics of every number there.
-    judged = {name: history[-1][name] for name in ("epoch", METRIC)}
-    return judged | {"history": [dict(row) for row in history], "ended": ended}
+from orchestration.runners.messages import Begun, Message, Note
 
 
 def work(job: dict[str, Any]) -> None:
-    """Trains what the crew's post hands out, until it closes; called by Ray Train in every worker.
+    """Trains what the pool's mailbox hands out, until it closes; called in every worker.
 
     Args:
-        job: "post" of the crew, "cache_dir" on this node, "cpus" for this worker, and whether all
-            is on one machine that nobody takes away ("is_local").
+        job: "mailbox" of the pool, its "pool" name, "cache_dir" on this node, "cpus" for this
+            worker, and whether all is on one machine that nobody takes away ("is_local").
     """
     import ray
     import torch
-    from ray.train import get_context
+    from ray.train import get_context, get_preemption_info
+    from ray.train.torch import get_device
 
     from cpfean.errors import StoppedError
     from cpfean.processes import partners_watched
+    from orchestration.runners.training import Abandoned, train
 
     torch.set_num_threads(job["cpus"])
     host = ray.util.get_node_ip_address()
-    job["post"].arrived.remote(get_context().get_world_rank(), host)
+    mailbox = job["mailbox"]
+    mailbox.arrived.remote(get_context().get_world_rank(), host)
     told_to_stop = threading.Event()
-    threading.Thread(target=_listen, args=(job["post"], told_to_stop), daemon=True).start()
+    threading.Thread(target=_listen, args=(mailbox, told_to_stop), daemon=True).start()
+
+    def is_to_stop() -> bool:
+        # Ray tells of a host that will be taken away, if it is so that hosts may go.
+        may_go = not job["is_local"]
+        return told_to_stop.is_set() or (may_go and get_preemption_info() is not None)
+
     number = 0
-    while (order := ray.get(job["post"].order.remote(after=number))) is not None:
-        number, trial = order
-        reporter = RayReporter(job["post"], number, trial)
-        notice = _Notice(reporter.folder, told_to_stop, hosts_may_go=not job["is_local"])
+    while (given := ray.get(mailbox.order.remote(after=number))) is not None:
+        number, order = given
+        team = _Workers(mailbox, number)
+        team.tell(_begun(job["pool"]))
         try:
-            with suppress(_Abandoned), partners_watched(where=host), warnings_noted(reporter):
-                _train(trial, reporter, notice=notice, cache_dir=Path(job["cache_dir"]))
+            with suppress(Abandoned), partners_watched(where=host), _warnings_told(team.tell):
+                train(
+                    order,
+                    team,
+                    cache_dir=Path(job["cache_dir"]),
+                    device=get_device(),
+                    is_to_stop=is_to_stop,
+                )
         except StoppedError:
             # Another worker may have heard of it first; if nobody does, a host is taken away.
             if not told_to_stop.wait(1.0):
@@ -79,120 +71,70 @@ def work(job: dict[str, Any]) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if get_context().get_world_rank() == 0:
-        ray.get(job["post"].gone.remote())
+        ray.get(mailbox.gone.remote())
 
 
-def _listen(post: Any, told_to_stop: threading.Event) -> None:
+def _begun(pool: str) -> Begun:
+    """That the workers are there, and their placement group.
+
+    The driver frees that should nobody else do so.
+    """
+    from ray.train import get_context
+    from ray.util import get_current_placement_group
+
+    group = get_current_placement_group()
+    return Begun(
+        workers=get_context().get_world_size(),
+        placement_group="" if group is None else group.id.hex(),
+        pool=pool,
+    )
+
+
+def _listen(mailbox: Any, told_to_stop: threading.Event) -> None:
     """Waits in a thread of its own for the end of all orders."""
     import ray
 
     while True:
         try:
-            ray.get(post.told_to_stop.remote())
+            ray.get(mailbox.told_to_stop.remote())
         except ray.exceptions.ActorUnavailableError:
             time.sleep(1.0)  # the way to it is broken for a moment
             continue
         except ray.exceptions.RayError:
-            pass  # without a post there are no orders either
+            pass  # without a mailbox there are no orders either
         told_to_stop.set()
         return
 
 
-def _train(
-    trial: dict[str, Any], reporter: RayReporter, *, notice: _Notice, cache_dir: Path
-) -> None:
-    """One trial: from its newest checkpoint, if it has any.
+class _Workers:
+    """The workers of a pool as a team; the mailbox takes their messages and says how to go on."""
 
-    Args:
-        trial: "config" as plain data, the "folder" of its checkpoints, the number of this
-            "attempt" at it, and whether to "test" its best epoch on the test split.
-    """
-    from ray.train.collective import broadcast_from_rank_zero
-    from ray.train.torch import get_device
+    def __init__(self, mailbox: Any, number: int) -> None:
+        from ray.train import get_context
 
-    from cpfean.data.sources import resolve_data
-    from cpfean.data.split import data_fingerprint
-    from cpfean.training.checkpoint import check_same_run
-    from cpfean.training.loop import fit
+        self.is_first = get_context().get_world_rank() == 0
+        self._mailbox = mailbox
+        self._number = number
 
-    reporter.begun()
-    config = ExperimentConfig.from_dict(trial["config"])
-    data_folder = resolve_data(config.data, cache_dir=cache_dir)
-    folder = reporter.folder
-    folder.check_shared()
+    def tell(self, message: Message) -> None:
+        if self.is_first:
+            self._mailbox.tell.remote(self._number, message)
 
-    def fits(state: TrainingState) -> None:
-        check_same_run(state, config, data_fingerprint(data_folder))
+    def agree(self, value: Any) -> Any:
+        from ray.train.collective import broadcast_from_rank_zero
 
-    # One looks for all: they must not go on from different epochs.
-    newest = folder.newest_valid(fits=fits) if reporter.is_first else None
-    newest = broadcast_from_rank_zero(newest)
-    if newest is not None:
-        reporter.resumed(newest)
-    with ExitStack() as stack:
-        resume_from = None if newest is None else stack.enter_context(folder.opened(newest))
-        result = fit(
-            config,
-            data_folder=data_folder,
-            cache_dir=cache_dir,
-            reporter=reporter,
-            resume_from=resume_from,
-            device=get_device(),
-            notice=notice,
-        )
-    if trial["test"]:
-        newest = broadcast_from_rank_zero(folder.newest_valid() if reporter.is_first else None)
-        with folder.opened(newest) as checkpoint:
-            metrics = test_metrics(
-                checkpoint,
-                config,
-                data_folder=data_folder,
-                cache_dir=cache_dir,
-                device=get_device(),
-            )
-        reporter.tested(result.history, newest, metrics)
-    elif newest is not None:
-        reporter.had_ended(result.history, newest)
+        return broadcast_from_rank_zero(value)
 
+    def is_wanted(self, epoch: int) -> bool:
+        import ray
 
-def test_metrics(
-    model: Path, config: ExperimentConfig, *, data_folder: Path, cache_dir: Path, device: Any
-) -> dict[str, float]:
-    """Six recalls and rSum on the test split.
-
-    Args:
-        model: folder of a model or checkpoint.
-        config: that it was trained with.
-        data_folder: checked.
-        cache_dir: for what can be made again.
-        device: of this process.
-    """
-    from cpfean.training.setup import evaluate_checkpoint
-
-    return evaluate_checkpoint(
-        model,
-        data_folder=data_folder,
-        split="test",
-        protocol=config.evaluation.protocol,
-        cache_dir=cache_dir,
-        device=device,
-        num_regions=config.data.num_regions,
-        batch_size=config.evaluation.batch_size,
-        products=config.evaluation.products,
-    ).as_dict()
-
-
-def this_device() -> Any:
-    """The GPU that a process without Ray may use, else the processor."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return bool(ray.get(self._mailbox.verdict.remote(self._number, epoch)))
 
 
 @contextmanager
-def warnings_noted(reporter: RayReporter) -> Iterator[None]:
+def _warnings_told(tell: Callable[[Message], None]) -> Iterator[None]:
     """What is logged as a warning reaches the user, who does not look into workers' logs."""
-    handler = _Notes(reporter)
+    handler = _Notes(tell)
     logger = logging.getLogger("cpfean")
     logger.addHandler(handler)
     try:
@@ -202,110 +144,9 @@ def warnings_noted(reporter: RayReporter) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    def __init__(self, reporter: RayReporter) -> None:
+    def __init__(self, tell: Callable[[Message], None]) -> None:
         super().__init__(logging.WARNING)
-        self._reporter = reporter
+        self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reporter.noted(record.getMessage())
-
-
-class _Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)
-    """The trial is not wanted any more; raised in all workers after the same epoch."""
-
-
-class _Notice:
-    """Word that nothing more is wanted, or that a host of the crew will be taken away.
-
-    Of the latter Ray tells, if it is so that hosts may go.
-    """
-
-    def __init__(
-        self, folder: CheckpointFolder, told_to_stop: threading.Event, *, hosts_may_go: bool
-    ) -> None:
-        self._folder = folder
-        self._told_to_stop = told_to_stop
-        self._hosts_may_go = hosts_may_go
-
-    def given(self) -> bool:
-        from ray.train import get_preemption_info
-
-        if self._told_to_stop.is_set():
-            return True
-        return self._hosts_may_go and get_preemption_info() is not None
-
-    def save(self, checkpoint: Checkpoint | None) -> None:
-        # However late it is: what is not whole by then is passed over.
-        if checkpoint is not None:
-            self._folder.save(checkpoint)
-
-
-class RayReporter:
-    """Tells the crew's post of each epoch and waits to hear whether there is to be a next one."""
-
-    def __init__(self, post: Any, number: int, trial: dict[str, Any]) -> None:
-        from ray.train import get_context
-
-        self.is_first = get_context().get_world_rank() == 0
-        self.folder = CheckpointFolder(trial["folder"], attempt=trial["attempt"])
-        self._post = post
-        self._number = number
-        self._to_be_tested = bool(trial["test"])
-        self._reported = False
-
-    def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
-        import ray
-        from ray.train.collective import broadcast_from_rank_zero
-
-        self._reported = True
-        metrics = metrics_of(report)
-        wanted = None
-        if checkpoint is not None:
-            news = metrics | {"checkpoint_path": self.folder.save(checkpoint)}
-            # A trial that is to be tested is at its end after that.
-            self._tell(news | {"ended": news["ended"] and not self._to_be_tested})
-            if not metrics["ended"]:
-                wanted = ray.get(self._post.verdict.remote(self._number, report.epoch))
-        if not metrics["ended"] and not broadcast_from_rank_zero(wanted):
-            raise _Abandoned
-
-    def noted(self, line: str) -> None:
-        """Tells what the user is to read."""
-        self._tell({"note": line})
-
-    def begun(self) -> None:
-        """Tells that the workers are there, and of their placement group.
-
-        The driver frees it should nobody else do so.
-        """
-        from ray.train import get_context
-        from ray.util import get_current_placement_group
-
-        group = get_current_placement_group()
-        self._tell(
-            {
-                "begun": True,
-                "placement_group": "" if group is None else group.id.hex(),
-                "workers": get_context().get_world_size(),
-            }
-        )
-
-    def resumed(self, newest: str) -> None:
-        """Tells after which epoch the training goes on."""
-        self._tell({"resumed": epoch_of(newest)})
-
-    def had_ended(self, history: tuple[dict[str, float], ...], newest: str) -> None:
-        """Tells of a training that was at its end before, when its driver was lost."""
-        if not self._reported:
-            self._tell(_told(history, ended=True) | {"checkpoint_path": self.folder.at(newest)})
-
-    def tested(
-        self, history: tuple[dict[str, float], ...], newest: str, metrics: dict[str, float]
-    ) -> None:
-        """Tells what the best epoch came to on the test split."""
-        told = _told(history, ended=True) | {"checkpoint_path": self.folder.at(newest)}
-        self._tell(told | {"test": metrics})
-
-    def _tell(self, news: dict[str, Any]) -> None:
-        if self.is_first:
-            self._post.tell.remote(self._number, news)
+        self._tell(Note(line=record.getMessage()))

@@ -1,11 +1,11 @@
 """Workers that stay: one Ray Train run that trains one trial after another.
 
 To start a Train run takes ten seconds and more: a controller and workers are made, and each imports
-torch. So the run of a crew does not end with a trial. Its workers take their orders from a post, an
-actor of a few lines; each epoch's numbers come back through it, and the answer, whether there is to
-be a next epoch. A crew ends with the first failure in it: what comes after has fresh processes, and
-as many of them as there is room for by then, if their number may vary. The batch stays that of the
-configuration, split anew.
+torch. So the run of a pool does not end with a trial. Its workers take their orders from a mailbox,
+an actor of a few lines; each epoch's numbers come back through it, and the answer, whether there is
+to be a next epoch. A pool ends with the first failure in it: what comes after has fresh processes,
+and as many of them as there is room for by then, if their number may vary. The batch stays that of
+the configuration, split anew.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
 
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from orchestration.runners.mailbox import Post
+from orchestration.runners.mailbox import Mailbox
+from orchestration.runners.messages import Begun, Message, Order
 from orchestration.runners.worker import work
 
 # What holds no CPU has to be kept off nodes that may be taken away.
@@ -29,108 +30,130 @@ _LOOK_SECONDS = 1.0
 _NEVER_SECONDS = 1e9
 
 
-class Crew:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolOptions:
+    """What the workers of trials are.
+
+    Attributes:
+        workers: of a trial, at most.
+        min_workers: at least.
+        cpus: of each.
+        use_gpu: one for each.
+        cache_dir: on their nodes.
+        storage: folder or URL that all nodes reach.
+        is_local: all is on one machine, which nobody takes away.
+        silence: seconds to wait for a worker that does not answer.
+    """
+
+    workers: int
+    min_workers: int
+    cpus: int
+    use_gpu: bool
+    cache_dir: str
+    storage: str
+    is_local: bool
+    silence: int
+
+
+class WorkerPool:
     """The workers, and the way to them.
 
     Args:
-        job: "workers", at most and "min_workers" at least, "cpus" of each, "use_gpu", "cache_dir"
-            on their nodes, "storage", whether hosts may be taken away ("is_local": no), and
-            "silence": seconds to wait for a worker that does not answer.
-        name: of the Train run and of the post; no other may have it.
+        name: of the Train run and of the mailbox; no other may have it.
     """
 
-    def __init__(self, job: dict[str, Any], *, name: str) -> None:
+    def __init__(self, options: PoolOptions, *, name: str) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer  # the driver does without torch
 
-        least_and_most = (job["min_workers"], job["workers"])
-        self.name = name
+        least, most = options.min_workers, options.workers
+        gpus = {"GPU": 1} if options.use_gpu else {}
         self._group = ""
-        self._post = (
-            ray.remote(Post)
+        self._mailbox = (
+            ray.remote(Mailbox)
             .options(name=name, num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
             .remote()
         )
         self._trainer = TorchTrainer(
             work,
             train_loop_config={
-                "post": self._post,
-                "cache_dir": job["cache_dir"],
-                "cpus": job["cpus"],
-                "is_local": job["is_local"],
+                "mailbox": self._mailbox,
+                "pool": name,
+                "cache_dir": options.cache_dir,
+                "cpus": options.cpus,
+                "is_local": options.is_local,
             },
-            torch_config=TorchConfig(timeout_s=job["silence"]),
+            torch_config=TorchConfig(timeout_s=options.silence),
             scaling_config=ScalingConfig(
-                num_workers=least_and_most
-                if least_and_most[0] < job["workers"]
-                else job["workers"],
-                # To grow costs what is done of an epoch: a crew stays as it has begun.
+                num_workers=(least, most) if least < most else most,
+                # To grow costs what is done of an epoch: a pool stays as it has begun.
                 elastic_resize_monitor_interval_s=_NEVER_SECONDS,
-                use_gpu=job["use_gpu"],
-                resources_per_worker={"CPU": job["cpus"]} | ({"GPU": 1} if job["use_gpu"] else {}),
+                use_gpu=options.use_gpu,
+                resources_per_worker={"CPU": options.cpus} | gpus,
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=job["storage"],
+                storage_path=options.storage,
                 failure_config=FailureConfig(
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=3
                 ),
             ),
         )
         self._error: Exception = TrainingFailedError("the workers have gone without an error")
-        self._thread = threading.Thread(target=self._run, name="crew", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pool", daemon=True)
         self._thread.start()
 
-    def train(self, trial: dict[str, Any]) -> None:
+    def train(self, order: Order) -> None:
         """Gives the workers their next trial, instead of the one they may be at."""
-        ray.get(self._post.give.remote(trial))
+        ray.get(self._mailbox.give.remote(order))
 
     def go_on(self, epoch: int) -> None:
         """Lets the trial go on after that epoch."""
-        ray.get(self._post.go_on.remote(epoch))
+        ray.get(self._mailbox.go_on.remote(epoch))
 
-    def news(self) -> dict[str, Any]:
+    def message(self) -> Message:
         """The next thing that the workers tell; waits for it.
 
         Raises:
             TrainingFailedError: the workers have failed.
-            RayActorError: the post was lost.
+            RayActorError: the mailbox was lost.
         """
-        told = self._post.news.remote()
+        told = self._mailbox.message.remote()
         while not ray.wait([told], timeout=_LOOK_SECONDS)[0]:
             if not self._thread.is_alive():
                 raise self._error
-        news: dict[str, Any] = ray.get(told)
-        self._group = news.get("placement_group", self._group)
-        return news
+        message: Message = ray.get(told)
+        if isinstance(message, Begun):
+            self._group = message.placement_group
+        return message
 
     def hosts(self) -> dict[int, str]:
         """Where each worker is or was, by rank; empty if nobody knows."""
         with suppress(RayError, TimeoutError):
-            hosts: dict[int, str] = ray.get(self._post.hosts.remote(), timeout=_LOOK_SECONDS)
+            hosts: dict[int, str] = ray.get(self._mailbox.hosts.remote(), timeout=_LOOK_SECONDS)
             return hosts
         return {}
 
     def close(self, *, seconds: float) -> None:
         """Sends the workers home and waits for that, but no longer than this."""
-        # Without the post the workers go as well.
+        # Without the mailbox the workers go as well.
         with suppress(RayError, TimeoutError):
-            ray.get(self._post.close.remote(), timeout=seconds)
+            ray.get(self._mailbox.close.remote(), timeout=seconds)
             self._thread.join(seconds)
         free(self._group)
 
     def _run(self) -> None:
         try:
             self._trainer.fit()
-        # It is raised where somebody waits for news.
+        # It is raised where somebody waits for a message.
         except Exception as error:
             self._error = error
 
 
 def stop_all(names: Iterable[str], *, seconds: float) -> None:
-    """Lets the workers of crews save where they are and go; waits for that so long at most."""
+    """Lets the workers of pools save where they are and go; waits for that so long at most."""
     told = []
     for name in names:
-        with suppress(ValueError, RayError):  # a crew that has gone already
+        with suppress(ValueError, RayError):  # a pool that has gone already
             told.append(ray.get_actor(name).stop.remote())
     if told:
         ray.wait(told, num_returns=len(told), timeout=seconds)
@@ -139,7 +162,7 @@ def stop_all(names: Iterable[str], *, seconds: float) -> None:
 def free(group: str) -> None:
     """Removes a placement group and the workers in it, unless that has been done.
 
-    A crew whose controller is killed does not tidy up; Train's own cleaner asks the State API,
+    A pool whose controller is killed does not tidy up; Train's own cleaner asks the State API,
     which is not there without a dashboard. Then the CPUs would be lost, and the next trial would
     wait for ever.
 

@@ -19,15 +19,13 @@ from cpfean.errors import ConfigError
 from cpfean.files import is_there
 from orchestration.proposals.search import Choice, Range, SearchSpace, spread_points
 from orchestration.report import write_report
+from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
 from orchestration.study.ablations import Ablation, plan_trials
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import TUNING, RunFolder, TrialRecord
-
-Runner = Callable[
-    ..., StudyResult
-]  # orchestration.study.study.run_study, or orchestration.runners.in_process.run_here
+from orchestration.study.study import run_study
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +121,7 @@ def compare_methods(
         plan: name, base, data, workers and folder of results; what to run is filled in.
         points: configurations that each method is tuned over; 1 takes all as they stand.
         seeds: of the runs that are reported; the base's own seed is for tuning.
-        runner: runs a study.
+        runner: that trains the trials.
 
     Raises:
         ConfigError: a comparison that was renamed, and its tuning was not.
@@ -146,7 +144,13 @@ def compare_methods(
             # What is compared has been chosen: a better point would make another study of it.
             tuning = replace(tuning, retry_failed=False)
         say(f"tuning: {points} configurations of each of {len(methods)} methods, judged on dev")
-        done = runner(tuning, settings, resume=resume and _exists(tuning, settings), say=say)
+        done = run_study(
+            tuning,
+            settings,
+            runner=runner,
+            resume=resume and _exists(tuning, settings),
+            say=say,
+        )
         if done.used_up:
             say("the methods are not tuned alike yet, so they are not compared.")
             return done, []
@@ -178,7 +182,8 @@ def compare_variants(
         resume: go on with a study of that name, if there is one.
     """
     study = seeds_study(plan, variants, seeds=seeds, settings=settings)
-    return runner(study, settings, resume=resume and _exists(study, settings), say=say)
+    is_there_already = _exists(study, settings)
+    return run_study(study, settings, runner=runner, resume=resume and is_there_already, say=say)
 
 
 def as_they_stand(methods: Sequence[Method]) -> list[Ablation]:

@@ -95,9 +95,9 @@ def conclude(
     best = best_of(records)
     if best is not None:
         write_text(folder.path / "best_config.toml", best.experiment.to_toml())
-        if plan.tested == "best":
+        if plan.of_kind.tested == "best":
             test(best)
-        elif plan.tested == "all":
+        elif plan.tests_all:
             # The checkpoint of a run that was known already may be on another machine.
             with suppress(ServiceError):
                 keep_model(best, folder.path / "best_model")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestration.cluster.capacity import share_out, this_machine
-from orchestration.runners.worker import this_device
 from orchestration.settings import Settings, usable_cpus
 from orchestration.study.budget import OTHER, Estimate, Prices, cost_line, eta, free_bytes, size
 from orchestration.study.plan import StudyPlan, disk_of, num_open, storage_of
@@ -26,10 +25,11 @@ def dry_run(
         ServiceError: no cluster at the address, or no room for one trial.
         ConfigError, DataError: what is asked for does not fit the data.
     """
+    from cpfean.training.setup import default_device
     from cpfean.training.timing import time_training
 
     base, workers = plans[0].base, max(1, plans[0].workers)
-    device = this_device()
+    device = default_device()
     trials = [num_open(plan, settings) for plan in plans]
     total = sum(plan.trials for plan in plans)
     if in_process:

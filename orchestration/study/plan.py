@@ -29,6 +29,55 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """What differs between studies of several kinds.
+
+    Attributes:
+        script: the command that starts one, and goes on with it.
+        tested: which trials the test split is shown to; those that are only chosen among never are.
+        fewer: what to lower if its checkpoints do not fit on the disk.
+        has_parent: the tracker has a run of the whole, whose children the trials are.
+        has_pictures: what the best model sees is drawn at the end.
+        suffix: of its name, if it is a part of the study whose name comes before that.
+        prelude: the suffix of the study that is a part of it.
+    """
+
+    script: str
+    tested: Literal["best", "all", "none"]
+    fewer: str
+    has_parent: bool = True
+    has_pictures: bool = False
+    suffix: str = ""
+    prelude: str = ""
+
+
+KINDS: Mapping[str, Kind] = {
+    "sweep": Kind(script="sweep.py", tested="best", fewer="--trials", has_pictures=True),
+    "ablations": Kind(
+        script="run_ablations.py", tested="all", fewer="--seeds, or the variants with --only"
+    ),
+    "train": Kind(
+        script="train.py",
+        tested="best",
+        fewer="the size of the model (--set model.dim=...)",
+        has_parent=False,
+    ),
+    "tuning": Kind(
+        script="compare.py",
+        tested="none",
+        fewer="--tuning, or the methods with --methods",
+        suffix=TUNING,
+    ),
+    "comparison": Kind(
+        script="compare.py",
+        tested="all",
+        fewer="--seeds, or the methods with --methods",
+        prelude=TUNING,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrialPlan:
     """One trial that is asked for by name: what it changes, and the whole configuration."""
 
@@ -42,6 +91,7 @@ class StudyPlan:
     """What to run; where it runs and where it is recorded is in the settings.
 
     Attributes:
+        kind: one of `KINDS`.
         base: configuration that the trials vary.
         trials: how many, if a space is searched.
         workers: data-parallel processes of each trial.
@@ -60,7 +110,7 @@ class StudyPlan:
         typed: the words of the command that asked for it, for the lines that go on with it.
     """
 
-    kind: Literal["sweep", "ablations", "train", "tuning", "comparison"]
+    kind: str
     name: str
     base: ExperimentConfig
     workers: int
@@ -80,11 +130,14 @@ class StudyPlan:
     typed: tuple[str, ...] = ()
 
     @property
-    def tested(self) -> Literal["best", "all", "none"]:
-        """Which trials the test split is shown to; those that are only chosen among never are."""
-        if self.kind in ("ablations", "comparison"):
-            return "all"
-        return "none" if self.kind == "tuning" else "best"
+    def of_kind(self) -> Kind:
+        """What its kind says."""
+        return KINDS[self.kind]
+
+    @property
+    def tests_all(self) -> bool:
+        """Whether each trial is tested at its end."""
+        return self.of_kind.tested == "all"
 
     def known_results(self, folder: RunFolder) -> Results | None:
         """The folder of results, if the plan has one."""
@@ -133,7 +186,7 @@ def num_open(plan: StudyPlan, settings: Settings) -> int:
             number
             for number, trial in enumerate(plan.fixed)
             if number not in records
-            and results.fill(planned_record(number, trial), tested=plan.tested == "all")
+            and results.fill(planned_record(number, trial), tested=plan.tests_all)
         }
     return max(0, plan.trials - len(settled))
 
@@ -144,6 +197,13 @@ def storage_of(plan: StudyPlan, settings: Settings) -> Path | None:
         return settings.output / plan.name
     storage = settings.storage.removeprefix("file://")
     return None if "://" in storage else Path(storage)
+
+
+def checkpoint_root(folder: RunFolder, settings: Settings) -> str:
+    """Folder or URL that has a folder for the checkpoints of each trial."""
+    if settings.storage is None:
+        return str(folder.path / "train")
+    return f"{settings.storage.rstrip('/')}/{folder.id}"
 
 
 def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
@@ -169,25 +229,17 @@ def check_room_for_checkpoints(
     folder = storage_of(plan, settings)
     if folder is None or num_open(plan, settings) == 0:
         return
-    lower = {
-        "sweep": "--trials",
-        "ablations": "--seeds, or the variants with --only",
-        "train": "the size of the model (--set model.dim=...)",
-        "tuning": "--tuning, or the methods with --methods",
-        "comparison": "--seeds, or the methods with --methods",
-    }
     # How many run at a time is known when Ray has started; it is one at least.
-    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=lower[plan.kind], free=free)
+    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=plan.of_kind.fewer, free=free)
 
 
-def meter_of(plan: StudyPlan, folder: RunFolder) -> Meter:
+def meter_of(
+    plan: StudyPlan, folder: RunFolder, *, clock: Callable[[], float] = time.monotonic
+) -> Meter:
     """What a study has taken; the tuning of a comparison is part of it."""
-    tuning = folder.path.with_name(folder.name + TUNING) / SPENT
-    return Meter(
-        folder.path / SPENT,
-        before=[tuning] if plan.kind == "comparison" else [],
-        clock=time.monotonic,
-    )
+    prelude = plan.of_kind.prelude
+    before = [folder.path.with_name(folder.name + prelude) / SPENT] if prelude else []
+    return Meter(folder.path / SPENT, before=before, clock=clock)
 
 
 def resume_line(
@@ -199,16 +251,13 @@ def resume_line(
         retry_failed: with the trials that failed.
         changed: flags with other values than before.
     """
-    scripts = {
-        "sweep": "sweep.py",
-        "ablations": "run_ablations.py",
-        "train": "train.py",
-        "tuning": "compare.py",
-        "comparison": "compare.py",
-    }
-    name = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
+    kind = plan.of_kind
     return commands.resume(
-        scripts[plan.kind], plan.typed, run=name, retry_failed=retry_failed, changed=changed
+        kind.script,
+        plan.typed,
+        run=plan.name.removesuffix(kind.suffix),
+        retry_failed=retry_failed,
+        changed=changed,
     )
 
 

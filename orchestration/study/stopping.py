@@ -1,4 +1,8 @@
-"""How a study is stopped, and how long each part of it may take to."""
+"""Stopping a study: who asks for it, how the work is told, and how long each part of it may take.
+
+A study stops because the user or the system says so, by a signal, or because an error of its driver
+makes further work senseless. Everybody who has to know asks one object, `Stop`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
-if TYPE_CHECKING:
-    pass
+from cpfean.errors import CpfeanError
+from cpfean.writing import cannot_write, is_disk_error
 
 
-SAVE_SECONDS = 4.0  # that trials have to save where they are when a study is told to stop
-_STOP_SECONDS = 7.0  # that Tune and Ray have to end, those included
-STOPPED_SECONDS = 9.0  # after which it has stopped; what the tracker lacks by then waits
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deadlines:
+    """Seconds from the moment that a study is told to stop by a signal.
+
+    Attributes:
+        saved: trials have saved where they are.
+        ended: whatever trains them has ended; else the process is ended from another thread.
+        closed: records are copied and tracked; what is not by then is so at the next resume.
+        unhurried: the same of a study that nobody stops, from its end.
+    """
+
+    saved: float = 4.0
+    ended: float = 7.0
+    closed: float = 9.0
+    unhurried: float = 60.0
 
 
 class Interrupted(BaseException):
@@ -27,38 +44,154 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
-@contextmanager
-def stopped_by_signals(stop: Callable[[int], None], say: Callable[[str], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop` with their number; the second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told = False
+class Stop:
+    """Why a study is to stop, and the way to those who have to hear of it.
 
-    def handle(number: int, _frame: object) -> None:
-        nonlocal told
-        if told:
-            os._exit(128 + number)
-        told = True
-        # It may have come in the middle of another line.
-        with suppress(RuntimeError):
-            say("stopping ... (once more to stop at once)")
-        stop(number)
-
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def seconds_to_stop(told: float) -> float:
-    """What is left of the time that a study has to stop.
+    Work that can be interrupted in good order listens to SIGUSR1, as Tune does.
 
     Args:
-        told: when it was told to, by the monotonic clock; 0 if by no signal.
+        say: shows the user a line.
+        end_process: ends it at once, with an exit code.
+
+    Attributes:
+        signal: number of the one that came; 0 if none did.
+        error: that makes further work senseless; the first one counts.
+        left: called by `leave`, in whatever thread it is called: writes what is to be written and
+            ends the process.
     """
-    return max(0.0, STOPPED_SECONDS - (time.monotonic() - told if told else 0.0))
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        *,
+        deadlines: Deadlines | None = None,
+        end_process: Callable[[int], None] = os._exit,
+    ) -> None:
+        self.deadlines = deadlines or Deadlines()
+        self.signal = 0
+        self.error: CpfeanError | None = None
+        self.left: Callable[[], None] = lambda: None
+        self._say = say
+        self._told = 0.0
+        self._save: Callable[[float], bool] | None = None
+        self.end_process = end_process
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether nothing more is to be begun."""
+        return self.signal != 0 or self.error is not None
+
+    @property
+    def seconds_to_close(self) -> float:
+        """What is left of the time that a study has to close."""
+        if not self.signal:
+            return self.deadlines.unhurried
+        return max(0.0, self._told + self.deadlines.closed - time.monotonic())
+
+    @property
+    def exit_code(self) -> int:
+        """Of a process that is ended from another thread."""
+        return 128 + self.signal if self.error is None else self.error.exit_code
+
+    def check(self) -> None:
+        """Raises what the study is to end with, if it is to end."""
+        if self.error is not None:
+            raise self.error
+        if self.signal:
+            raise Interrupted(self.signal)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGINT and SIGTERM stop the study; the second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._hear) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_work(self, save: Callable[[float], bool]) -> Iterator[None]:
+        """While work is done that can be stopped in good order.
+
+        Args:
+            save: called in another thread after a signal: lets the work save where it is, and waits
+                for that so many seconds at most; returns whether the work ends by itself.
+        """
+        self._save = save
+        try:
+            yield
+        finally:
+            self._save = None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one may be on its way
+
+    def fail(self, error: CpfeanError) -> None:
+        """Stops the study because of an error, if it is the first one."""
+        if self.error is None:
+            self.error = error
+            _interrupt_work()
+
+    @contextmanager
+    def errors_of(self, folder: Path) -> Iterator[None]:
+        """Takes errors of ours from a library that would make a text of them: they stop the study.
+
+        Args:
+            folder: of the study, for errors of a disk that name no file.
+        """
+        try:
+            yield
+        except CpfeanError as error:
+            self.fail(error)
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
+            self.fail(cannot_write(folder, error))
+
+    def leave(self, error: CpfeanError | None = None) -> None:
+        """Ends the process from another thread, as the main thread hangs in somebody's code."""
+        self.error = self.error or error
+        self.left()
+
+    def _hear(self, number: int, _frame: object) -> None:
+        if self.signal:
+            self.end_process(128 + number)
+        self.signal, self._told = number, time.monotonic()
+        with suppress(RuntimeError):  # it may have come in the middle of another line
+            self._say("stopping ... (once more to stop at once)")
+        if self._save is None or not _work_listens():
+            raise Interrupted(number)
+        # The main thread goes on, as it may be what passes news while trials are saved.
+        for name, after in (("leave", self._leave_in_time), ("save", self._save_and_interrupt)):
+            threading.Thread(target=after, args=(self._save,), name=name, daemon=True).start()
+
+    def _save_and_interrupt(self, save: Callable[[float], bool]) -> None:
+        ends_by_itself = False
+        try:
+            ends_by_itself = save(self.deadlines.saved)
+        finally:
+            if not ends_by_itself and self._save is save:
+                _interrupt_work()
+
+    def _leave_in_time(self, save: Callable[[float], bool]) -> None:
+        end = self._told + self.deadlines.ended
+        while self._save is save:
+            if time.monotonic() > end:
+                self.leave()
+                return
+            time.sleep(0.05)
+
+
+def _work_listens() -> bool:
+    return signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN, None)
+
+
+def _interrupt_work() -> None:
+    """Lets Tune stop in good order; an exception out of a callback would leave trials behind."""
+    if _work_listens():
+        os.kill(os.getpid(), signal.SIGUSR1)

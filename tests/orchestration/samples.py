@@ -1,5 +1,7 @@
 """Small records and configurations."""
 
+from collections.abc import Callable
+
 from cpfean.config import (
     DataConfig,
     ExperimentConfig,
@@ -9,7 +11,12 @@ from cpfean.config import (
     SyntheticConfig,
     TextConfig,
 )
+from orchestration.runners.in_process import InProcess
+from orchestration.settings import Settings
+from orchestration.study.conclusion import StudyResult
+from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TrialRecord
+from orchestration.study.study import run_study
 
 TINY = ExperimentConfig(
     data=DataConfig(
@@ -38,3 +45,10 @@ def history(*rsums: float) -> list[dict[str, float]]:
 def record(number: int, *rsums: float, **fields) -> TrialRecord:
     given = {"name": f"trial-{number:03d}", "config": TINY.to_dict()} | fields
     return TrialRecord(number=number, history=history(*rsums), **given)
+
+
+def run_here(
+    plan: StudyPlan, where: Settings, *, resume: bool, say: Callable[[str], None]
+) -> StudyResult:
+    """Runs a study in this process."""
+    return run_study(plan, where, runner=InProcess(), resume=resume, say=say)

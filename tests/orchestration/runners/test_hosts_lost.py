@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from orchestration.cluster import connection
-from orchestration.cluster.capacity import Resources
-from orchestration.runners import tuner
 from orchestration.settings import ENVIRONMENT, Settings
-from orchestration.study.records import TrialRecord
+from tests.orchestration.runners.by_hand import ByHand
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]
@@ -74,60 +72,22 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     hosts.cluster.shutdown()
 
 
-class Script:
-    """Hooks that do something to the hosts once a trial has come to the end of its first epoch."""
+class Script(ByHand):
+    """Does something to the hosts once a trial has come to the end of its first epoch."""
 
-    def __init__(self, deeds: dict[int, Callable[[], None]], *, trials: int) -> None:
+    def __init__(
+        self, folder: Path, deeds: dict[int, Callable[[], None]], *, trials: int, name: str
+    ) -> None:
+        super().__init__(folder, [CONFIG] * trials, name=name)
         self.deeds = deeds
-        self.records = [
-            TrialRecord(number=number, name=f"t{number}", config=CONFIG.to_dict())
-            for number in range(trials)
-        ]
-        self.waiting = list(self.records)
-        self.outcomes: list[str] = []
-        self.notes: dict[int, list[str]] = {number: [] for number in range(trials)}
+        self.sizes: dict[int, list[int]] = {number: [] for number in range(trials)}
 
-    def next_trial(self) -> TrialRecord | None:
-        return self.waiting.pop(0) if self.waiting else None
+    def begun(self, number: int, workers: int) -> None:
+        self.sizes[number].append(workers)
 
-    def started(self, number: int) -> None: ...
-
-    def begun(self, number: int, crew: str) -> None: ...
-
-    def reported(self, number: int, metrics: dict[str, Any]) -> None:
-        self.records[number].history = metrics["history"]
-        if metrics["epoch"] == 1 and number in self.deeds:
+    def after_epoch(self, number: int, epoch: int) -> None:
+        if epoch == 1 and number in self.deeds:
             self.deeds.pop(number)()
-
-    def ended(self, number: int, *, pruned: bool) -> None:
-        self.outcomes.append("finished")
-
-    def failed(self, number: int, failure: str, message: str) -> None:
-        self.outcomes.append(f"{failure}: {message}")
-
-    def lost(self, number: int, message: str) -> None:
-        raise AssertionError(message)
-
-    def noted(self, number: int, line: str) -> None:
-        self.notes[number].append(line)
-
-    def tick(self) -> None: ...
-
-    def run(self, where: Settings, *, name: str, workers: int, min_workers: int) -> None:
-        tuner.run_trials(
-            self,
-            num_trials=len(self.records),
-            resources=Resources(
-                workers=workers, min_workers=min_workers, cpus=1, use_gpu=False, concurrent=1
-            ),
-            settings=where,
-            run_name=name,
-            train_storage=str(where.output / "train"),
-            tune_storage=str(where.output / "tune"),
-            test=False,
-            early_stopping=None,
-            past=[],
-        )
 
 
 def test_notice_moves_a_trial_in_mid_epoch_and_a_lost_host_leaves_fewer_workers(
@@ -155,9 +115,9 @@ def test_notice_moves_a_trial_in_mid_epoch_and_a_lost_host_leaves_fewer_workers(
         hosts.notify(host, seconds=-1)
 
     # The same training three times: left alone, with notice, and with notice that is too late.
-    script = Script({1: notify_in_time, 2: notify_too_late}, trials=3)
-    script.run(where, name="s", workers=1, min_workers=1)
-    assert script.outcomes == ["finished"] * 3
+    script = Script(tmp_path, {1: notify_in_time, 2: notify_too_late}, trials=3, name="s")
+    script.run(cache_dir=where.cache_dir, is_local=False, silence=60)
+    assert [outcome for _, outcome in script.outcomes] == ["finished"] * 3
     assert script.notes[0] == []
     (note,) = script.notes[1]
     assert re.fullmatch(
@@ -178,13 +138,13 @@ def test_notice_moves_a_trial_in_mid_epoch_and_a_lost_host_leaves_fewer_workers(
         hosts.remove(hosts.of_workers()[0])
 
     # The first trial takes what is known of hosts by then, the second all that there are.
-    script = Script({1: cut_power}, trials=2)
-    script.run(where, name="e", workers=2, min_workers=1)
-    assert script.outcomes == ["finished"] * 2
-    lost, fewer = script.notes[1][-2:]
+    script = Script(tmp_path, {1: cut_power}, trials=2, name="e")
+    script.run(cache_dir=where.cache_dir, is_local=False, silence=60, workers=2)
+    assert [outcome for _, outcome in script.outcomes] == ["finished"] * 2
+    lost = script.notes[1][-1]
     assert re.fullmatch(
         r"worker lost.*, fenced; retry 1/3 from epoch 1\.|preempted; goes on from epoch 1\.", lost
     )
-    assert fewer == "trained by 1 of 2 workers; the batch is the same."
+    assert script.sizes[1] == [2, 1]
     history = script.records[1].history
     assert [(row["epoch"], row["train/workers"]) for row in history] == [(1, 2), (2, 1), (3, 1)]

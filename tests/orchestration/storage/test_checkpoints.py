@@ -23,13 +23,12 @@ from cpfean.data.sources import resolve_data
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.training.checkpoint import Checkpoint, TrainingState, check_same_run, read_state
 from cpfean.training.loop import EpochReport, fit
-from orchestration.runners.in_process import run_here
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage.checkpoint_names import FencedError
 from orchestration.storage.checkpoints import CheckpointFolder
 from tests.faults import small_disk
 from tests.orchestration.runners.test_in_process import curve, plan_of
-from tests.orchestration.samples import TINY
+from tests.orchestration.samples import TINY, run_here
 
 REMOTE = "memory://bucket/trial"
 

@@ -14,6 +14,7 @@ from cpfean.data.sources import resolve_data
 from cpfean.errors import ConfigError
 from cpfean.json_files import RecordError
 from cpfean.writing import write_json
+from orchestration.runners.on_ray import OnRay
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage import records_copy as mirror
 from orchestration.storage.records_copy import Mirror, fetch_records
@@ -273,7 +274,7 @@ def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
     folder.write(record(1, 5.0, state="interrupted"))
     folder.write(record(2, 6.0, 7.0, state="running"))
     write_json(folder.path / SPENT, {"seconds": 3600.0, "dollars": None})
-    run_study(plan, where, resume=True, say=print)
+    run_study(plan, where, runner=OnRay(where), resume=True, say=print)
     before, points = folder.records(), tracked(where)
     assert points == {
         "0": ("FINISHED", [(1, 10.0), (2, 20.0)]),
@@ -285,7 +286,7 @@ def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
     Path(where.tracking_uri.removeprefix("sqlite:///")).unlink()
     fetch_records("s", where, say=print)
     for _ in range(2):
-        result = run_study(plan, where, resume=True, say=print)
+        result = run_study(plan, where, runner=OnRay(where), resume=True, say=print)
         assert (list(result.records), tracked(where)) == (before, points)
 
 
@@ -295,7 +296,7 @@ def test_a_new_study_of_a_name_that_is_taken_on_the_storage_makes_no_folder(
     copied(study(where), where)
     shutil.rmtree(where.output)
     with pytest.raises(ConfigError, match="holds a run already"):
-        run_study(used_up_plan(where), where, resume=False, say=print)
+        run_study(used_up_plan(where), where, runner=OnRay(where), resume=False, say=print)
     assert not (where.output / "s").exists()
 
 

@@ -18,7 +18,7 @@ from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
 from cpfean.training.setup import evaluate_checkpoint
 from orchestration.proposals.search import Choice, Range, SearchSpace, spread_points
-from orchestration.runners.in_process import run_here
+from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
 from orchestration.study.ablations import FULL, Ablation, compare
 from orchestration.study.budget import Budget
@@ -29,7 +29,7 @@ from orchestration.study.comparison import (
     tuned,
     tuning_trials,
 )
-from orchestration.study.conclusion import StudyResult, closing_lines
+from orchestration.study.conclusion import closing_lines
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING, RunFolder
 from orchestration.tracking.tracker import open_store
@@ -83,7 +83,7 @@ def compared(
         METHODS,
         COMMON,
         settings=where,
-        runner=run_here,
+        runner=InProcess(),
         say=say,
         **arguments,
     )
@@ -96,24 +96,26 @@ def test_points_that_failed_are_tried_again_until_what_is_compared_has_been_chos
     plan = replace(plan_of(where, "c"), retry_failed=True)
     if chosen:
         RunFolder(where.output / "c").create({"kind": "comparison"})
-    asked: list[bool] = []
+    asked: list[StudyPlan] = []
 
-    def runner(study: StudyPlan, settings: Settings, **how: Any) -> StudyResult:
-        asked.append(study.retry_failed)
-        return StudyResult(folder=where.output, records=(), used_up="--max-hours 1")
+    class Looks(InProcess):
+        def check(self, plan: StudyPlan) -> None:
+            asked.append(plan)
+            raise InterruptedError
 
-    compare_methods(
-        plan,
-        METHODS,
-        COMMON,
-        points=2,
-        seeds=[1],
-        settings=where,
-        resume=True,
-        runner=runner,
-        say=print,
-    )
-    assert asked == [not chosen]
+    with pytest.raises(InterruptedError):
+        compare_methods(
+            plan,
+            METHODS,
+            COMMON,
+            points=2,
+            seeds=[1],
+            settings=where,
+            resume=True,
+            runner=Looks(),
+            say=print,
+        )
+    assert [plan.retry_failed for plan in asked] == [not chosen]
 
 
 def test_points_are_inside_the_space_spread_and_always_the_same() -> None:
@@ -196,7 +198,7 @@ def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
     variants = [Ablation(name=FULL, question="?", overrides={})]
     plan = plan_of(where, "one")
     result = compare_variants(
-        plan, variants, seeds=[4], settings=where, resume=False, runner=run_here, say=print
+        plan, variants, seeds=[4], settings=where, resume=False, runner=InProcess(), say=print
     )
     (trial,) = result.records
     best_model = result.folder / "best_model"
@@ -224,7 +226,7 @@ def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
         seeds=[4],
         settings=where,
         resume=False,
-        runner=run_here,
+        runner=InProcess(),
         say=print,
     )
     assert known.test == result.test

@@ -8,7 +8,7 @@ import pytest
 
 from cpfean.errors import ConfigError
 from orchestration.study.conclusion import table
-from orchestration.study.records import TUNING, RunFolder, relocated
+from orchestration.study.records import TUNING, RunFolder, TrialRecord, relocated
 from tests.orchestration.samples import record
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +54,7 @@ def test_of_several_that_start_under_one_name_at_once_one_alone_has_it(tmp_path:
 import os, sys, time
 from pathlib import Path
 from cpfean.errors import ConfigError
-from orchestration.study.records import RunFolder
+from orchestration.study.records import RunFolder, TrialRecord
 
 folder, go = RunFolder(Path(sys.argv[1]) / "runs" / "a"), Path(sys.argv[1]) / "go"
 children = []
@@ -175,3 +175,9 @@ def test_the_table_shows_the_best_trial_first_and_what_each_one_varied() -> None
     assert lines[1].split()[:3] == ["trial-001", "pruned", "90.0"]
     assert "0.35" in lines[1]
     assert "failed (oom)" in lines[3]
+
+
+def test_a_record_knows_when_it_is_for_good() -> None:
+    states = ("waiting", "running", "interrupted", "finished", "pruned", "failed")
+    settled = [TrialRecord(number=0, name="", state=state).settled for state in states]
+    assert settled == [False, False, False, True, True, True]

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestration.cluster import doctor
-from orchestration.runners.in_process import run_here
+from orchestration.runners.on_ray import OnRay
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import RunFolder, TrialRecord
@@ -26,7 +26,7 @@ from orchestration.tracking.tracker import TrackedRun, Tracker, open_store
 from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
 from tests.lab.hosts import wait_until
 from tests.orchestration.runners.test_in_process import plan_of
-from tests.orchestration.samples import TINY, record
+from tests.orchestration.samples import TINY, record, run_here
 from tests.orchestration.study.test_study import SPACE
 
 pytestmark = pytest.mark.slow
@@ -321,12 +321,12 @@ def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
     where = replace(where, tracking_uri=proxy.url)
     proxy.fault = "refuse"
     said: list[str] = []
-    assert run_study(plan, where, resume=True, say=said.append).exit_code == 0
+    assert run_study(plan, where, runner=OnRay(where), resume=True, say=said.append).exit_code == 0
     assert said[-1].startswith("tracking: not everything is sent; the rest is sent by:\n")
     assert said[-1].endswith("sweep.py --resume --name settled")
     proxy.fault = "none"
     said.clear()
-    run_study(plan, where, resume=True, say=said.append)
+    run_study(plan, where, runner=OnRay(where), resume=True, say=said.append)
     assert not any("tracking" in line for line in said)
     assert {run.info.status for run in runs(server.url, id=folder.id)} == {"FINISHED"}
     trials = runs(server.url, id=folder.id, role="trial")

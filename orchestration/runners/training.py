@@ -1,0 +1,145 @@
+"""One trial, wherever it runs: from its newest checkpoint to its end, and to its test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from cpfean.config import ExperimentConfig
+from orchestration.runners.messages import Epoch, Message, Order, Resumed, Tested
+from orchestration.storage.checkpoint_names import epoch_of
+from orchestration.storage.checkpoints import CheckpointFolder
+
+if TYPE_CHECKING:
+    from cpfean.training.checkpoint import Checkpoint, TrainingState
+    from cpfean.training.loop import EpochReport
+
+_Value = TypeVar("_Value")
+
+
+class Abandoned(Exception):  # noqa: N818  (nothing has gone wrong)
+    """The trial is not wanted any more; raised in all its processes after the same epoch."""
+
+
+class Team(Protocol):
+    """The processes that train a trial together, as one of them sees them.
+
+    Attributes:
+        is_first: whether this is the one that looks, saves and tells for all.
+    """
+
+    is_first: bool
+
+    def tell(self, message: Message) -> None:
+        """Tells the driver; on the first process only."""
+
+    def agree(self, value: _Value | None) -> _Value:
+        """The first process's value, on all of them."""
+
+    def is_wanted(self, epoch: int) -> bool:
+        """Whether the trial goes on after that epoch; asked on the first process only; waits."""
+
+
+def train(
+    order: Order,
+    team: Team,
+    *,
+    cache_dir: Path,
+    device: Any,
+    is_to_stop: Callable[[], bool],
+    data_folder: Path | None = None,
+) -> None:
+    """Trains one trial to its end, and tests it if that is asked for.
+
+    Args:
+        cache_dir: on this node.
+        device: of this process.
+        is_to_stop: whether the processes will have to stop soon; they save before their next step.
+        data_folder: the data, checked; None: what the configuration says, fetched if need be.
+
+    Raises:
+        Abandoned: nobody wants the trial any more.
+        StoppedError: it was to stop, and has saved where it is.
+        CpfeanError: what `fit` raises.
+    """
+    from cpfean.data.sources import resolve_data
+    from cpfean.data.split import data_fingerprint
+    from cpfean.training.checkpoint import check_same_run
+    from cpfean.training.loop import fit
+    from cpfean.training.setup import test_split_metrics
+
+    config = ExperimentConfig.from_dict(order.config)
+    data = data_folder or resolve_data(config.data, cache_dir=cache_dir)
+    folder = CheckpointFolder(order.folder, attempt=order.attempt)
+    folder.check_shared()
+
+    def fits(state: TrainingState) -> None:
+        check_same_run(state, config, data_fingerprint(data))
+
+    # One looks for all: they must not go on from different epochs.
+    newest = team.agree(folder.newest_valid(fits=fits) if team.is_first else None)
+    if newest is not None:
+        team.tell(Resumed(epoch=epoch_of(newest), checkpoint=folder.at(newest)))
+    reporter = _Reporter(folder, team, to_be_tested=order.test)
+    with ExitStack() as stack:
+        result = fit(
+            config,
+            data_folder=data,
+            cache_dir=cache_dir,
+            reporter=reporter,
+            resume_from=None if newest is None else stack.enter_context(folder.opened(newest)),
+            device=device,
+            notice=_Notice(folder, is_to_stop),
+        )
+    if order.test:
+        newest = team.agree(folder.newest_valid() if team.is_first else None)
+        with folder.opened(newest) as checkpoint:
+            metrics = test_split_metrics(
+                checkpoint, config, data_folder=data, cache_dir=cache_dir, device=device
+            )
+        team.tell(Tested(history=result.history, checkpoint=folder.at(newest), metrics=metrics))
+    elif newest is not None and not reporter.has_reported:
+        # It was at its end before, when its driver was lost.
+        team.tell(Epoch(history=result.history, checkpoint=folder.at(newest), ended=True))
+
+
+class _Reporter:
+    """Saves each epoch, tells of it, and waits to hear whether there is to be a next one."""
+
+    def __init__(self, folder: CheckpointFolder, team: Team, *, to_be_tested: bool) -> None:
+        self.has_reported = False
+        self._folder = folder
+        self._team = team
+        self._to_be_tested = to_be_tested
+
+    def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
+        self.has_reported = True
+        is_last = report.stopped_early or report.epoch >= report.epochs
+        is_wanted = None
+        if checkpoint is not None:
+            saved = self._folder.save(checkpoint)
+            # A trial that is to be tested is at its end after that.
+            ended = is_last and not self._to_be_tested
+            self._team.tell(Epoch(history=report.history, checkpoint=saved, ended=ended))
+            if not is_last:
+                is_wanted = self._team.is_wanted(report.epoch)
+        if not is_last and not self._team.agree(is_wanted):
+            raise Abandoned
+
+
+class _Notice:
+    """Word that the trial has to stop before its next step, and where it saves then."""
+
+    def __init__(self, folder: CheckpointFolder, is_to_stop: Callable[[], bool]) -> None:
+        self._folder = folder
+        self._is_to_stop = is_to_stop
+
+    def given(self) -> bool:
+        return self._is_to_stop()
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        # However late it is: what is not whole by then is passed over.
+        if checkpoint is not None:
+            self._folder.save(checkpoint)

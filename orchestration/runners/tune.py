@@ -1,0 +1,286 @@
+"""Ray Tune's side of a study: trials are handed to it, and what it tells is passed on.
+
+Tune runs a small process for each trial at a time (`orchestration.runners.trial_process`), which
+has a pool of Ray Train workers; both stay for the next trial. What a trial is, what is known of it
+and what comes next is the study's business; Tune's own snapshots are not read back, so that a
+restart depends on nothing but our records and the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from orchestration.proposals.search import METRIC
+from orchestration.runners.messages import Begun, Ended, Failed, Lost
+from orchestration.runners.protocol import Driver
+from orchestration.runners.trial_process import MESSAGE, TrialProcess
+from orchestration.runners.worker_pool import HEAD, PoolOptions, free, stop_all
+from orchestration.study.records import TrialRecord
+from orchestration.study.trials import MAX_LOSSES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStopping:
+    """Successive halving: what is clearly behind after `grace` epochs, and so on, is stopped."""
+
+    grace: int
+    epochs: int
+    reduction: float = 2.0
+
+
+def run_trials(
+    study: Driver,
+    options: PoolOptions,
+    *,
+    at_a_time: int,
+    begun: Callable[[], None] = lambda: None,
+    trainable: type[Any] = TrialProcess,
+) -> None:
+    """Runs trials until the study has no more.
+
+    Args:
+        options: of the workers of each trial.
+        at_a_time: trials that run beside each other.
+        begun: called when a trial's workers are there.
+        trainable: that runs one trial after another.
+    """
+    # Tune repeats as an error what the study has said of its trials.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    scheduler: Halving | FIFOScheduler = FIFOScheduler()
+    if study.plan.grace:
+        rule = EarlyStopping(grace=study.plan.grace, epochs=study.plan.base.optim.epochs)
+        scheduler = Halving(rule, study.records)
+    # On one machine the processes of several trials only slow each other down as they start.
+    source = Source(study, first_alone=options.is_local)
+    callbacks = Callbacks(study, scheduler, begun=[source.begun, begun])
+    resources = tune.PlacementGroupFactory([{HEAD: 0.001}])
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trainable, options=options), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=source,
+            scheduler=scheduler,
+            # What is lost is a new trial to Tune.
+            num_samples=(1 + MAX_LOSSES) * study.num_open,
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(study.folder.path / "tune"),
+            callbacks=[callbacks],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+    try:
+        with study.stop.at_work(callbacks.save_all):
+            tuner.fit()
+    finally:
+        callbacks.free_all()
+
+
+class Source(Searcher):
+    """Hands the study's trials to Tune, one at a time."""
+
+    def __init__(self, study: Driver, *, first_alone: bool = False) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self._study = study
+        self._running: set[str] = set()
+        self._waits = first_alone
+
+    def begun(self) -> None:
+        """A trial has its workers: the others may be started."""
+        self._waits = False
+
+    def suggest(self, trial_id: str) -> Any:  # FINISHED is a text, whatever Tune's types say
+        if self._waits and self._running:
+            return None  # not now
+        record = None
+        with self._study.stop.errors_of(self._study.folder.path):
+            record = self._study.next_trial()
+        if record is None:
+            # Tune takes that as final, and a trial that runs may be lost and come back.
+            return None if self._running else Searcher.FINISHED
+        self._running.add(trial_id)
+        return {
+            "number": record.number,
+            "config": json.dumps(record.config),
+            "folder": self._study.checkpoints_of(record.number),
+            "test": self._study.plan.tests_all,
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        # What came of it the study tells itself, with states that Tune does not pass on.
+        self._running.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune takes snapshots; ours are the records."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise RuntimeError("a study is resumed from its records, not from Tune's snapshot")
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return (Source, (None,))  # in a snapshot: nothing of the driver's state
+
+
+class Halving(ASHAScheduler):
+    """ASHA that knows the trials of earlier drivers, and which trials it stopped itself.
+
+    Args:
+        past: trials of earlier drivers.
+    """
+
+    def __init__(self, rule: EarlyStopping, past: Sequence[TrialRecord]) -> None:
+        # One epoch more than there are: a trial that reaches its end ends by itself, which frees
+        # its workers in good order.
+        super().__init__(
+            time_attr="epoch",
+            metric=METRIC,
+            mode="max",
+            max_t=rule.epochs + 1,
+            grace_period=rule.grace,
+            reduction_factor=rule.reduction,
+        )
+        self.stopped: set[str] = set()
+        self._past = {record.number: record for record in past}
+        for record in past:
+            if record.settled and record.history:
+                settled: Any = _Settled(f"settled-{record.number}")
+                nobody: Any = None
+                super().on_trial_add(nobody, settled)
+                for row in record.history:
+                    super().on_trial_result(nobody, settled, row)
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        known = self._past.get(trial.config["number"])
+        # The epochs before a restart were judged when they came.
+        for row in known.history if known else ():
+            super().on_trial_result(tune_controller, trial, row)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP and not result.get("ended"):
+            self.stopped.add(trial.trial_id)
+            return decision
+        # What has come to its end anyway is finished, however it compares.
+        return TrialScheduler.CONTINUE if decision == TrialScheduler.STOP else decision
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """All that ASHA asks of a trial."""
+
+    trial_id: str
+
+
+class Callbacks(tune.Callback):
+    """Passes on to the study what Tune tells, and frees what a lost pool holds.
+
+    Tune would make a text of an error that comes out of a callback: the study is stopped by it.
+
+    Args:
+        begun: called when a trial's workers are there.
+    """
+
+    def __init__(
+        self, study: Driver, scheduler: Any, *, begun: Sequence[Callable[[], None]] = ()
+    ) -> None:
+        self._study = study
+        self._scheduler = scheduler
+        self._begun = begun
+        self._groups: dict[int, str] = {}
+        self._pools: dict[int, str] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[None, None]]:
+        return (Callbacks, (None, None))  # in a snapshot: nothing of the driver's state
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        with self._study.stop.errors_of(self._study.folder.path):
+            self._study.tick()
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        with self._study.stop.errors_of(self._study.folder.path):
+            self._study.started(trial.config["number"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
+    ) -> None:
+        message = result.get(MESSAGE)
+        if message is None or isinstance(message, Failed):
+            return  # nothing new; or what Tune tells of next, as the end of the trial
+        number = trial.config["number"]
+        with self._study.stop.errors_of(self._study.folder.path):
+            if isinstance(message, Begun):
+                group = message.placement_group
+                others = {n: known for n, known in self._groups.items() if known != group}
+                self._groups = others | {number: group}
+                self._pools[number] = message.pool
+                for told in self._begun:
+                    told()
+            self._study.tell(number, message)
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        number = trial.config["number"]
+        last = (trial.last_result or {}).get(MESSAGE)
+        with self._study.stop.errors_of(self._study.folder.path):
+            if isinstance(last, Failed):
+                self._free(number)
+                self._study.tell(number, last)
+            else:
+                pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
+                self._study.tell(number, Ended(pruned=pruned))
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """The trial's process is gone: what goes wrong in it otherwise is a message."""
+        number = trial.config["number"]
+        with self._study.stop.errors_of(self._study.folder.path):
+            self._free(number)
+            text = _error_text(trial)
+            if "OutOfMemoryError" in text:  # Ray has ended it before the system would
+                self._study.tell(number, Failed(failure="oom", message=text))
+            else:
+                self._study.tell(number, Lost(message=text))
+
+    def save_all(self, seconds: float) -> bool:
+        """Lets trials save where they are; Tune has to be interrupted then."""
+        stop_all(set(self._pools.values()), seconds=seconds)
+        return False
+
+    def free_all(self) -> None:
+        """At the end: pools that Tune has not let end by themselves."""
+        for number in list(self._groups):
+            self._free(number)
+
+    def _free(self, number: int) -> None:
+        """Removes the workers of a trial, which failed or whose process is gone."""
+        free(self._groups.pop(number, ""))
+
+
+def _error_text(trial: Trial) -> str:
+    """The last lines of what a trial failed with; Tune also keeps a pickle, which is not read."""
+    if trial.error_file and Path(trial.error_file).is_file():
+        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
+        return "\n".join(lines[-30:])
+    return "no error was left behind"

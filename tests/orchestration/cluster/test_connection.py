@@ -1,0 +1,24 @@
+"""Ray on this machine, as far as that can be seen without starting it."""
+
+from typing import Any
+
+import pytest
+
+from orchestration.cluster.connection import connect
+from orchestration.settings import ServiceError, Settings
+
+
+def test_ray_on_this_machine_has_no_dashboard_that_would_take_jobs(
+    where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def init(**how: Any) -> None:
+        asked.update(how)
+        raise RuntimeError("as far as this test goes")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ServiceError, match="as far as"):
+        connect(where)
+    assert asked["address"] == "local"
+    assert asked["include_dashboard"] is False
