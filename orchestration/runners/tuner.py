@@ -32,7 +32,6 @@ from cpfean.errors import (
     StoppedError,
 )
 from orchestration.cluster.capacity import Resources
-from orchestration.proposals.search import METRIC
 from orchestration.runners.ray_errors import (
     causes_of,
     classify,
@@ -47,7 +46,7 @@ from orchestration.settings import (
     prepare_environment,
 )
 from orchestration.storage.checkpoints import CheckpointFolder
-from orchestration.study.records import TrialRecord
+from orchestration.study.records import METRIC, TrialRecord
 
 _RETRIED = ("infra", "preempted")
 MAX_RETRIES = 3

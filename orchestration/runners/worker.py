@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpfean.config import ExperimentConfig
-from orchestration.proposals.search import METRIC
 from orchestration.storage.checkpoint_names import epoch_of
 from orchestration.storage.checkpoints import CheckpointFolder
+from orchestration.study.records import METRIC
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint, TrainingState

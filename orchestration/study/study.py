@@ -22,7 +22,7 @@ from cpfean.errors import CpfeanError, message_of
 from orchestration.cluster.capacity import Room
 from orchestration.cluster.doctor import ask_nodes, missing_workers, versions
 from orchestration.cluster.version_drift import among_nodes, since_start
-from orchestration.proposals.search import Proposals
+from orchestration.proposals.optuna_study import Proposals
 from orchestration.runners.guard import Guarded
 from orchestration.runners.worker import test_metrics, this_device
 from orchestration.settings import ServiceError, Settings
@@ -437,20 +437,14 @@ class _Study:
         if self._plan.space is not None:
             self._proposals = Proposals(
                 self._plan.space,
-                file=self._folder.path / "study.db",
                 name=self._folder.first_name,
                 seed=self._plan.base.seed,
                 baseline=self._plan.space.baseline(self._plan.base),
                 trials=self._plan.trials,
                 records=list(self._records.values()),
             )
-            damaged, rebuilt = self._proposals.damaged, self._proposals.num_rebuilt
-            if damaged is not None or rebuilt:
-                why = f"damaged, and is kept as {damaged.name}" if damaged else "without them"
-                self._say(f"study rebuilt from {rebuilt} run(s): study.db was {why}.")
-            for record in self._records.values():
-                if record.settled:
-                    self._proposals.tell(record)
+            if self._records:
+                self._export_search()
         reused = self._reuse()
         done = self._done()
         self._failures = [_kind_of_failure(record) for record in done if record.state == "failed"]
@@ -462,6 +456,14 @@ class _Study:
             self._say(
                 f"resuming {self._plan.name}: {len(done)} settled, cut off: {cut_off}, {new} new."
             )
+
+    def _export_search(self) -> None:
+        """Writes what optuna-dashboard shows, of which a study can do without."""
+        assert self._proposals is not None
+        try:
+            self._proposals.export(self._folder.path / "study.db")
+        except ServiceError as error:
+            self._say(f"nothing new for optuna-dashboard: {error}")
 
     def _reuse(self) -> int:
         """Takes over trials whose runs are known; returns how many."""
@@ -582,6 +584,8 @@ class _Study:
 
     def _conclude(self) -> StudyResult:
         """The best trial, its test metrics and its files."""
+        if self._proposals is not None:
+            self._export_search()
         records = tuple(self._records[number] for number in sorted(self._records))
         return conclude(
             self._plan,

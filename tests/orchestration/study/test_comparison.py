@@ -17,7 +17,8 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
 from cpfean.training.setup import evaluate_checkpoint
-from orchestration.proposals.search import Choice, Range, SearchSpace, spread_points
+from orchestration.proposals.points import spread_points
+from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import run_here
 from orchestration.settings import Settings
 from orchestration.study.ablations import FULL, Ablation, compare

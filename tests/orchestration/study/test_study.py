@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -20,7 +21,8 @@ from cpfean.errors import CpfeanError
 from orchestration.cluster import nodes
 from orchestration.cluster.capacity import Cluster, Node, Room
 from orchestration.cluster.doctor import versions
-from orchestration.proposals.search import Range, SearchSpace
+from orchestration.proposals.optuna_study import Proposals
+from orchestration.proposals.search_space import Range, SearchSpace
 from orchestration.runners.tuner import EarlyStopping, _Halving
 from orchestration.settings import ServiceError, Settings
 from orchestration.study import study as study_module
@@ -29,6 +31,7 @@ from orchestration.study.conclusion import StudyResult, best_of, closing_lines, 
 from orchestration.study.plan import StudyPlan, TrialPlan, num_open
 from orchestration.study.records import RunFolder
 from orchestration.study.study import StudyError, _Study, reopen_failed
+from tests.orchestration.proposals.spaces import FOUR
 from tests.orchestration.samples import TINY, history, record
 
 SPACE = SearchSpace(name="s", question="?", parameters={"loss.margin": Range(0.1, 0.4)})
@@ -78,6 +81,7 @@ def study(
     budget: Budget | None = None,
     allow_drift: bool = False,
     address: str | None = None,
+    space: SearchSpace = SPACE,
 ) -> tuple[Driven, list[str]]:
     plans = tuple(
         TrialPlan(name=f"t{n}", overrides={"seed": n}, config=TINY.with_overrides({"seed": n}))
@@ -91,7 +95,7 @@ def study(
         data_folder=tmp_path,
         data_fingerprint="0",
         trials=trials,
-        space=None if fixed else SPACE,
+        space=None if fixed else space,
         fixed=plans if fixed else (),
         budget=budget or Budget(),
         allow_drift=allow_drift,
@@ -123,10 +127,11 @@ def begin(driven: Driven) -> int:
 
 
 def proposed(tmp_path: Path) -> dict[int, str]:
-    """What Optuna was told of each trial."""
-    optuna_study = optuna.load_study(
-        study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}"
-    )
+    """What Optuna is told of each trial."""
+    records = RunFolder(tmp_path / "s").records()
+    told = Proposals(SPACE, name="s", seed=0, baseline=None, trials=4, records=records)
+    told.export(tmp_path / "told.db")
+    optuna_study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'told.db'}")
     return {trial.user_attrs["number"]: trial.state.name for trial in optuna_study.trials}
 
 
@@ -279,12 +284,10 @@ def test_a_trial_that_failed_is_run_once_more_if_that_is_asked_for(tmp_path: Pat
     again.ended(failed, pruned=False)
     record = RunFolder(tmp_path / "s").records()[failed]
     assert (record.state, record.failure, record.message) == ("finished", "", "")
-    # Optuna keeps the failure, and knows what came of it.
+    # Optuna knows what came of it in the end.
     assert proposed(tmp_path) == {failed: "COMPLETE", good: "COMPLETE"}
     once_more, _ = study(tmp_path, trials=2)
     assert once_more.next_trial() is None
-    kept = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}")
-    assert [trial.state.name for trial in kept.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_a_trial_that_was_stopped_early_is_told_as_pruned_and_its_early_luck_does_not_make_it_best(
@@ -449,28 +452,44 @@ def test_one_bad_trial_never_stops_the_others(
 
 
 def test_a_duplicate_is_told_with_its_twin_and_many_are_counted(tmp_path: Path) -> None:
-    driven, said = study(tmp_path)
-    finish(driven, begin(driven))
-    said.clear()
-    proposals = driven._proposals
-    assert proposals is not None
-    draw = proposals._draw
-    repeats = 0
+    driven, said = study(tmp_path, trials=9, space=FOUR)
+    told_singly = 0
+    for number in range(4):
+        assert begin(driven) == number
+        singly = [
+            line for line in said if line.startswith("a proposal was a duplicate of trial-00")
+        ]
+        assert all(line.endswith(", not trained again.") for line in singly)
+        assert len(singly) <= 3
+        told_singly += len(singly)
+        finish(driven, number)
+        said.clear()
+    assert told_singly > 0
+    assert driven.next_trial() is None
+    counted, exhausted = said
+    assert counted.startswith("50 proposals were duplicates (")
+    each = re.findall(r"(\d+) of trial-00[0-3][,)]", counted)
+    assert (len(each), sum(map(int, each))) == (4, 50)
+    assert exhausted == "the search space has no more than 4 different configurations."
 
-    def repeat(trial: Any) -> dict[str, Any]:
-        nonlocal repeats
-        drawn = draw(trial)
-        repeats -= 1
-        return dict(driven._records[0].overrides) if repeats >= 0 else drawn
 
-    proposals._draw = repeat  # type: ignore[method-assign]
-    repeats = 2
-    assert begin(driven) == 1
-    assert said == ["a proposal was a duplicate of trial-000, not trained again."] * 2
-    said.clear()
-    repeats = 5
-    assert begin(driven) == 2
-    assert said == ["5 proposals were duplicates (5 of trial-000), not trained again."]
+def test_a_resumed_search_is_shown_to_optuna_dashboard_as_the_records_have_it(
+    tmp_path: Path,
+) -> None:
+    first, said = study(tmp_path)
+    finish(first, begin(first))
+    assert not (tmp_path / "s" / "study.db").exists()
+    (tmp_path / "s" / "study.db").write_bytes(b"damaged" * 200)  # nothing reads it
+    study(tmp_path)
+    (shown,) = optuna.load_study(
+        study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}"
+    ).trials
+    assert (shown.state.name, shown.user_attrs["name"]) == ("COMPLETE", "trial-000")
+    (tmp_path / "s" / "study.db").unlink()
+    (tmp_path / "s" / "study.db").mkdir()
+    resumed, said = study(tmp_path)
+    assert said[0].startswith("nothing new for optuna-dashboard: ")
+    assert begin(resumed) == 1
 
 
 def test_fixed_trials_are_run_in_their_order(tmp_path: Path) -> None:
