@@ -23,7 +23,7 @@ from cpfean.folders import can_be_written, expanded
 from cpfean.writing import cannot_write, is_disk_error
 from experiments.baselines import BASELINES
 from experiments.terminal import make_forgiving
-from orchestration.proposals.search import Choice, SearchSpace
+from orchestration.proposals.search_space import Choice, SearchSpace
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings, check_name, check_text, prepare_environment
 from orchestration.storage.records_copy import fetch_records

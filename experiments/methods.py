@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cpfean.config import Plain
-from orchestration.proposals.search import Choice, Range
+from orchestration.proposals.search_space import Choice, Range
 from orchestration.study.ablations import FULL
 from orchestration.study.comparison import Method
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.proposals.search import Choice, Range, SearchSpace
+from orchestration.proposals.search_space import Choice, Range, SearchSpace
 
 _GATE = "model.alignment.gate"
 _THRESHOLD = "model.alignment.gate_threshold"

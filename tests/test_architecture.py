@@ -61,7 +61,13 @@ ROOMS = {
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=frozenset({"cpfean"})),
-    "orchestration": Room(ours=frozenset({"cpfean"}), never=frozenset()),
+    "orchestration": Room(
+        ours=frozenset({"cpfean", "orchestration.proposals"}), never=frozenset({"optuna"})
+    ),
+    "orchestration.proposals": Room(
+        ours=frozenset({"cpfean", "orchestration"}), never=frozenset({"ray", "mlflow"})
+    ),
+    "orchestration.proposals.search_space": Room(ours=FOUNDATION),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
 }
 
@@ -151,6 +157,9 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("cpfean.training.loop", "def report():\n    import optuna as study"),
         ("cpfean.training.loop", "import orchestration.study.study"),
         ("orchestration.study.study", "from experiments.baselines import BASELINES"),
+        ("orchestration.study.study", "import optuna"),
+        ("orchestration.proposals.search_space", "import optuna"),
+        ("orchestration.proposals.optuna_study", "from ray import tune"),
         ("experiments.sweep", "import ray"),
         ("experiments.sweep", "from optuna.samplers import TPESampler"),
     ],

@@ -34,9 +34,10 @@ def constraints() -> dict[str, Version]:
 
 
 def requirements() -> list[Requirement]:
-    """Everything that `make install` installs; the syntax extra is not part of it."""
+    """Everything that has been installed beside each other; the syntax extra has not."""
     extras = PROJECT["optional-dependencies"]
-    texts = [*PROJECT["dependencies"], *extras["aws"], *extras["postgres"], *extras["dev"]]
+    listed = [PROJECT["dependencies"], *(extras[name] for name in extras if name != "syntax")]
+    texts = [text for texts in listed for text in texts]
     return [Requirement(text) for text in texts if not text.startswith("cpfean[")]
 
 

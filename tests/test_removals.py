@@ -70,8 +70,9 @@ PLACES = {
     "cpfean.writing:write_text": "a file that is ours by its folder: see who calls it",
     "cpfean.writing:_written": NEW,
     "orchestration.schedule:Schedule.only_round": "its lock, in the schedule's own folder",
-    "orchestration.proposals.search:Proposals.__init__": RUN,
-    "orchestration.proposals.search:_put_aside": f"{RUN}; under a name that was free",
+    "orchestration.proposals.optuna_study:Proposals.export": f"{RUN}; study.db of earlier releases "
+    "was read back, and is an export by now",
+    "orchestration.proposals.optuna_study:_remove": f"{RUN}: what a killed export has left, by its exact name",
     "orchestration.tracking.stores:_make": f"{NEW}, and such names that a killed process has left",
     "orchestration.tracking.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
     "orchestration.tracking.stores:try_out": "the run that it has made to try writing with",

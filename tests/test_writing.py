@@ -5,21 +5,18 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from cpfean.errors import CpfeanError
-from cpfean.writing import cannot_write, is_disk_error
-from orchestration.proposals.search import Proposals
 from orchestration.runners.guard import Guarded
+
+from cpfean.writing import cannot_write, is_disk_error
 from orchestration.settings import ServiceError
 from orchestration.study.records import RunFolder
 from tests.faults import small_disk
 from tests.orchestration.samples import record
-from tests.orchestration.study.test_study import SPACE, begin, report, study
+from tests.orchestration.study.test_study import begin, report, study
 
 
 @pytest.fixture
@@ -82,43 +79,6 @@ def test_a_study_whose_disk_is_full_is_stopped_in_good_order(disk: Path) -> None
     assert [known.epochs for known in RunFolder(disk / "s").records()] == [1]
     assert "cut off: trial-000" in said[-1]
     assert begin(resumed) == number
-
-
-def test_a_search_on_a_full_disk_is_told_as_one(disk: Path) -> None:
-    proposals = Proposals(SPACE, file=disk / "study.db", name="s", seed=1, baseline=None, trials=4)
-    fill(disk)
-    stopped: list[CpfeanError] = []
-
-    class Hooks:
-        def next_trial(self) -> None:
-            for number in range(100):
-                proposals.ask(number, [])
-
-    hooks = Guarded(Hooks(), folder=disk, give_up=stopped.append)  # type: ignore[arg-type]
-    assert hooks.next_trial() is None
-    assert "disk full" in str(stopped[0])
-    assert str(disk) in str(stopped[0])
-
-
-@pytest.mark.slow
-@pytest.mark.drill
-def test_a_search_whose_database_is_locked_waits_half_a_minute(tmp_path: Path) -> None:
-    file = tmp_path / "study.db"
-    proposals = Proposals(SPACE, file=file, name="s", seed=1, baseline=None, trials=4)
-    held = sqlite3.connect(file, isolation_level=None)
-    held.execute("BEGIN EXCLUSIVE")
-    stopped: list[CpfeanError] = []
-
-    class Hooks:
-        def next_trial(self) -> None:
-            proposals.ask(0, [])
-
-    hooks = Guarded(Hooks(), folder=tmp_path, give_up=stopped.append)  # type: ignore[arg-type]
-    began = time.monotonic()
-    assert hooks.next_trial() is None
-    assert 25 < time.monotonic() - began < 45
-    assert str(stopped[0]) == f"{tmp_path}: cannot be written: database is locked."
-    held.close()
 
 
 def test_a_defect_is_no_disk_error() -> None:

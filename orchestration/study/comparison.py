@@ -17,7 +17,8 @@ from pathlib import Path
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
 from cpfean.files import is_there
-from orchestration.proposals.search import Choice, Range, SearchSpace, spread_points
+from orchestration.proposals.points import spread_points
+from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.report import write_report
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
-from orchestration.proposals.search import SearchSpace
+from orchestration.proposals.search_space import SearchSpace
 from orchestration.settings import Settings
 from orchestration.storage.checkpoints import KEPT
 from orchestration.study.budget import (

@@ -29,6 +29,7 @@ from cpfean.writing import as_json, cannot_write, write_first, write_json
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
 SETTLED: tuple[State, ...] = ("finished", "pruned", "failed")
+METRIC = "val/rsum"  # of an epoch: what trials are judged by, to be maximized
 TUNING = "-tuning"  # ends the name of the study that tunes the methods of a comparison
 _NEWER = ("reused", "drift")  # fields of records that not every release has written
 _WITHOUT = {
@@ -89,7 +90,7 @@ class TrialRecord:
     @property
     def best_rsum(self) -> float:
         """Best rSum on dev so far, of those that are numbers; minus infinity before the first."""
-        rsums = (row["val/rsum"] for row in self.history)
+        rsums = (row[METRIC] for row in self.history)
         return max(filter(math.isfinite, rsums), default=-math.inf)
 
     @property
@@ -421,8 +422,8 @@ def check_outcome(
     if not 0 <= seconds < math.inf:
         raise ConfigError(f"seconds must be a finite number; got {seconds}")
     for number, row in enumerate(history, start=1):
-        if row.get("epoch") != number or "val/rsum" not in row:
-            raise ConfigError(f"history must tell of epoch {number} and its val/rsum in its place")
+        if row.get("epoch") != number or METRIC not in row:
+            raise ConfigError(f"history must tell of epoch {number} and its {METRIC} in its place")
     if test and "rsum" not in test:
         raise ConfigError("test must have rsum")
 

@@ -13,8 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from cpfean.errors import CpfeanError
-from orchestration.proposals.search import Proposals
+from cpfean.errors import CpfeanError, ServiceError
+from orchestration.proposals.optuna_study import Proposals
 from orchestration.runners.messages import History
 from orchestration.study.plan import StudyPlan, TrialPlan, planned_record, resume_line
 from orchestration.study.records import RunFolder, State, TrialRecord
@@ -102,15 +102,14 @@ class Trials:
         if self._plan.space is not None:
             self._proposals = Proposals(
                 self._plan.space,
-                file=self._folder.path / "study.db",
                 name=self._folder.first_name,
                 seed=self._plan.base.seed,
                 baseline=self._plan.space.baseline(self._plan.base),
                 trials=self._plan.trials,
                 records=self.records,
             )
-            for record in self.settled:
-                self._proposals.tell(record)
+            if self._records:
+                self.export_search()
         for record in list(self._waiting):
             # Its driver was lost between its last epoch and its end.
             if record.complete and (record.test or not self._plan.tests_all):
@@ -226,9 +225,13 @@ class Trials:
                 self._cut_off(record)
 
     def export_search(self) -> None:
-        """Writes the search as `study.db`, for those who look at it with other programs."""
-        if self._proposals is not None:
-            pass
+        """Writes what optuna-dashboard shows, if there is a search; a study can do without."""
+        if self._proposals is None:
+            return
+        try:
+            self._proposals.export(self._folder.path / "study.db")
+        except ServiceError as error:
+            self._say(f"nothing new for optuna-dashboard: {error}")
 
     def _cut_off(self, record: TrialRecord) -> None:
         self._count_seconds(record)

@@ -123,14 +123,14 @@ def test_a_signal_in_the_middle_of_an_epoch_costs_none_of_its_steps(
     config = TINY.with_overrides({"optim.batch_size": 10})
     plan = plan_of(config, where, "stopped")
     open_store(where.tracking_uri)
-    triplet_loss = loop.triplet_loss
+    find_gradients = loop.find_gradients
 
     def with_a_signal(*words: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.undo()
-        return triplet_loss(*words, **named)
+        return find_gradients(*words, **named)
 
-    monkeypatch.setattr(loop, "triplet_loss", with_a_signal)  # in the first step
+    monkeypatch.setattr(loop, "find_gradients", with_a_signal)  # in the first step
     with pytest.raises(Interrupted) as stopped:
         run_here(plan, where, resume=False, say=print)
     assert stopped.value.exit_code == 128 + signal.SIGTERM

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from mlflow import MlflowClient
 
@@ -152,13 +153,19 @@ def check_the_three_records_agree(driver: Driver) -> None:
     assert sum("test/rsum" in run.data.metrics for run in runs) == 2
     assert (driver.folder.path / "best_config.toml").exists()
 
+    # What optuna-dashboard shows.
+    (name,) = optuna.get_all_study_names(shown := f"sqlite:///{driver.folder.path / 'study.db'}")
+    states = {"finished": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    told = [trial.state.name for trial in optuna.load_study(study_name=name, storage=shown).trials]
+    assert told == [states[record.state] for record in after]
+
 
 def test_a_sweep_that_is_killed_stopped_and_killed_ends_as_if_it_had_not_been(
     tmp_path: Path,
 ) -> None:
     driver = Driver(tmp_path, config=SHORT, trials=3, workers=2)
     # Before Tune has taken note of anything, and before a trial is recorded.
-    driver.kill(driver.start(), lambda: (driver.folder.path / "study.db").exists())
+    driver.kill(driver.start(), lambda: driver.folder.identity_file.exists())
     assert driver.records() == []
     # In the middle of the first trial, by SIGTERM, on which Ray has a handler of its own.
     seconds = driver.stop(

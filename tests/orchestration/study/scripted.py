@@ -6,7 +6,7 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ServiceError
-from orchestration.proposals.search import Range, SearchSpace
+from orchestration.proposals.search_space import Range, SearchSpace
 from orchestration.runners.messages import Ended, Epoch, Failed
 from orchestration.settings import Settings
 from orchestration.study.budget import OTHER, Budget
@@ -115,9 +115,8 @@ class Driven(Study):
             data_folder=tmp_path,
             data_fingerprint="0",
             trials=trials,
-            space=None if fixed else SPACE,
             fixed=tuple(trial(f"t{number}", number) for number in range(trials)) if fixed else (),
-            **{"workers": 1, "budget": Budget()} | plan,
+            **{"workers": 1, "budget": Budget(), "space": None if fixed else SPACE} | plan,
         )
         folder = RunFolder(tmp_path / "s")
         if not folder.identity_file.exists():

@@ -1,6 +1,7 @@
 """Methods tuned alike and run on the same seeds; here in this process, without Ray."""
 
 import csv
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
 from cpfean.training.setup import evaluate_checkpoint
-from orchestration.proposals.search import Choice, Range, SearchSpace, spread_points
+from orchestration.proposals.points import spread_points
+from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
 from orchestration.study.ablations import FULL, Ablation, compare
@@ -235,14 +237,15 @@ def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
 
 def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> None:
     def stop_in_the_last_run(line: str) -> None:
-        if line.startswith("pooled/seed-2"):
+        if "pooled/seed-2  epoch 1/" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compared(where, "stopped", say=stop_in_the_last_run)
     lines: list[str] = []
     result, _ = compared(where, "stopped", say=lines.append, resume=True)
-    assert sum("testing" in line for line in lines) == 1
+    # What was finished is not trained again.
+    assert {run for line in lines for run in re.findall(r"\w+/seed-\d", line)} == {"pooled/seed-2"}
     whole, _ = compared(
         Settings(
             output=where.output / "other",
@@ -278,7 +281,7 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
 
     def an_hour_each(line: str) -> None:
         nonlocal ahead
-        ahead += 3600 * line.startswith("epoch 1/1")
+        ahead += 3600 * ("epoch 1/1 " in line)
 
     # Methods that are not tuned alike are not compared.
     cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
@@ -25,6 +27,7 @@ from orchestration.study.plan import num_open
 from orchestration.study.records import RunFolder
 from orchestration.study.stopping import Deadlines, Interrupted
 from orchestration.study.trials import StudyError
+from tests.orchestration.proposals.spaces import FOUR
 from tests.orchestration.samples import history, record
 from tests.orchestration.study.scripted import Driven, on_disk
 
@@ -306,6 +309,61 @@ def test_one_bad_trial_never_stops_the_others(
         else:
             driven.fail(number, "bug", message)
     assert not driven.stop.is_asked
+
+
+def test_a_duplicate_is_told_with_its_twin_and_many_are_counted(tmp_path: Path) -> None:
+    driven = Driven(tmp_path, trials=9, space=FOUR)
+    told_singly = 0
+    for number in range(4):
+        assert driven.begin() == number
+        singly = [line for line in driven.said if line.startswith("a proposal was a duplicate of ")]
+        assert all(line.endswith(", not trained again.") for line in singly)
+        assert len(singly) <= 3
+        told_singly += len(singly)
+        driven.finish(number)
+        driven.said.clear()
+    assert told_singly > 0
+    assert driven.next_trial() is None
+    counted, exhausted = driven.said
+    assert counted.startswith("50 proposals were duplicates (")
+    each = re.findall(r"(\d+) of trial-00[0-3][,)]", counted)
+    assert (len(each), sum(map(int, each))) == (4, 50)
+    assert exhausted == "the search space has no more than 4 different configurations."
+
+
+def exported(tmp_path: Path) -> list[optuna.trial.FrozenTrial]:
+    """What optuna-dashboard shows of the study."""
+    return optuna.load_study(
+        study_name="s", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}"
+    ).trials
+
+
+def test_the_search_is_shown_to_optuna_dashboard_at_the_end_and_when_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    def half(study: Driven) -> None:
+        study.finish(study.begin())
+        pruned = study.begin()
+        study.report(pruned, 5.0)
+        study.end(pruned, pruned=True)
+        study.fail(study.begin(), "diverged", "the loss is nan")
+        study.begin()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Driven(tmp_path, half, prepare=False).run()
+    assert not (tmp_path / "s" / "study.db").exists()
+    (tmp_path / "s" / "study.db").write_bytes(b"damaged" * 200)  # nothing reads it
+    resumed = Driven(tmp_path, lambda study: study.finish(study.begin()), prepare=False)
+    resumed.prepare()
+    states = ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+    assert [trial.state.name for trial in exported(tmp_path)] == states
+    assert exported(tmp_path)[0].user_attrs["name"] == "trial-000"
+    resumed.run()
+    assert [trial.state.name for trial in exported(tmp_path)] == [*states[:3], "COMPLETE"]
+    (tmp_path / "s" / "study.db").unlink()
+    (tmp_path / "s" / "study.db").mkdir()
+    assert Driven(tmp_path).said[0].startswith("nothing new for optuna-dashboard: ")
 
 
 def test_fixed_trials_are_run_in_their_order(tmp_path: Path) -> None:

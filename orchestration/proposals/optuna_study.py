@@ -1,0 +1,183 @@
+"""Proposals by Optuna, whose study is made from the records of the trials whenever it is needed.
+
+The records are the only state: a proposal depends on them, the seed and the trial's number alone,
+so that one that a killed driver made and did not record is made once more. The file that
+optuna-dashboard shows is an export, which nothing reads back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpfean.config import Plain
+from cpfean.errors import ServiceError
+from cpfean.files import is_there
+from cpfean.writing import cannot_write
+from orchestration.proposals.points import draw, quiet_optuna
+from orchestration.proposals.search_space import SearchSpace
+from orchestration.study.records import METRIC, TrialRecord
+
+if TYPE_CHECKING:
+    import optuna
+
+_TRIES = 50  # proposals looked at before a space counts as exhausted
+_GUIDED = 5  # of these by TPE, which goes on proposing what it knows to be good; the rest at random
+
+
+class Proposals:
+    """Asks Optuna's TPE for points of a space, given how the trials so far did.
+
+    Beside what Tune's own Optuna adapter does: a trial that was stopped early is told as pruned, a
+    failed one as failed, one that runs counts too, and a point that is known already costs no
+    training. Of a trial that failed and was tried once more Optuna is told what came of it.
+
+    Args:
+        name: of the study, as optuna-dashboard lists it.
+        seed: of the sampler.
+        baseline: proposed first.
+        trials: how many will be asked for; small sweeps start to learn earlier.
+        records: of the trials so far.
+
+    Attributes:
+        duplicates: names of the trials that proposals were repeats of, in their order.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        name: str,
+        seed: int,
+        baseline: Mapping[str, Plain] | None,
+        trials: int,
+        records: Sequence[TrialRecord] = (),
+    ) -> None:
+        self._optuna = quiet_optuna()
+        self._space = space
+        self._name = name
+        self._seed = seed
+        self._baseline = baseline
+        self._num_startup = max(2, min(10, trials // 3))
+        self._known = {record.number: record for record in records}
+        self.duplicates: list[str] = []
+
+    def ask(self, number: int, seen: Sequence[TrialRecord]) -> dict[str, Plain] | None:
+        """A new point for trial `number`; None if the space has no other left.
+
+        Args:
+            seen: all trials so far.
+        """
+        self._known |= {record.number: record for record in seen}
+        points = [record.overrides for record in seen]
+        if self._baseline is not None and self._baseline not in points:
+            return dict(self._baseline)
+        study = self._study(seen)
+        guided, at_random = self._samplers(number)
+        for attempt in range(_TRIES):
+            study.sampler = guided if attempt < _GUIDED else at_random
+            trial = study.ask()
+            drawn = draw(trial, self._space)
+            if drawn not in points:
+                return drawn
+            twin = seen[points.index(drawn)]
+            self.duplicates.append(twin.name)
+            # The sampler is told, so that it looks elsewhere.
+            if twin.state == "finished":
+                study.tell(trial, twin.best_rsum)
+            else:
+                study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        return None
+
+    def tell(self, record: TrialRecord) -> None:
+        """Notes how a trial stands now, for the export."""
+        self._known[record.number] = record
+
+    def export(self, file: Path) -> None:
+        """Writes the study as a database for optuna-dashboard, whole or not at all.
+
+        One that is there is replaced: nothing reads it back.
+
+        Raises:
+            ServiceError: it cannot be written, or is no file; what was there still is.
+        """
+        if is_there(file) and (file.is_symlink() or not file.is_file()):
+            raise ServiceError(f"{file}: cannot be written: it is no file, and was left as it is.")
+        from sqlalchemy import URL
+        from sqlalchemy.exc import SQLAlchemyError
+
+        optuna = self._optuna
+        new = file.with_name(f"{file.name}.new")
+        try:
+            _remove(new)
+            memory = optuna.storages.InMemoryStorage()
+            self._study(self._known.values(), memory).set_metric_names([METRIC])
+            # In a URL that is put together by hand a path would end at its first question mark.
+            url = URL.create("sqlite", database=str(new)).render_as_string()
+            database = optuna.storages.RDBStorage(url)
+            try:
+                optuna.copy_study(
+                    from_study_name=self._name, from_storage=memory, to_storage=database
+                )
+            finally:
+                database.remove_session()
+                database.engine.dispose()
+            os.replace(new, file)
+        except (OSError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+            with suppress(OSError):
+                _remove(new)
+            raise cannot_write(file, error) from error
+
+    def _study(
+        self, records: Iterable[TrialRecord], storage: optuna.storages.BaseStorage | None = None
+    ) -> optuna.Study:
+        """A study in memory that has every trial, in their order."""
+        optuna = self._optuna
+        study = optuna.create_study(
+            storage=storage,
+            study_name=self._name,
+            direction="maximize",
+            sampler=optuna.samplers.RandomSampler(seed=self._seed),  # draws nothing: all is given
+        )
+        for record in sorted(records, key=lambda record: record.number):
+            notes = {"number": record.number, "name": record.name, "seconds": record.seconds}
+            if record.failure:
+                notes["failure"] = record.failure
+            study.enqueue_trial(record.overrides, user_attrs=notes)
+            trial = study.ask()
+            draw(trial, self._space)
+            for row in record.history:
+                trial.report(row[METRIC], int(row["epoch"]))
+            if record.state == "finished":
+                study.tell(trial, record.best_rsum)
+            elif record.state == "pruned":
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            elif record.state == "failed":
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return study
+
+    def _samplers(
+        self, number: int
+    ) -> tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler]:
+        """One that learns and one that does not; other ones for each trial, as the seed says."""
+        optuna = self._optuna
+        first, second = map(int, np.random.SeedSequence([self._seed, number]).generate_state(2))
+        guided = optuna.samplers.TPESampler(
+            seed=first,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=self._num_startup,
+        )
+        return guided, optuna.samplers.RandomSampler(seed=second)
+
+
+def _remove(database: Path) -> None:
+    """Removes a database, with the journal that a killed writer has left beside it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        Path(f"{database}{suffix}").unlink(missing_ok=True)
