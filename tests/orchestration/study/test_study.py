@@ -530,7 +530,7 @@ def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
             raise RuntimeError("no paint left\nat all")
         return [Path("a.png")]
 
-    monkeypatch.setattr("orchestration.pictures.queries.draw_study_pictures", draw)
+    monkeypatch.setattr("cpfean.analysis.pictures.queries.draw_study_pictures", draw)
     driven._test(best)
     assert asked["model"] == tmp_path / "s" / "best_model"
     assert asked["output"] == tmp_path / "s" / "pictures" / "trial-000"
