@@ -21,13 +21,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Bool
+from known_truth import align_pairs, train_on_synthetic
 from matplotlib.axes import Axes
 
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.synthetic import SyntheticTruth
 from cpfean.model.alignment import Alignment
 from cpfean.model.cpfean import Cpfean
-from cpfean.training.mechanisms import align_pairs, train_on_synthetic
 from experiments.baselines import SYNTHETIC
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:cyan")

@@ -4,7 +4,7 @@
 
 Trains eight small models for each seed, of the data and of the training both, on one CPU core: the
 baseline `synthetic` (about two minutes) for the gate and the prominent word, and one for each
-setting of `cpfean.training.mechanisms` (about ten seconds each) for the textual prior. Prints the
+setting of `known_truth.py` (about ten seconds each) for the textual prior. Prints the
 tables of docs/model.md; what is going on goes to standard error.
 """
 
@@ -19,15 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from known_truth import QUICK, SETTINGS, PriorEffects, train_and_measure, with_seed
 from scipy import stats
 
-from cpfean.training.mechanisms import (
-    QUICK,
-    SETTINGS,
-    PriorEffects,
-    train_and_measure,
-    with_seed,
-)
 from experiments.baselines import SYNTHETIC
 
 

@@ -688,10 +688,11 @@ def check_in_process(arguments: argparse.Namespace, workers: int) -> None:
 
 def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:
     """The table, and where everything is."""
-    from orchestration.report import markdown_table
-    from orchestration.study.ablations import compare
+    from cpfean.analysis.report import markdown_table
+    from cpfean.analysis.statistics import compare
+    from orchestration.study.ablations import seed_runs
 
-    print("\n" + markdown_table(compare(result.records)))
+    print("\n" + markdown_table(compare(seed_runs(result.records))))
     print(f"tables, plots   {report}")
     print_closing(result, where)
 

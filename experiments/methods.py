@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cpfean.analysis.statistics import FULL
 from cpfean.config import Plain
 from orchestration.proposals.search_space import Choice, Range
-from orchestration.study.ablations import FULL
 from orchestration.study.comparison import Method
 
 # Tuned for every method, beside two settings of its own.

@@ -23,12 +23,12 @@ from experiments.trained import (
 )
 
 if TYPE_CHECKING:
+    from cpfean.analysis.probe_report import CurvePanel, ProbeResult
     from cpfean.data.dataset import RetrievalDataset
     from cpfean.data.split import Split
     from cpfean.metrics.retrieval import RetrievalMetrics
     from cpfean.progress import Progress
     from cpfean.training.setup import TrainedModel
-    from orchestration.probes import CurvePanel, ProbeResult
 
 _EPILOG = """\
   python experiments/probe.py --model full=runs/a --model full=runs/b --model scan=runs/c --data DIR
@@ -49,7 +49,7 @@ Written are curves.csv, curves.png, regions.csv, objects.csv, objects.png and tr
 Exit codes: 0 done, 2 flags or configuration, 3 data, 5 checkpoint.
 """
 
-# A disturbance of cpfean.training.probing -> its shares.
+# A disturbance of cpfean.analysis.probing -> its shares.
 SHARES: dict[str, tuple[float, ...]] = {
     "words dropped": (0.0, 0.1, 0.2, 0.3, 0.4),
     "words replaced": (0.0, 0.1, 0.2, 0.3, 0.4),
@@ -158,7 +158,7 @@ class Probed:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from cpfean.training.probing import open_whole, region_counts
+    from cpfean.analysis.probing import open_whole, region_counts
     from orchestration.storage.output_folders import own_folder
 
     command_line.positive(arguments.seed, "--seed", least=0)
@@ -238,8 +238,8 @@ class Probe:
         self, shares: dict[str, tuple[float, ...]]
     ) -> tuple[list[ProbeResult], list[CurvePanel]]:
         """rSum along every disturbance."""
-        from cpfean.training.probing import DISTURBANCES
-        from orchestration.probes import CurvePanel, write_results
+        from cpfean.analysis.probe_report import CurvePanel, write_results
+        from cpfean.analysis.probing import DISTURBANCES
 
         results, panels = [], []
         for name, some in shares.items():
@@ -261,7 +261,7 @@ class Probe:
 
     def publish_curves(self, results: list[ProbeResult]) -> list[Path]:
         """The table and the file of the curves."""
-        from orchestration.probes import rsum_table
+        from cpfean.analysis.probe_report import rsum_table
 
         print("\nrSum by the share that is disturbed (mean ± 95 % interval over seeds)\n")
         for name in dict.fromkeys(result.at["disturbance"] for result in results):
@@ -277,8 +277,8 @@ class Probe:
 
     def regions(self, counts: Sequence[int]) -> tuple[list[ProbeResult], CurvePanel]:
         """rSum with the first so many regions."""
-        from cpfean.training.probing import first_regions
-        from orchestration.probes import CurvePanel
+        from cpfean.analysis.probe_report import CurvePanel
+        from cpfean.analysis.probing import first_regions
 
         results, points = [], []
         for count in counts:
@@ -292,7 +292,7 @@ class Probe:
 
     def publish_regions(self, results: list[ProbeResult]) -> list[Path]:
         """The table and the file of the region counts."""
-        from orchestration.probes import rsum_table, write_results
+        from cpfean.analysis.probe_report import rsum_table, write_results
 
         print("rSum with the first regions of every image\n")
         print(rsum_table(results, rows=[], columns=lambda each: f"{each.at['regions']} regions"))
@@ -300,7 +300,7 @@ class Probe:
 
     def draw(self, panels: Sequence[CurvePanel]) -> Path:
         """The picture of all curves."""
-        from orchestration.probes import draw_curves
+        from cpfean.analysis.probe_report import draw_curves
 
         return draw_curves(
             panels,
@@ -310,10 +310,15 @@ class Probe:
 
     def objects(self) -> list[Path]:
         """Recalls by the number of prominent objects."""
+        from cpfean.analysis.probe_report import (
+            ProbeResult,
+            draw_objects,
+            rsum_table,
+            write_results,
+        )
+        from cpfean.analysis.probing import object_counts, quantile_bins, recalls_of
         from cpfean.metrics.retrieval import query_ranks
         from cpfean.training.evaluation import score_matrix
-        from cpfean.training.probing import object_counts, quantile_bins, recalls_of
-        from orchestration.probes import ProbeResult, draw_objects, rsum_table, write_results
 
         confidence, area = self.arguments.confidence, self.arguments.area
         counted = object_counts(self.whole, least_confidence=confidence, least_area=area)
@@ -374,9 +379,9 @@ class Probe:
 
     def transfer(self, folder: Path, *, cache_dir: Path) -> list[Path]:
         """rSum on other data, without training on it."""
-        from cpfean.training.probing import chance_metrics, open_whole
+        from cpfean.analysis.probe_report import ProbeResult, rsum_table, write_results
+        from cpfean.analysis.probing import chance_metrics, open_whole
         from cpfean.training.setup import evaluate_checkpoint
-        from orchestration.probes import ProbeResult, rsum_table, write_results
 
         other = open_whole(folder, _SPLIT)
         at: dict[str, Any] = {
@@ -410,7 +415,7 @@ class Probe:
         self, at: dict[str, Any], split: Split, *, num_regions: int | None = None
     ) -> list[ProbeResult]:
         """Every model on a split."""
-        from cpfean.training.probing import dataset_for
+        from cpfean.analysis.probing import dataset_for
 
         results = []
         # Models with the same frozen text encoder share what it makes of disturbed captions, which
@@ -444,7 +449,7 @@ class Probe:
         return zip(self.models, metrics, strict=True)
 
     def _result(self, at: dict[str, Any], model: Probed, metrics: RetrievalMetrics) -> ProbeResult:
-        from orchestration.probes import ProbeResult
+        from cpfean.analysis.probe_report import ProbeResult
 
         return ProbeResult(variant=model.variant, model=model.shown, at=at, metrics=metrics)
 
@@ -509,7 +514,7 @@ def open_models(
     """
     import torch
 
-    from cpfean.training.probing import share_frozen_encoder
+    from cpfean.analysis.probing import share_frozen_encoder
     from cpfean.training.setup import open_checkpoint
 
     protocols = {arguments.protocol or config.evaluation.protocol for config in configs}
@@ -558,7 +563,7 @@ def _named(name: str, shown: str) -> Iterator[None]:
 
 def _applies(name: str, split: Split) -> bool:
     """Whether the data has what is disturbed; says so if not."""
-    from cpfean.training.probing import DISTURBANCES
+    from cpfean.analysis.probing import DISTURBANCES
 
     if DISTURBANCES[name].needs_labels and split.regions.labels is None:
         command_line.say(f"the data has no object labels: {name!r} is left out.")

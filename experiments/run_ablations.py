@@ -59,7 +59,8 @@ def make_parser() -> command_line.Parser:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.study.ablations import FULL, Ablation
+    from cpfean.analysis.statistics import FULL
+    from orchestration.study.ablations import Ablation
     from orchestration.study.comparison import compare_variants, report_folder, seeds_study
 
     chosen = command_line.chosen(arguments.only, ABLATIONS, flag="--only", what="ablation")

@@ -18,8 +18,8 @@ from experiments.baselines import BASELINES
 from orchestration.study.stopping import Interrupted
 
 if TYPE_CHECKING:
+    from cpfean.analysis.statistics import Change
     from orchestration.schedule import Ended, Schedule
-    from orchestration.study.ablations import Change
     from orchestration.study.records import RunFolder
 
 CHANGED = 6  # exit code
@@ -197,9 +197,10 @@ def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> i
 
 def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namespace) -> bool:
     """Says and records what changed since the round before; whether anything did for certain."""
+    from cpfean.analysis.statistics import changes
     from cpfean.writing import write_text
     from orchestration.settings import ServiceError
-    from orchestration.study.ablations import changes
+    from orchestration.study.ablations import seed_runs
     from orchestration.study.records import RunFolder
     from orchestration.tracking.tracker import tag_parent
 
@@ -209,7 +210,7 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
         write_text(folder.path / "changes.md", first + "\n")
         print(f"\n{first}")
         return False
-    found = changes(RunFolder(before).records(), folder.records())
+    found = changes(seed_runs(RunFolder(before).records()), seed_runs(folder.records()))
     certain = [change.name for change in found if change.is_certain]
     table = _table(found, before.name)
     verdict = f"changed: {', '.join(certain)}" if certain else "no change beyond the interval"

@@ -20,7 +20,7 @@ from experiments.trained import (
 )
 
 if TYPE_CHECKING:
-    from cpfean.training.views import Gallery, RankChange
+    from cpfean.analysis.views import Gallery, RankChange
 
 _EPILOG = """\
   python experiments/show.py runs/NAME                  some captions: found, nearly found, missed
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.pictures.queries import open_gallery
+    from cpfean.analysis.pictures.queries import open_gallery
     from orchestration.storage.output_folders import own_folder
 
     command_line.positive(arguments.count, "--count")
@@ -110,8 +110,8 @@ def body(arguments: argparse.Namespace) -> int:
 
 def _show(gallery: Gallery, arguments: argparse.Namespace) -> None:
     """Draws single queries and says which."""
-    from cpfean.training.views import outcome, pick_captions
-    from orchestration.pictures.queries import draw_caption, draw_image
+    from cpfean.analysis.pictures.queries import draw_caption, draw_image
+    from cpfean.analysis.views import outcome, pick_captions
 
     where = {"output": arguments.output, "photos": arguments.photos}
     if arguments.image is not None:
@@ -134,8 +134,8 @@ def _compare(
     galleries: tuple[Gallery, Gallery], names: tuple[str, str], arguments: argparse.Namespace
 ) -> None:
     """Lists and draws the queries whose ranks changed most."""
-    from cpfean.training.views import most_changed, rank_changes
-    from orchestration.pictures.queries import draw_change, draw_comparison
+    from cpfean.analysis.pictures.queries import draw_change, draw_comparison
+    from cpfean.analysis.views import most_changed, rank_changes
 
     changes = rank_changes(galleries[0].ranks, galleries[1].ranks)
     listed = most_changed(changes, count=arguments.count)
@@ -155,7 +155,7 @@ def _compare(
 
 def _markdown(groups: Sequence[list[RankChange]], gallery: Gallery, names: tuple[str, str]) -> str:
     """The queries as a table, those that the first model ranks better first."""
-    from orchestration.pictures.queries import query_text
+    from cpfean.analysis.pictures.queries import query_text
 
     lines = [
         f"| direction | query | rank by {names[0]} | by {names[1]} | |",
@@ -171,7 +171,7 @@ def _markdown(groups: Sequence[list[RankChange]], gallery: Gallery, names: tuple
 
 def _write_csv(changes: Sequence[RankChange], gallery: Gallery, file: Path) -> Path:
     """Every query of both directions, the most changed first."""
-    from orchestration.pictures.queries import query_text
+    from cpfean.analysis.pictures.queries import query_text
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as stream:
@@ -198,7 +198,7 @@ def _check_photos(gallery: Gallery, photos: Path) -> None:
     Raises:
         ConfigError: none.
     """
-    from orchestration.pictures.queries import photo_of
+    from cpfean.analysis.pictures.queries import photo_of
 
     ids = gallery.split.image_ids
     there = sum(photo_of(name, photos) is not None for name in ids)

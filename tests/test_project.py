@@ -109,9 +109,27 @@ def test_the_messages_that_the_cluster_page_explains_are_messages_of_the_code() 
 def test_the_scripts_and_rooms_in_the_readme_exist() -> None:
     for script in re.findall(r"experiments/\w+\.py", README):
         assert (ROOT / script).exists()
-    layout = README.split("## Layout")[1].split("##")[0]
-    for room in re.findall(r"^    (\w+)/ ", layout, flags=re.MULTILINE):
-        assert (ROOT / room).is_dir()
+
+
+def test_the_layout_in_the_readme_names_every_module_and_none_that_is_not_there() -> None:
+    layout = README.split("## Layout")[1].split("\n## ")[0]
+    named, folders = set(), []
+    for indent, entry in re.findall(r"^    ( *)(\w.*?)(?:   .*)?$", layout, flags=re.MULTILINE):
+        depth = len(indent) // 2
+        names = entry.split()
+        if names[0].endswith("/"):
+            folders[depth:] = [names[0]]
+            assert (ROOT / "".join(folders)).is_dir(), entry
+        else:
+            named |= {"".join(folders[:depth]) + name for name in names if "." in name}
+    there = {
+        str(path.relative_to(ROOT))
+        for floor in ("cpfean", "orchestration", "experiments")
+        for path in (ROOT / floor).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert there - named == set(), "without a line in the README's layout"
+    assert {name for name in named if name.endswith(".py")} - there == set(), "not there"
 
 
 def test_the_changelog_has_the_version_of_the_project() -> None:

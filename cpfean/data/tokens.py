@@ -152,14 +152,9 @@ class CaptionTokenizer:
         unknown = self._tokenizer.unk_token_id
         return -1 if unknown is None else unknown
 
-    @property
-    def num_special(self) -> int:
-        """Pieces that stand for no text, [CLS] for one."""
-        return len(self.special_ids)
-
     @cached_property
     def special_ids(self) -> Int32[np.ndarray, "special"]:
-        """Ids of the pieces that stand for no text, ascending."""
+        """Ids of the pieces that stand for no text, [CLS] for one, ascending."""
         return np.array(sorted(set(self._tokenizer.all_special_ids)), dtype=np.int32)
 
     @cached_property

@@ -1,22 +1,15 @@
-"""Variants of the model on the same seeds, compared in pairs.
-
-The same seed means the same data order, dropout and initial weights of what two variants both have,
-so the difference of two runs varies less than either: its interval is the one to look at.
-"""
+"""Variants of the model on the same seeds: what is run, and what each run came to."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
+from cpfean.analysis.statistics import SeedRun
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
 from orchestration.study.plan import TrialPlan
 from orchestration.study.records import TrialRecord
-
-FULL = "full"
-LEVEL = 0.05  # of significance, after Holm's correction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,89 +19,6 @@ class Ablation:
     name: str
     question: str
     overrides: Mapping[str, Plain]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A mean and the half width of its 95 % interval; infinite for a single value."""
-
-    mean: float
-    half_width: float
-    n: int
-
-    @property
-    def brief(self) -> str:
-        """Without n; the mean alone of a single value."""
-        return f"{self.mean:.1f}" if self.n < 2 else f"{self.mean:.1f} ± {self.half_width:.1f}"
-
-    def __str__(self) -> str:
-        if self.n < 2:
-            return f"{self.mean:.1f} (n = {self.n}, no interval)"
-        return f"{self.mean:.1f} ± {self.half_width:.1f} (n = {self.n})"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AblationResult:
-    """How a variant compares with the full model, by rSum on the test split.
-
-    Attributes:
-        rsums: of its seeds.
-        rsum: mean and interval of these; None if no seed finished.
-        difference: variant minus full, paired by seed; None for the full model itself, or if no
-            seed finished for both.
-        p: of the paired t-test of that difference, two-sided, corrected by Holm over all variants;
-            None without two pairs.
-        failed: its trials without a result.
-        seconds: of training, mean over its seeds.
-    """
-
-    name: str
-    rsums: Mapping[int, float] = field(default_factory=dict)
-    rsum: Interval | None = None
-    difference: Interval | None = None
-    p: float | None = None
-    failed: int = 0
-    seconds: float = 0.0
-
-    @property
-    def verdict(self) -> str:
-        """The difference in words."""
-        if self.difference is None:
-            return ""
-        if self.p is None:
-            return "one seed says nothing"
-        if self.p >= LEVEL:
-            return "not distinguishable from full"
-        return "better than full" if self.difference.mean > 0 else "worse than full"
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean and Student's 95 % interval of independent values.
-
-    mean ± t(0.975; n - 1) s / sqrt(n)
-    """
-    from scipy import stats
-
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return Interval(mean=mean, half_width=math.inf, n=n)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    quantile = float(stats.t.ppf(0.975, n - 1))
-    return Interval(mean=mean, half_width=quantile * math.sqrt(variance / n), n=n)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: with all below 0.05 kept, the chance of one false find is below 0.05.
-
-    Source: Holm, A simple sequentially rejective multiple test procedure (1979).
-    """
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
 
 
 def plan_trials(
@@ -134,89 +44,16 @@ def plan_trials(
     return tuple(plans)
 
 
-def compare(records: Iterable[TrialRecord]) -> list[AblationResult]:
-    """Results in the order of the variants' first trials."""
-    trials: dict[str, list[TrialRecord]] = {}
-    for record in records:
-        trials.setdefault(record.name.split("/")[0], []).append(record)
-    finished = {
-        name: {
-            int(r.overrides["seed"]): r for r in sorted(of_name, key=lambda r: r.number) if r.test
-        }
-        for name, of_name in trials.items()
-    }
-    full = finished.get(FULL, {})
-    results = []
-    for name, by_seed in finished.items():
-        rsums = {seed: by_seed[seed].test["rsum"] for seed in sorted(by_seed)}
-        pairs = [rsums[seed] - full[seed].test["rsum"] for seed in rsums if seed in full]
-        results.append(
-            AblationResult(
-                name=name,
-                rsums=rsums,
-                rsum=mean_interval(list(rsums.values())) if rsums else None,
-                difference=mean_interval(pairs) if pairs and name != FULL else None,
-                p=_paired_p(pairs) if name != FULL else None,
-                failed=sum(record.state == "failed" for record in trials[name]),
-                seconds=sum(r.seconds for r in by_seed.values()) / max(1, len(by_seed)),
-            )
+def seed_runs(records: Iterable[TrialRecord]) -> list[SeedRun]:
+    """The trials that `plan_trials` planned, by number, as the statistics take them."""
+    return [
+        SeedRun(
+            variant=record.name.split("/")[0],
+            seed=int(record.overrides["seed"]),
+            state=record.state,
+            test=record.test,
+            dev_rsums=tuple(row["val/rsum"] for row in record.history),
+            seconds=record.seconds,
         )
-    tested = [index for index, result in enumerate(results) if result.p is not None]
-    for index, p in zip(tested, holm([results[i].p or 0.0 for i in tested]), strict=True):
-        results[index] = replace(results[index], p=p)
-    return results
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """How a variant's rSum on the test split differs from that of an earlier round.
-
-    Attributes:
-        before: mean and interval over the seeds of the earlier round.
-        now: over those of the later one.
-        difference: later minus earlier, paired by seed; None if no seed finished in both.
-    """
-
-    name: str
-    before: Interval | None
-    now: Interval | None
-    difference: Interval | None
-
-    @property
-    def is_certain(self) -> bool:
-        """Whether the interval of the difference excludes 0; never for a single seed."""
-        of = self.difference
-        return of is not None and of.n > 1 and abs(of.mean) > of.half_width
-
-
-def changes(before: Iterable[TrialRecord], now: Iterable[TrialRecord]) -> list[Change]:
-    """What changed between two rounds, for every variant of the later one."""
-    known = {result.name: result for result in compare(before)}
-    found = []
-    for result in compare(now):
-        earlier = known.get(result.name, AblationResult(name=result.name))
-        pairs = [
-            rsum - earlier.rsums[seed]
-            for seed, rsum in result.rsums.items()
-            if seed in earlier.rsums
-        ]
-        found.append(
-            Change(
-                name=result.name,
-                before=earlier.rsum,
-                now=result.rsum,
-                difference=mean_interval(pairs) if pairs else None,
-            )
-        )
-    return found
-
-
-def _paired_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p of a mean difference of zero."""
-    from scipy import stats
-
-    if len(differences) < 2:
-        return None
-    if len(set(differences)) == 1:  # no spread: the statistic is 0 / 0 or infinite
-        return 1.0 if differences[0] == 0 else 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+        for record in sorted(records, key=lambda record: record.number)
+    ]

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cpfean.analysis.report import write_report
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
 from cpfean.files import is_there
 from orchestration.proposals.points import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
-from orchestration.report import write_report
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
-from orchestration.study.ablations import Ablation, plan_trials
+from orchestration.study.ablations import Ablation, plan_trials, seed_runs
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import TUNING, RunFolder, TrialRecord
@@ -214,7 +214,7 @@ def seeds_study(
         plan,
         fixed=trials,
         trials=len(trials),
-        report=lambda records: write_report(records, folder),
+        report=lambda records: write_report(seed_runs(records), folder),
     )
 
 

@@ -405,7 +405,7 @@ class Study:
 
     def _pictures(self, best: TrialRecord) -> list[Path]:
         """Pictures of what the best model sees, of which a study can do without."""
-        from orchestration.pictures.queries import draw_study_pictures
+        from cpfean.analysis.pictures.queries import draw_study_pictures
 
         try:
             return draw_study_pictures(

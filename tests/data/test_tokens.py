@@ -118,7 +118,7 @@ def test_a_caption_is_framed_by_two_specials_of_no_word(
         assert np.unique(index[1:-1]).tolist() == list(range(words))
         assert (np.diff(index[1:-1]) >= 0).all()
     assert {tokenizer.mask_id, tokenizer.pad_id} <= set(tokenizer.special_ids.tolist())
-    assert tokenizer.num_special == 5
+    assert len(tokenizer.special_ids) == 5
     assert not set(tokenizer.special_ids) & set(tokenizer.ordinary_ids)
     assert max(tokenizer.ordinary_ids) == tokenizer.vocab_size - 1
 

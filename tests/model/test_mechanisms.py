@@ -10,17 +10,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cpfean.training.mechanisms import (
+from benchmarks.known_truth import (
     QUICK,
     SETTINGS,
     Mechanisms,
     PriorEffects,
-    area_under_curve,
     train_and_measure,
     with_seed,
 )
@@ -67,15 +63,3 @@ def test_wrong_labels_hurt_less_where_their_confidence_is_known(measured: Measur
     assert all(effect.harm > 50 for effect in effects)
     spared = [effect.harm_without_confidence - effect.harm for effect in effects]
     assert sum(spared) / len(spared) > 5
-
-
-@given(
-    above=st.lists(st.integers(0, 5), min_size=1, max_size=8),
-    below=st.lists(st.integers(0, 5), min_size=1, max_size=8),
-)
-def test_the_area_under_the_curve_counts_pairs_in_order_and_ties_half(
-    above: list[int], below: list[int]
-) -> None:
-    pairs = [(a > b) + (a == b) / 2 for a in above for b in below]
-    area = area_under_curve(np.array(above, dtype=float), np.array(below, dtype=float))
-    assert area == pytest.approx(sum(pairs) / len(pairs))

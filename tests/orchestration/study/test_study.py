@@ -426,7 +426,7 @@ def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
         study.tell(number, messages.Tested(history=told, checkpoint="", metrics={"rsum": 9.0}))
         study.end(number)
 
-    monkeypatch.setattr("orchestration.pictures.queries.draw_study_pictures", draw)
+    monkeypatch.setattr("cpfean.analysis.pictures.queries.draw_study_pictures", draw)
     driven = Driven(tmp_path, script, kind="sweep", trials=1, prepare=False)
     driven.run()
     assert asked["model"] == tmp_path / "s" / "best_model"

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cpfean.config import ExperimentConfig
-from cpfean.errors import ConfigError, DataError
-from cpfean.metrics.retrieval import QueryRanks
-from cpfean.training import evaluation
-from cpfean.training.evaluation import evaluate
-from cpfean.training.setup import TrainedModel, open_checkpoint
-from cpfean.training.views import (
+from cpfean.analysis.views import (
     Gallery,
     image_sizes,
     most_changed,
@@ -22,6 +17,13 @@ from cpfean.training.views import (
     pick_captions,
     rank_changes,
 )
+from cpfean.config import ExperimentConfig
+from cpfean.data.synthetic import write_synthetic
+from cpfean.errors import ConfigError, DataError
+from cpfean.metrics.retrieval import QueryRanks
+from cpfean.training.evaluation import evaluate
+from cpfean.training.setup import TrainedModel, open_checkpoint
+from tests.training.conftest import TINY
 from tests.training.tiny import save_untrained
 
 CPU = torch.device("cpu")
@@ -44,12 +46,15 @@ def ranks(images: list[int], captions: list[int]) -> QueryRanks:
 
 
 def test_recalls_of_a_gallery_are_those_of_the_evaluation(
-    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ExperimentConfig, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(evaluation, "_FEW", 3)
-    gallery = Gallery(trained, batch_size=4)
+    # So many captions that they are scored in groups of similar length.
+    write_synthetic(tmp_path / "data", replace(TINY, test_images=60))
+    folder = save_untrained(tiny_config, tmp_path / "data", tmp_path / "model")
+    trained = opened(folder, tmp_path / "data", tmp_path)
+    gallery = Gallery(trained, batch_size=40)
     expected = evaluate(
-        trained.model, trained.dataset, protocol="full", batch_size=4, device=CPU
+        trained.model, trained.dataset, protocol="full", batch_size=40, device=CPU
     ).as_dict()
     assert gallery.ranks.metrics().as_dict() == expected
     assert 0 < expected["rsum"] < 600
@@ -88,7 +93,7 @@ def test_a_view_is_what_the_model_sees_of_that_image_and_that_caption(
             model.encode_images(**trained.dataset.image_batch([image])._asdict()),
             model.encode_captions(**trained.dataset.caption_batch([caption])._asdict()),
         )
-    assert view.local == float(seen.local)
+    assert view.fragment_score == float(seen.local)
     np.testing.assert_array_equal(view.gates, seen.gates[0, 0])
     np.testing.assert_array_equal(view.prominent, seen.prominence[0, 0].argmax(dim=0))
     np.testing.assert_array_equal(view.weights, seen.word_weights[0, 0])

@@ -6,23 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.report import (
+from cpfean.analysis.report import (
     csv_runs,
     csv_table,
-    draw_differences,
+    difference_plot,
+    epoch_plot,
     latex_table,
     markdown_table,
     write_report,
 )
-from orchestration.study.ablations import compare
-from tests.orchestration.study.test_ablations import trial, trials
+from cpfean.analysis.statistics import SeedRun, compare
+from tests.analysis.samples import runs
 
 FULL = [300.0, 310.0, 305.0]
 WORSE = [280.0, 289.0, 286.0]
 
 
 def test_tables_say_n_intervals_p_and_what_cannot_be_told_apart() -> None:
-    results = compare(trials(full=FULL, scan=WORSE, no_gcn=[301.0, 308.0, 306.0]))
+    results = compare(runs(full=FULL, scan=WORSE, no_gcn=[301.0, 308.0, 306.0]))
     lines = markdown_table(results).splitlines()
     assert lines[2].startswith("| **full** | 3 | 305.0 ± 12.4 |")
     assert "| scan | 3 | 285.0 ± 11.4 | -20.0 ± 2.5 | 0.002 | worse than full |" in lines
@@ -37,19 +38,17 @@ def test_tables_say_n_intervals_p_and_what_cannot_be_told_apart() -> None:
 
 
 def test_failed_runs_are_said_and_listed() -> None:
-    records = [*trials(full=FULL), trial(9, "scan", 0, 0.0, state="failed", test={})]
-    assert "| scan | 0 |  |  |  | 1 failed |" in markdown_table(compare(records))
-    rows = list(csv.DictReader(io.StringIO(csv_runs(records))))
+    done = [*runs(full=FULL), SeedRun(variant="scan", seed=0, state="failed")]
+    assert "| scan | 0 |  |  |  | 1 failed |" in markdown_table(compare(done))
+    rows = list(csv.DictReader(io.StringIO(csv_runs(done))))
     assert (rows[-1]["state"], rows[-1]["test_rsum"]) == ("failed", "")
     assert (rows[0]["variant"], rows[0]["seed"], rows[0]["test_rsum"]) == ("full", "0", "300.00")
+    assert (rows[0]["dev_rsum"], rows[0]["dev_rsum_by_epoch"]) == ("295.00", "150.00 295.00")
+    assert (rows[-1]["dev_rsum"], rows[-1]["dev_rsum_by_epoch"]) == ("", "")
 
 
-def test_the_report_is_files_and_the_forest_plot_shows_each_variant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-
-    files = write_report(trials(full=FULL, scan=WORSE), tmp_path / "report")
+def test_the_report_is_files(tmp_path: Path) -> None:
+    files = write_report(runs(full=FULL, scan=WORSE), tmp_path / "report")
     names = {file.name for file in files}
     assert names == {
         *("table.md", "table.tex", "table.csv", "runs.csv"),
@@ -57,15 +56,20 @@ def test_the_report_is_files_and_the_forest_plot_shows_each_variant(
     }
     assert all(file.stat().st_size > 100 for file in files)
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    draw_differences(compare(trials(full=FULL, scan=WORSE)), tmp_path / "unused.png")
-    (axes,) = drawn[0].axes
+
+def test_the_forest_plot_shows_the_difference_of_each_variant_and_seed() -> None:
+    (axes,) = difference_plot(compare(runs(full=FULL, scan=WORSE))).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["scan"]
     dots = next(line for line in axes.get_lines() if len(line.get_xdata()) == 3)
     assert list(dots.get_xdata()) == [-20.0, -21.0, -19.0]
 
 
+def test_the_curves_are_the_means_by_epoch_of_the_seeds() -> None:
+    (axes,) = epoch_plot(runs(full=FULL, scan=WORSE)).axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert curves == {"full": [152.5, 300.0], "scan": [142.5, 280.0]}
+
+
 def test_a_single_run_is_a_table_without_a_forest_plot(tmp_path: Path) -> None:
-    files = write_report(trials(full=[300.0]), tmp_path)
+    files = write_report(runs(full=[300.0]), tmp_path)
     assert "differences.png" not in {file.name for file in files}

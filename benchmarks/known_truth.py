@@ -1,4 +1,6 @@
-"""What the parts of the model do, checked against a data set whose truth is known.
+"""What the parts of the model do, judged on a data set whose truth is known.
+
+For `mechanisms.py`, `draw_mechanism.py` and the tests of the model.
 
 Recall says that a model works, not why. On the synthetic set it is known which regions a caption
 names and by which word, so the gate and the prominent word can be judged by themselves; and its

@@ -1,6 +1,6 @@
 """Pictures of queries: which pairs are drawn, and under which title and file name.
 
-`cpfean.training.views` has what is in them.
+`cpfean.analysis.views` has what is in them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cpfean.config import ExperimentConfig
-from cpfean.metrics.retrieval import RecallAtK
-from cpfean.training.setup import open_checkpoint
-from cpfean.training.views import (
+from cpfean.analysis.pictures.pairs import Panel, lay_out_panels
+from cpfean.analysis.pictures.ranks import NamedQuery, RankPanel, lay_out_ranks
+from cpfean.analysis.views import (
     Direction,
     Gallery,
     PairView,
@@ -24,12 +23,13 @@ from cpfean.training.views import (
     outcome,
     pick_captions,
 )
-from orchestration.pictures.pairs import Panel, draw_panels
-from orchestration.pictures.ranks import NamedQuery, RankPanel, draw_ranks
+from cpfean.config import ExperimentConfig
+from cpfean.metrics.retrieval import RecallAtK
+from cpfean.training.setup import open_checkpoint
 
 _SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-_OF_STUDY = 3  # a caption that was found, one nearly, one missed
-_GALLERY = 1000  # images that a study looks at: all of Flickr's dev splits, a part of COCO's
+_STUDY_CAPTIONS = 3  # one that was found, one nearly, one missed
+_STUDY_IMAGES = 1000  # all of Flickr's dev splits, a part of COCO's
 
 
 def open_gallery(
@@ -99,11 +99,11 @@ def draw_study_pictures(
         data_folder=data_folder,
         split="dev",
         cache_dir=cache_dir,
-        num_images=_GALLERY,
+        num_images=_STUDY_IMAGES,
     )
     gallery.check_gates(name="the best model")
     partial = output.with_name(f".{output.name}.partial")
-    for caption in pick_captions(gallery.ranks, count=_OF_STUDY, seed=config.seed):
+    for caption in pick_captions(gallery.ranks, count=_STUDY_CAPTIONS, seed=config.seed):
         draw_caption(gallery, caption, output=partial)
     partial.rename(output)
     return sorted(output.glob("*.png"))
@@ -123,17 +123,20 @@ def draw_caption(
     Raises:
         DataError: a photograph that cannot be read.
     """
-    split = gallery.split
     rank = int(gallery.ranks.captions[caption])
-    own, wrong = int(split.image_of(caption)), gallery.wrong_image(caption)
-    views = gallery.view(own, caption), gallery.view(wrong, caption)
-    titles = "its own image", "the wrong image that scores highest"
-    return draw_panels(
-        _panels(titles, views, photos),
-        heading=f"Caption {caption} of {split.name}: {_told(rank)} (its image has rank {rank} of "
-        f"{gallery.num_images})",
-        file=output / f"caption-{caption:05d}.png",
+    sheet = lay_out_panels(
+        caption_panels(gallery, caption, photos=photos),
+        heading=f"Caption {caption} of {gallery.split.name}: {_outcome_text(rank)} (its image has "
+        f"rank {rank} of {gallery.num_images})",
     )
+    return sheet.save(output / f"caption-{caption:05d}.png")
+
+
+def caption_panels(gallery: Gallery, caption: int, *, photos: Path | None = None) -> list[Panel]:
+    """What `draw_caption` draws side by side."""
+    own, wrong = int(gallery.split.image_of(caption)), gallery.wrong_image(caption)
+    views = gallery.view(own, caption), gallery.view(wrong, caption)
+    return _panels(("its own image", "the wrong image that scores highest"), views, photos)
 
 
 def draw_image(gallery: Gallery, image: int, *, output: Path, photos: Path | None = None) -> Path:
@@ -147,20 +150,25 @@ def draw_image(gallery: Gallery, image: int, *, output: Path, photos: Path | Non
     Raises:
         DataError: a photograph that cannot be read.
     """
-    split = gallery.split
+    name = gallery.split.image_ids[image]
     rank = int(gallery.ranks.images[image])
+    sheet = lay_out_panels(
+        image_panels(gallery, image, photos=photos),
+        heading=f"Image {name} of {gallery.split.name}: {_outcome_text(rank)} (a caption of its "
+        f"own has rank {rank} of {gallery.scores.shape[1]})",
+    )
+    return sheet.save(output / f"image-{_file_name(name)}.png")
+
+
+def image_panels(gallery: Gallery, image: int, *, photos: Path | None = None) -> list[Panel]:
+    """What `draw_image` draws side by side."""
     own, wrong = gallery.best_caption(image), gallery.wrong_caption(image)
     views = gallery.view(image, own), gallery.view(image, wrong)
     titles = (
         f"the best of its own captions, {own}",
         f"the wrong caption that scores highest, {wrong}",
     )
-    return draw_panels(
-        _panels(titles, views, photos),
-        heading=f"Image {split.image_ids[image]} of {split.name}: {_told(rank)} (a caption of its "
-        f"own has rank {rank} of {gallery.scores.shape[1]})",
-        file=output / f"image-{_file_name(split.image_ids[image])}.png",
-    )
+    return _panels(titles, views, photos)
 
 
 def draw_change(
@@ -191,23 +199,34 @@ def draw_change(
     else:
         query = f"Image {split.image_ids[change.query]}"
         stem = f"changed-image-{_file_name(split.image_ids[change.query])}"
+    first, second = change.ranks
+    sheet = lay_out_panels(
+        change_panels(change, galleries, names=names, photos=photos),
+        heading=f"{query} of {split.name}, with its match: rank {first} by {names[0]}, "
+        f"{second} by {names[1]}",
+    )
+    return sheet.save(output / f"{stem}.png")
+
+
+def change_panels(
+    change: RankChange,
+    galleries: Sequence[Gallery],
+    *,
+    names: Sequence[str],
+    photos: Path | None = None,
+) -> list[Panel]:
+    """What `draw_change` draws side by side."""
     titles, views = [], []
     for gallery, name, rank in zip(galleries, names, change.ranks, strict=True):
         if gallery.has_gates:
             image, caption = change.query, change.query
             if change.direction == "text to image":
-                image = int(split.image_of(caption))
+                image = int(gallery.split.image_of(caption))
             else:
                 caption = gallery.best_caption(image)
             titles.append(f"by {name}: rank {rank}")
             views.append(gallery.view(image, caption))
-    first, second = change.ranks
-    return draw_panels(
-        _panels(titles, views, photos),
-        heading=f"{query} of {split.name}, with its match: rank {first} by {names[0]}, "
-        f"{second} by {names[1]}",
-        file=output / f"{stem}.png",
-    )
+    return _panels(titles, views, photos)
 
 
 def draw_comparison(
@@ -248,13 +267,13 @@ def draw_comparison(
         panel("text to image", first.captions, second.captions, recalls=to_image),
         panel("image to text", first.images, second.images, recalls=to_text),
     )
-    return draw_ranks(
+    sheet = lay_out_ranks(
         panels,
         names=names,
         heading=f"Ranks on {split.name}: {names[0]} (rSum {metrics[0].rsum:.1f}) and {names[1]} "
         f"(rSum {metrics[1].rsum:.1f})",
-        file=output / "ranks.png",
     )
+    return sheet.save(output / "ranks.png")
 
 
 def query_text(change: RankChange, gallery: Gallery) -> str:
@@ -280,7 +299,7 @@ def _panels(titles: Sequence[str], views: Sequence[PairView], photos: Path | Non
     ]
 
 
-def _told(rank: int) -> str:
+def _outcome_text(rank: int) -> str:
     return {"found": "found", "near": "nearly found", "missed": "missed"}[outcome(rank)]
 
 

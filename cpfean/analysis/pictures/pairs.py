@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cpfean.training.views import PairView
-from orchestration.colours import COLOURS
-from orchestration.pictures.sheet import (
+from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.pictures.sheet import (
     GAP,
     GREY,
     MARGIN,
@@ -19,15 +18,16 @@ from orchestration.pictures.sheet import (
     ROW,
     Box,
     Sheet,
-    place,
+    least_covering,
     read_photo,
 )
+from cpfean.analysis.views import PairView
 
-_NAMED = 6  # regions of an image that are named, at most; more are a thicket
-_OPEN = 0.1  # gates below this have as good as no part in the score
-_TALLEST = 4.7  # of an image
-_BARS = 1.7  # height of the gates as bars
-_LINE = 0.29  # of words
+_MOST_NAMED = 6  # regions of an image; more are a thicket
+_LEAST_OPEN = 0.1  # gates below this have as good as no part in the score
+_IMAGE_HEIGHT = 4.7  # at most; in inches, as all lengths
+_BARS_HEIGHT = 1.7  # of the gates as bars
+_LINE_HEIGHT = 0.29  # of words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,12 @@ class Panel:
     photo: Path | None = None
 
 
-def draw_panels(panels: Sequence[Panel], *, heading: str, file: Path) -> Path:
-    """Draws pairs side by side: image, caption, and the regions whose gates are widest.
+def lay_out_panels(panels: Sequence[Panel], *, heading: str) -> Sheet:
+    """Pairs side by side: image, caption, and the regions whose gates are widest.
 
     Args:
         panels: at least one.
         heading: a line above all.
-        file: PNG to write; its folder is made.
 
     Raises:
         DataError: a photograph that cannot be read.
@@ -59,23 +58,23 @@ def draw_panels(panels: Sequence[Panel], *, heading: str, file: Path) -> Path:
     width = 2 * MARGIN + len(panels) * PANEL + (len(panels) - 1) * GAP
     ruler = Sheet(width, 1)
     views = [panel.view for panel in panels]
-    words = [_flow(ruler, view.words) for view in views]
+    words = [_word_boxes(ruler, view.words) for view in views]
     photos = [None if panel.photo is None else read_photo(panel.photo) for panel in panels]
-    frames = [_frame(view, photo) for view, photo in zip(views, photos, strict=True)]
+    frames = [_image_frame(view, photo) for view, photo in zip(views, photos, strict=True)]
     heads = ruler.wrapped(heading, width - 2 * MARGIN, size=12, bold=True)
-    notes = ruler.wrapped(_note(views), width - 2 * MARGIN, size=8)
+    legend = ruler.wrapped(_legend(views), width - 2 * MARGIN, size=8)
     heights = (
         0.13 + 0.23 * len(heads),
         0.56,
         0.14 + max(frame.height for frame in frames),
-        0.1 + max(places[-1].y for places in words) + _LINE,
+        0.1 + max(boxes[-1].y for boxes in words) + _LINE_HEIGHT,
         0.12 + ROW * max(len(numbered(view)) for view in views),
     )
     tops = np.cumsum([MARGIN, *heights])
 
-    sheet = Sheet(width, tops[-1] + 0.17 * len(notes) + MARGIN)
+    sheet = Sheet(width, tops[-1] + 0.17 * len(legend) + MARGIN)
     sheet.write_lines(heads, tops[0], height=0.23, size=12, bold=True)
-    sheet.write_lines(notes, tops[-1], height=0.17, size=8, color=GREY)
+    sheet.write_lines(legend, tops[-1], height=0.17, size=8, color=GREY)
     low, high = weight_range(views)
     for column, (panel, colours) in enumerate(zip(panels, word_colours(views), strict=True)):
         view, x = panel.view, MARGIN + column * (PANEL + GAP)
@@ -86,16 +85,16 @@ def draw_panels(panels: Sequence[Panel], *, heading: str, file: Path) -> Path:
         else:
             _draw_boxes(sheet, view, colours, frame, photo=photos[column])
         shades = word_shades(view, low=low, high=high)
-        places = [place.moved(x, tops[3]) for place in words[column]]
-        _write_words(sheet, view, places, shades, colours)
+        boxes = [box.moved(x, tops[3]) for box in words[column]]
+        _write_words(sheet, view, boxes, shades, colours)
         _list_regions(sheet, view, colours, x, tops[4])
-    return sheet.save(file)
+    return sheet
 
 
 def numbered(view: PairView) -> list[int]:
     """Positions of the regions that a picture names: those with the widest gates that are open."""
-    widest = view.widest(_NAMED)
-    return [region for region in widest if view.gates[region] >= _OPEN] or widest[:1]
+    widest = view.widest(_MOST_NAMED)
+    return [region for region in widest if view.gates[region] >= _LEAST_OPEN] or widest[:1]
 
 
 def word_colours(views: Sequence[PairView]) -> list[dict[int, str]]:
@@ -135,22 +134,22 @@ def _write_title(sheet: Sheet, panel: Panel, x: float, top: float) -> None:
     view = panel.view
     title = sheet.shortened(panel.title, PANEL, size=10, bold=True)
     sheet.write(x, top + 0.1, title, size=10, bold=True)
-    scores = f"score {view.score:.3f} (of the fragments {view.local:.3f})"
+    scores = f"score {view.score:.3f} (of the fragments {view.fragment_score:.3f})"
     sheet.write(x + PANEL, top + 0.32, scores, size=9, color=GREY, ha="right")
-    room = PANEL - 0.15 - sheet.width_of(scores, size=9)
-    name = sheet.shortened(view.image_id, room, size=9)
+    left = PANEL - 0.15 - sheet.width_of(scores, size=9)
+    name = sheet.shortened(view.image_id, left, size=9)
     sheet.write(x, top + 0.32, name, size=9, color=GREY)
 
 
 def _write_words(
     sheet: Sheet,
     view: PairView,
-    places: Sequence[Box],
+    boxes: Sequence[Box],
     shades: Sequence[float],
     colours: dict[int, str],
 ) -> None:
     """The caption; what the numbered regions say is underlined."""
-    for word, at in enumerate(places):
+    for word, at in enumerate(boxes):
         sheet.rectangle(at, facecolor=_shade(shades[word]), linewidth=0)
         text = sheet.shortened(view.words[word], PANEL - 0.1, size=10)
         sheet.write(at.x + at.width / 2, at.y + 0.11, text, size=10, ha="center")
@@ -159,29 +158,29 @@ def _write_words(
             sheet.rectangle(under, facecolor=colours[word], linewidth=0)
 
 
-def _shade(share: float) -> tuple[float, float, float]:
+def _shade(darkness: float) -> tuple[float, float, float]:
     # From almost white to orange, as even to the eye as black text on it allows.
-    return (1 - 0.02 * share, 0.975 - 0.375 * share, 0.94 - 0.74 * share)
+    return (1 - 0.02 * darkness, 0.975 - 0.375 * darkness, 0.94 - 0.74 * darkness)
 
 
-def _flow(sheet: Sheet, words: Sequence[str]) -> list[Box]:
+def _word_boxes(sheet: Sheet, words: Sequence[str]) -> list[Box]:
     """Where the words of a caption go, in lines as wide as a panel."""
-    x, y, places = 0.0, 0.0, []
+    x, y, boxes = 0.0, 0.0, []
     for word in words:
         width = min(PANEL, sheet.width_of(word, size=10) + 0.1)
         if x and x + width > PANEL:
-            x, y = 0.0, y + _LINE
-        places.append(Box(x, y, width, _LINE - 0.04))
+            x, y = 0.0, y + _LINE_HEIGHT
+        boxes.append(Box(x, y, width, _LINE_HEIGHT - 0.04))
         x += width + 0.05
-    return places
+    return boxes
 
 
-def _frame(view: PairView, photo: np.ndarray | None) -> Box:
-    """Room for the image; boxes are shares of it, so a photograph keeps its own proportions."""
+def _image_frame(view: PairView, photo: np.ndarray | None) -> Box:
+    """Where the image goes; boxes are fractions of it, so a photograph keeps its proportions."""
     if view.boxes is None:
-        return Box(0, 0, PANEL, _BARS)
+        return Box(0, 0, PANEL, _BARS_HEIGHT)
     aspect = view.aspect if photo is None else photo.shape[1] / photo.shape[0]
-    width = min(PANEL, _TALLEST * aspect)
+    width = min(PANEL, _IMAGE_HEIGHT * aspect)
     return Box(0, 0, width, width / aspect)
 
 
@@ -201,9 +200,9 @@ def _draw_boxes(
     if photo is not None:
         sheet.photograph(photo, frame)
     chosen = numbered(view)
-    placed = [_placed(box, frame) for box in view.boxes]
+    on_sheet = [_on_sheet(box, frame) for box in view.boxes]
     for region in reversed(view.widest(len(view.gates))):
-        gate, at = float(view.gates[region]), placed[region]
+        gate, at = float(view.gates[region]), on_sheet[region]
         named = region in chosen
         colour = "#8C8C8C" if photo is None else "white"
         if named:
@@ -228,15 +227,17 @@ def _draw_boxes(
             names.insert(0, f"{number} {view.labels[region].split(',')[0]}")
         for name in names:
             width = sheet.width_of(name, size=8, bold=True) + 0.1
-            at = place(_corners(placed[region], width, 0.17, inside=frame), taken)
+            candidates = _tag_boxes(on_sheet[region], width, 0.17, inside=frame)
+            at = least_covering(candidates, taken)
             if not any(at.overlap(other) for other in taken):
                 break
         taken.append(at)
         sheet.tag(at, name, colour=colours[int(view.prominent[region])], size=8)
 
 
-def _placed(box: np.ndarray, frame: Box) -> Box:
-    x1, y1, x2, y2 = (float(share) for share in box)
+def _on_sheet(box: np.ndarray, frame: Box) -> Box:
+    """A region's box, whose corners are fractions of the frame, in inches."""
+    x1, y1, x2, y2 = (float(fraction) for fraction in box)
     return Box(
         frame.x + x1 * frame.width,
         frame.y + y1 * frame.height,
@@ -245,14 +246,14 @@ def _placed(box: np.ndarray, frame: Box) -> Box:
     )
 
 
-def _corners(box: Box, width: float, height: float, *, inside: Box) -> Iterable[Box]:
-    """Places for a tag on a box: its corners, then along its edges, all within the frame."""
+def _tag_boxes(box: Box, width: float, height: float, *, inside: Box) -> Iterable[Box]:
+    """Where a tag on a box may go: its corners, then along its edges, all within the frame."""
     right, bottom = box.x + box.width - width, box.y + box.height - height
-    places = [(box.x, box.y), (right, box.y), (box.x, bottom), (right, bottom)]
+    corners = [(box.x, box.y), (right, box.y), (box.x, bottom), (right, bottom)]
     steps = np.linspace(0, 1, 9)[1:-1]
-    places += [(box.x + s * (right - box.x), y) for s in steps for y in (box.y, bottom)]
-    places += [(x, box.y + s * (bottom - box.y)) for s in steps for x in (box.x, right)]
-    for x, y in places:
+    along = [(box.x + s * (right - box.x), y) for s in steps for y in (box.y, bottom)]
+    along += [(x, box.y + s * (bottom - box.y)) for s in steps for x in (box.x, right)]
+    for x, y in (*corners, *along):
         yield Box(
             min(max(x, inside.x), inside.x + inside.width - width),
             min(max(y, inside.y), inside.y + inside.height - height),
@@ -300,8 +301,8 @@ def _list_regions(
         sheet.write(x + 1.09, middle, f"{gate:.2f}", size=9, color=GREY)
         name = f"region {view.regions[region]}" if view.labels is None else view.labels[region]
         said = sheet.shortened(view.words[word], 1.5, size=9, bold=True)
-        room = PANEL - 2.0 - sheet.width_of(said, size=9, bold=True)
-        name = sheet.shortened(name.split(",")[0], room, size=9)
+        left = PANEL - 2.0 - sheet.width_of(said, size=9, bold=True)
+        name = sheet.shortened(name.split(",")[0], left, size=9)
         sheet.write(x + 1.45, middle, name, size=9)
         end = x + 1.45 + sheet.width_of(name, size=9) + 0.1
         sheet.write(end, middle, "says", size=9, color=GREY)
@@ -309,12 +310,12 @@ def _list_regions(
         sheet.write(end, middle, said, size=9, bold=True, color=colour)
 
 
-def _note(views: Sequence[PairView]) -> str:
+def _legend(views: Sequence[PairView]) -> str:
     low, high = weight_range(views)
     boxes = views[0].boxes is not None
     shown = "A box is as strong as its gate is open" if boxes else "A bar is as high as its gate"
     return (
-        f"{shown}; the widest, {_NAMED} at most, are numbered, in the colour of the word that the "
-        f"region says, which is underlined. A word is as dark as its weight, "
+        f"{shown}; the widest, {_MOST_NAMED} at most, are numbered, in the colour of the word that "
+        f"the region says, which is underlined. A word is as dark as its weight, "
         f"from {low:.2f} to {high:.2f} times the mean of its caption."
     )

@@ -7,39 +7,53 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.statistics import (
+    FULL,
+    AblationResult,
+    Interval,
+    SeedRun,
+    compare,
+    mean_interval,
+)
 from cpfean.writing import write_text
-from orchestration.colours import COLOURS
-from orchestration.study.ablations import FULL, AblationResult, Interval, compare, mean_interval
-from orchestration.study.records import TrialRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
-def write_report(records: Sequence[TrialRecord], folder: Path) -> list[Path]:
+def write_report(runs: Sequence[SeedRun], folder: Path) -> list[Path]:
     """Writes table.md, table.tex, table.csv, runs.csv, differences.png and epochs.png.
+
+    Args:
+        runs: of all variants.
+        folder: is made; files of these names in it are replaced.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    results = compare(records)
+    results = compare(runs)
     texts = {
         "table.md": markdown_table(results),
         "table.tex": latex_table(results),
         "table.csv": csv_table(results),
-        "runs.csv": csv_runs(records),
+        "runs.csv": csv_runs(runs),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    files = [folder / name for name in texts]
+    figures = {}
     if any(result.difference is not None for result in results):
-        draw_differences(results, folder / "differences.png")
-        files.append(folder / "differences.png")
-    if any(record.history for record in records):
-        draw_epochs(records, folder / "epochs.png")
-        files.append(folder / "epochs.png")
-    return files
+        figures["differences.png"] = difference_plot(results)
+    if any(run.dev_rsums for run in runs):
+        figures["epochs.png"] = epoch_plot(runs)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=150)
+    return [folder / name for name in (*texts, *figures)]
 
 
 def markdown_table(results: Sequence[AblationResult]) -> str:
@@ -95,21 +109,23 @@ def csv_table(results: Sequence[AblationResult]) -> str:
     return _csv(rows)
 
 
-def csv_runs(records: Sequence[TrialRecord]) -> str:
+def csv_runs(runs: Sequence[SeedRun]) -> str:
     """One line a run: seed, recalls on test, best on dev, and rSum on dev by epoch."""
     header = ["variant", "seed", "state", "test_rsum", *(f"test_{name}" for name in _RECALLS)]
     rows: list[list[object]] = [[*header, "dev_rsum", "seconds", "dev_rsum_by_epoch"]]
-    for record in records:
-        test = [record.test.get(name, "") for name in ("rsum", *_RECALLS)]
-        by_epoch = " ".join(f"{row['val/rsum']:.2f}" for row in record.history)
-        best = f"{record.best_rsum:.2f}" if record.history else ""
-        name, seed = record.name.split("/")[0], record.overrides.get("seed", "")
-        tested = [f"{value:.2f}" if value != "" else "" for value in test]
-        rows.append([name, seed, record.state, *tested, best, f"{record.seconds:.1f}", by_epoch])
+    for run in runs:
+        tested = [
+            f"{run.test[name]:.2f}" if name in run.test else "" for name in ("rsum", *_RECALLS)
+        ]
+        by_epoch = " ".join(f"{rsum:.2f}" for rsum in run.dev_rsums)
+        best = f"{run.best_dev_rsum:.2f}" if run.dev_rsums else ""
+        rows.append(
+            [run.variant, run.seed, run.state, *tested, best, f"{run.seconds:.1f}", by_epoch]
+        )
     return _csv(rows)
 
 
-def draw_differences(results: Sequence[AblationResult], file: Path) -> None:
+def difference_plot(results: Sequence[AblationResult]) -> Figure:
     """A forest plot: each variant's paired difference from the full model, a dot for each seed."""
     from matplotlib.figure import Figure
 
@@ -148,26 +164,25 @@ def draw_differences(results: Sequence[AblationResult], file: Path) -> None:
     axes.set_xlabel(f"test rSum minus that of the full model{mean}\n95 % interval, paired by seed")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(file, dpi=150)
+    return figure
 
 
-def draw_epochs(records: Sequence[TrialRecord], file: Path) -> None:
+def epoch_plot(runs: Sequence[SeedRun]) -> Figure:
     """rSum on dev by epoch: mean over the seeds, and their range."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    curves: dict[str, list[list[float]]] = {}
-    for record in records:
-        if record.history:
-            curve = [row["val/rsum"] for row in record.history]
-            curves.setdefault(record.name.split("/")[0], []).append(curve)
+    curves: dict[str, list[Sequence[float]]] = {}
+    for run in runs:
+        if run.dev_rsums:
+            curves.setdefault(run.variant, []).append(run.dev_rsums)
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     ends = []
-    for index, (name, of_name) in enumerate(curves.items()):
-        length = min(map(len, of_name))
+    for index, (name, of_variant) in enumerate(curves.items()):
+        length = min(map(len, of_variant))
         epochs = range(1, length + 1)
-        columns = [[curve[epoch] for curve in of_name] for epoch in range(length)]
+        columns = [[curve[epoch] for curve in of_variant] for epoch in range(length)]
         mean = [mean_interval(column).mean for column in columns]
         style = "-" if index < len(COLOURS) else "--"
         colour = COLOURS[index % len(COLOURS)]
@@ -182,7 +197,7 @@ def draw_epochs(records: Sequence[TrialRecord], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def _brief(interval: Interval | None) -> str:

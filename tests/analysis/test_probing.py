@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpfean.config import ExperimentConfig
-from cpfean.data.split import Split, open_split
-from cpfean.metrics.retrieval import QueryRanks, query_ranks
-from cpfean.training.evaluation import evaluate
-from cpfean.training.probing import (
+from cpfean.analysis.probing import (
     DISTURBANCES,
     chance_metrics,
     dataset_for,
@@ -26,6 +22,10 @@ from cpfean.training.probing import (
     region_counts,
     share_frozen_encoder,
 )
+from cpfean.config import ExperimentConfig
+from cpfean.data.split import Split, open_split
+from cpfean.metrics.retrieval import QueryRanks, query_ranks
+from cpfean.training.evaluation import evaluate
 from cpfean.training.setup import TrainedModel, open_checkpoint
 from tests.training.tiny import save_untrained
 

@@ -1,4 +1,4 @@
-"""What is on a picture, before it is one: places, colours, shades and texts."""
+"""What is on a page of pairs before it is a picture: boxes, colours, shades and texts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,18 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imsave
 from matplotlib.patches import Rectangle
 
-from cpfean.data.synthetic import write_synthetic
-from cpfean.errors import ConfigError, DataError
-from cpfean.training.views import PairView
-from orchestration.colours import COLOURS
-from orchestration.pictures.pairs import (
+from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.pictures.pairs import (
     Panel,
-    draw_panels,
+    lay_out_panels,
     numbered,
     weight_range,
     word_colours,
     word_shades,
 )
-from orchestration.pictures.queries import draw_study_pictures, photo_of
-from orchestration.pictures.ranks import NamedQuery, RankPanel, draw_ranks
-from orchestration.pictures.sheet import Box, Sheet, place
-from tests.training.conftest import TINY as DATA
-from tests.training.tiny import save_untrained, tiny_experiment
+from cpfean.analysis.pictures.sheet import Box, Sheet
+from cpfean.analysis.views import PairView
+from cpfean.errors import DataError
 
 WORDS = ["a", "dog", "that", "costs", "$5", "or", "$6"]
 
@@ -44,7 +39,7 @@ def view(**changes: Any) -> PairView:
         image_id="3.jpg",
         is_match=True,
         score=0.4,
-        local=0.3,
+        fragment_score=0.3,
         words=WORDS,
         weights=np.array([0.1, 0.3, 0.05, 0.05, 0.2, 0.1, 0.2]),
         regions=np.arange(4),
@@ -55,20 +50,6 @@ def view(**changes: Any) -> PairView:
         aspect=1.5,
     )
     return replace(plain, **changes)
-
-
-@pytest.fixture
-def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Sheet]:
-    """Every sheet that is saved."""
-    saved: list[Sheet] = []
-    save = Sheet.save
-
-    def noted(sheet: Sheet, file: Path) -> Path:
-        saved.append(sheet)
-        return save(sheet, file)
-
-    monkeypatch.setattr(Sheet, "save", noted)
-    return saved
 
 
 def texts(sheet: Sheet) -> list[str]:
@@ -131,13 +112,10 @@ def test_colours_start_anew_when_there_are_not_enough() -> None:
         assert len(set(colours.values())) == 6
 
 
-def test_the_boxes_drawn_are_the_images_and_as_strong_as_their_gates(
-    sheets: list[Sheet], tmp_path: Path
-) -> None:
+def test_the_boxes_drawn_are_the_images_and_as_strong_as_their_gates() -> None:
     seen = view()
     assert seen.boxes is not None
-    draw_panels([Panel(title="t", view=seen)], heading="h", file=tmp_path / "p.png")
-    (sheet,) = sheets
+    sheet = lay_out_panels([Panel(title="t", view=seen)], heading="h")
     (frame,) = (p for p in sheet.page.patches if to_hex(p.get_facecolor()) == "#f6f6f6")
     assert frame.get_width() / frame.get_height() == pytest.approx(seen.aspect)
     scale = np.array([frame.get_width(), frame.get_height()])
@@ -155,11 +133,8 @@ def test_the_boxes_drawn_are_the_images_and_as_strong_as_their_gates(
     assert written.count("says") == 3
 
 
-def test_the_caption_is_written_in_order_shaded_and_underlined(
-    sheets: list[Sheet], tmp_path: Path
-) -> None:
-    draw_panels([Panel(title="t", view=view())], heading="h $x$", file=tmp_path / "p.png")
-    (sheet,) = sheets
+def test_the_caption_is_written_in_order_shaded_and_underlined() -> None:
+    sheet = lay_out_panels([Panel(title="t", view=view())], heading="h $x$")
     written = texts(sheet)
     start = written.index("a")
     assert written[start : start + 7] == WORDS  # no dollar sign starts a formula
@@ -174,9 +149,7 @@ def test_the_caption_is_written_in_order_shaded_and_underlined(
     assert [to_hex(p.get_facecolor()).upper() for p in lines] == [COLOURS[0], COLOURS[1]]
 
 
-def test_nothing_that_is_written_leaves_the_page_or_covers_other_text(
-    sheets: list[Sheet], tmp_path: Path
-) -> None:
+def test_nothing_that_is_written_leaves_the_page_or_covers_other_text() -> None:
     long = ["supercalifragilisticexpialidocious" * 3, *("word" for _ in range(40))]
     wide = view(
         words=long,
@@ -186,12 +159,11 @@ def test_nothing_that_is_written_leaves_the_page_or_covers_other_text(
         prominent=np.array([0, 0, 0, 0]),
     )
     panels = [Panel(title="t" * 99, view=wide), Panel(title="u", view=view())]
-    draw_panels(panels, heading="one heading " * 20, file=tmp_path / "p.png")
-    (sheet,) = sheets
+    sheet = lay_out_panels(panels, heading="one heading " * 20)
     page = Box(0, 0, sheet.width, sheet.height)
     boxes = []
     for text in sheet.page.texts:
-        at = text.get_window_extent(sheet._renderer).transformed(sheet.page.transData.inverted())
+        at = text.get_window_extent().transformed(sheet.page.transData.inverted())
         boxes.append(Box(min(at.x0, at.x1), min(at.y0, at.y1), at.width, abs(at.height)))
     for box, text in zip(boxes, texts(sheet), strict=True):
         assert box.overlap(page) == pytest.approx(box.width * box.height), text
@@ -199,12 +171,9 @@ def test_nothing_that_is_written_leaves_the_page_or_covers_other_text(
         assert one.overlap(other) < 0.003, (a, b)
 
 
-def test_without_boxes_the_gates_are_bars_and_without_labels_regions_are_numbers(
-    sheets: list[Sheet], tmp_path: Path
-) -> None:
+def test_without_boxes_the_gates_are_bars_and_without_labels_regions_are_numbers() -> None:
     bare = view(boxes=None, labels=None, regions=np.array([0, 2, 5, 7]))
-    draw_panels([Panel(title="t", view=bare)], heading="h", file=tmp_path / "p.png")
-    (sheet,) = sheets
+    sheet = lay_out_panels([Panel(title="t", view=bare)], heading="h")
     assert {"region 5", "region 0", "region 7"} <= set(texts(sheet))
     assert "region 2" not in texts(sheet)
     bars = [p for p in sheet.page.patches if abs(p.get_width() - 0.76 * 4.4 / 4) < 1e-6]
@@ -212,16 +181,10 @@ def test_without_boxes_the_gates_are_bars_and_without_labels_regions_are_numbers
     np.testing.assert_allclose(heights / heights.max(), bare.gates / bare.gates.max())
 
 
-def test_a_photograph_fills_the_frame_in_its_own_proportions(
-    sheets: list[Sheet], tmp_path: Path
-) -> None:
+def test_a_photograph_fills_the_frame_in_its_own_proportions(tmp_path: Path) -> None:
     imsave(tmp_path / "3.png", np.zeros((30, 90, 3)))
-    photo = photo_of("3.jpg", tmp_path)
-    assert photo is None  # another suffix is another file
-    photo = photo_of("3", tmp_path)
-    assert photo == tmp_path / "3.png"
-    draw_panels([Panel(title="t", view=view(), photo=photo)], heading="h", file=tmp_path / "p.png")
-    (sheet,) = sheets
+    photo = tmp_path / "3.png"
+    sheet = lay_out_panels([Panel(title="t", view=view(), photo=photo)], heading="h")
     (image,) = sheet.page.images
     x1, x2, bottom, top = image.get_extent()
     assert (x2 - x1) / (bottom - top) == pytest.approx(3)
@@ -231,72 +194,12 @@ def test_a_photograph_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "3.jpg").write_text("no photograph")
     panel = Panel(title="t", view=view(), photo=tmp_path / "3.jpg")
     with pytest.raises(DataError, match=r"3\.jpg: not an image"):
-        draw_panels([panel], heading="h", file=tmp_path / "p.png")
-    assert photo_of("3.jpg", None) is None
-
-
-def test_the_first_free_place_is_taken_or_the_one_that_covers_least() -> None:
-    taken = [Box(0, 0, 1, 1), Box(2, 0, 1, 1)]
-    wanted = [Box(0.5, 0, 1, 1), Box(1, 0, 1, 1), Box(1.1, 0, 0.5, 1)]
-    assert place(wanted, taken) == wanted[1]
-    assert place([Box(0.2, 0, 1, 1), Box(0.9, 0, 1, 1)], taken) == Box(0.9, 0, 1, 1)
-
-
-def test_ranks_are_drawn_with_the_queries_that_changed_most(
-    sheets: list[Sheet], tmp_path: Path
-) -> None:
-    ranks = np.array([[1, 1], [1, 1], [2, 9], [30, 3], [2, 9]])
-    better = [NamedQuery((2, 9), "worth $2"), NamedQuery((2, 9), "two")], [NamedQuery((30, 3), "3")]
-    panel = RankPanel(title="t", ranks=ranks, candidates=40, better=better)
-    draw_ranks([panel, panel], names=("one", "other"), heading="h", file=tmp_path / "r.png")
-    (sheet,) = sheets
-    written = texts(sheet)
-    for text in ("better with one", "better with other", "worth $2", "30 \N{RIGHTWARDS ARROW} 3"):
-        assert written.count(text) == 2
-    assert written.count("1, 2") == 2  # one point, two queries
-    dots = sheet.figure.axes[1].collections[0]
-    assert len(dots.get_offsets()) == 3
-    sizes = dict(zip(map(tuple, dots.get_offsets()), dots.get_sizes(), strict=True))
-    assert sizes[1, 1] == sizes[2, 9] > sizes[30, 3]
-    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+        lay_out_panels([panel], heading="h")
 
 
 def test_the_same_data_make_the_same_file(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        draw_panels([Panel(title="t", view=view())], heading="h", file=tmp_path / "new" / name)
+        lay_out_panels([Panel(title="t", view=view())], heading="h").save(tmp_path / "new" / name)
     files = sorted((tmp_path / "new").iterdir())
     assert [file.name for file in files] == ["a.png", "b.png"]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_a_study_has_three_pictures_of_dev_and_draws_them_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_synthetic(tmp_path / "data", DATA)
-    config = tiny_experiment()
-    where = {
-        "data_folder": tmp_path / "data",
-        "cache_dir": tmp_path,
-        "output": tmp_path / "pictures" / "trial-000",
-    }
-    folder = save_untrained(config, tmp_path / "data", tmp_path / "model")
-    files = draw_study_pictures(folder, config, **where)
-    assert len(files) == 3
-    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
-    assert files == sorted(where["output"].iterdir())
-    monkeypatch.setattr("orchestration.pictures.queries.open_gallery", None)
-    assert draw_study_pictures(folder, config, **where) == files
-
-
-def test_a_study_of_models_without_gates_has_no_pictures(tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "data", DATA)
-    config = tiny_experiment().with_overrides({"model.alignment.kind": "hard_coding"})
-    folder = save_untrained(config, tmp_path / "data", tmp_path / "model")
-    with pytest.raises(ConfigError, match="hard_coding"):
-        draw_study_pictures(
-            folder,
-            config,
-            data_folder=tmp_path / "data",
-            cache_dir=tmp_path,
-            output=tmp_path / "pictures",
-        )

@@ -39,7 +39,7 @@ class PairView:
         image_id: the image's name.
         is_match: whether the caption describes the image.
         score: of the pair, in [-1, 1].
-        local: the share of it that comes from the fragments, before it is weighed.
+        fragment_score: what the fragments alone say, before it is weighed into the score.
         words: the caption's, as texts.
         weights: omega of each word; they sum to 1.
         regions: numbers of the image's regions that take part.
@@ -55,7 +55,7 @@ class PairView:
     image_id: str
     is_match: bool
     score: float
-    local: float
+    fragment_score: float
     words: list[str]
     weights: Float[np.ndarray, "word"]
     regions: Int[np.ndarray, "region"]
@@ -193,13 +193,13 @@ class Gallery:
 
     def best_caption(self, image: int) -> int:
         """The image's own caption with the highest score."""
-        own = self._own(image)
+        own = self._own_captions(image)
         return own.start + int(self.scores[image, own].argmax())
 
     def wrong_caption(self, image: int) -> int:
         """The hardest negative: the other images' caption with the highest score."""
         row = self.scores[image].clone()
-        row[self._own(image)] = -torch.inf
+        row[self._own_captions(image)] = -torch.inf
         return int(row.argmax())
 
     def wrong_image(self, caption: int) -> int:
@@ -208,7 +208,7 @@ class Gallery:
         column[self.split.image_of(caption)] = -torch.inf
         return int(column.argmax())
 
-    def _own(self, image: int) -> slice:
+    def _own_captions(self, image: int) -> slice:
         per_image = self.split.captions_per_image
         return slice(image * per_image, (image + 1) * per_image)
 
@@ -231,7 +231,7 @@ class Gallery:
             image_id=self.split.image_ids[image],
             is_match=self.split.image_of(caption) == image,
             score=float(model.score(encoded, spoken)),
-            local=float(seen.local),
+            fragment_score=float(seen.local),
             words=words,
             weights=seen.word_weights[0, 0, : len(words)].double().cpu().numpy(),
             regions=regions,

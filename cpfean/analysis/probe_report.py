@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.statistics import Interval, mean_interval
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.writing import write_text
-from orchestration.colours import COLOURS
-from orchestration.study.ablations import Interval, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Value = str | int | float
 _MARKERS = "osD^vPX*"  # one more than colours: the second round looks different
 _LINES = ("-", "--", ":", "-.")
-_PANEL = (3.5, 2.9)  # inches
-_ACROSS = 3
+_PANEL_SIZE = (3.5, 2.9)  # in inches
+_PANELS_ACROSS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +126,9 @@ def draw_curves(panels: Sequence[CurvePanel], *, heading: str, file: Path) -> Pa
     for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
         for which, name in enumerate(names):
             x, found = [], []
-            for place, group in panel.points:
+            for at, group in panel.points:
                 if any(result.variant == name for result in group):
-                    x.append(place)
+                    x.append(at)
                     found.append(rsum_of(group, name))
             mean = [interval.mean for interval in found]
             axes.plot(x, mean, label=name.replace("_", " "), zorder=3, **_style(which))
@@ -137,8 +137,8 @@ def draw_curves(panels: Sequence[CurvePanel], *, heading: str, file: Path) -> Pa
                 high = [interval.mean + interval.half_width for interval in found]
                 colour = COLOURS[which % len(COLOURS)]
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.set_xticks([place for place, _ in panel.points])
-        _dress(axes, panel.title, panel.x_label, first=number % _ACROSS == 0)
+        axes.set_xticks([at for at, _ in panel.points])
+        _label_axes(axes, panel.title, panel.x_label, first=number % _PANELS_ACROSS == 0)
     return _save(figure, grid[0], file)
 
 
@@ -155,7 +155,7 @@ def draw_objects(
     """
     names = variants_of(results)
     figure, grid = _panels(len(titles), heading)
-    for number, (axes, (counted, title)) in enumerate(zip(grid, titles.items(), strict=True)):
+    for column, (axes, (counted, title)) in enumerate(zip(grid, titles.items(), strict=True)):
         there = [result for result in results if result.at["counted"] == counted]
         bins = list(dict.fromkeys((each.at["bin"], each.at["images"]) for each in there))
         for which, name in enumerate(names):
@@ -166,7 +166,7 @@ def draw_objects(
                 for label, _ in bins
             ]
             axes.errorbar(
-                [place + aside for place in range(len(bins))],
+                [number + aside for number in range(len(bins))],
                 [interval.mean for interval in found],
                 yerr=[interval.half_width if interval.n > 1 else 0.0 for interval in found],
                 label=name.replace("_", " "),
@@ -175,7 +175,7 @@ def draw_objects(
             )
         axes.set_xticks(range(len(bins)), [f"{label}\nn = {images}" for label, images in bins])
         axes.set_xlim(-0.5, len(bins) - 0.5)
-        _dress(axes, title, "in an image; n images", first=number % _ACROSS == 0)
+        _label_axes(axes, title, "in an image; n images", first=column % _PANELS_ACROSS == 0)
         axes.grid(axis="x", visible=False)
     return _save(figure, grid[0], file)
 
@@ -184,10 +184,10 @@ def _panels(number: int, heading: str) -> tuple[Figure, list[Axes]]:
     """Panels of equal height, three in a row, with one scale of rSum."""
     from matplotlib.figure import Figure
 
-    across = min(_ACROSS, number)
+    across = min(_PANELS_ACROSS, number)
     down = -(-number // across)
     # As wide as two panels at least: the heading and the legend need it.
-    size = (max(2, across) * _PANEL[0], down * _PANEL[1] + 0.9)
+    size = (max(2, across) * _PANEL_SIZE[0], down * _PANEL_SIZE[1] + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(heading, fontsize=11)
     grid = figure.subplots(down, across, sharey=True, squeeze=False).ravel().tolist()
@@ -206,7 +206,7 @@ def _style(which: int) -> dict[str, Any]:
     }
 
 
-def _dress(axes: Axes, title: str, x_label: str, *, first: bool) -> None:
+def _label_axes(axes: Axes, title: str, x_label: str, *, first: bool) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=9)
     if first:

@@ -159,10 +159,15 @@ def read_photo(file: Path) -> np.ndarray:
         raise DataError(f"{file}: not an image that can be shown: {error}") from None
 
 
-def place(wanted: Iterable[Box], taken: Sequence[Box]) -> Box:
-    """The first place that is free, or else the one that covers the least."""
+def least_covering(candidates: Iterable[Box], taken: Sequence[Box]) -> Box:
+    """The first box that is free of those that are taken, or else the one that covers the least.
+
+    Args:
+        candidates: at least one, the best first.
+        taken: what should not be covered.
+    """
     best, least = None, np.inf
-    for box in wanted:
+    for box in candidates:
         covered = sum(box.overlap(other) for other in taken)
         if covered < least:
             best, least = box, covered
