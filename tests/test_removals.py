@@ -49,7 +49,7 @@ PLACES = {
     "orchestration.storage.checkpoints:CheckpointFolder._upload": "under the study's own id in the storage",
     "orchestration.storage.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
     "folder of a trial",
-    "orchestration.cluster.doctor:_remove_token": NEW,
+    "orchestration.storage.check_file:check_file": NEW,
     "orchestration.storage.records_copy:_Copy.get": RUN,
     "orchestration.storage.records_copy:_Copy.put": "under studies/NAME of the storage, once `check` has found "
     "no other study there",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean.errors import CpfeanError, StoppedError
-from orchestration.cluster.version_drift import since_start
+from orchestration.cluster.versions import since_start
 from orchestration.runners.worker import metrics_of, test_metrics, this_device
 from orchestration.settings import Settings
 from orchestration.storage.checkpoints import CheckpointFolder

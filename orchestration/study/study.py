@@ -20,8 +20,13 @@ from typing import TYPE_CHECKING, Any
 from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
 from orchestration.cluster.capacity import Room
-from orchestration.cluster.doctor import ask_nodes, missing_workers, versions
-from orchestration.cluster.version_drift import among_nodes, since_start
+from orchestration.cluster.versions import (
+    among_nodes,
+    ask_nodes,
+    missing_workers,
+    since_start,
+    versions,
+)
 from orchestration.proposals.search import Proposals
 from orchestration.runners.guard import Guarded
 from orchestration.runners.worker import test_metrics, this_device

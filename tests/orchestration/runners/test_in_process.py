@@ -18,7 +18,7 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError, NoMemoryError
 from cpfean.json_files import RecordError
-from orchestration.cluster import version_drift as drift
+from orchestration.cluster import versions as drift
 from orchestration.runners import in_process as local
 from orchestration.runners.in_process import _Stop, run_here
 from orchestration.settings import ServiceError, Settings

@@ -19,7 +19,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
 from orchestration.cluster import nodes
 from orchestration.cluster.capacity import Cluster, Node, Room
-from orchestration.cluster.doctor import versions
+from orchestration.cluster.versions import versions
 from orchestration.proposals.search import Range, SearchSpace
 from orchestration.runners.tuner import EarlyStopping, _Halving
 from orchestration.settings import ServiceError, Settings
