@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
-from orchestration.cluster.capacity import Room
+from orchestration.cluster.capacity import Demand as Room
 from orchestration.cluster.versions import (
     among_nodes,
     ask_nodes,
@@ -483,7 +483,7 @@ class _Study:
 
     def _run_open(self) -> None:
         from orchestration.cluster import connection, nodes
-        from orchestration.cluster.capacity import share_out
+        from orchestration.cluster.capacity import allocate as share_out
         from orchestration.runners import tuner
 
         storage = self._settings.storage
@@ -512,7 +512,7 @@ class _Study:
             self._plan.budget.check_prices(self._nodes())
             self._count()
             if not cluster.is_local:
-                self._room = lambda: nodes.room_for(resources)
+                self._room = lambda: nodes.demand_of(resources)
             self._clock = _Clock(is_local=cluster.is_local)
             self._clock.epochs_left = self._epochs_left()
             early = None

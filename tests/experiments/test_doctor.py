@@ -15,6 +15,7 @@ from orchestration.cluster.capacity import Cluster
 from orchestration.cluster.versions import Answer, versions
 from orchestration.settings import Settings
 from tests.orchestration.cluster.test_doctor import begin
+from tests.orchestration.tracking_store import new_store
 
 Connect = Callable[[Settings], Cluster]
 Ask = Callable[[str | None], Mapping[str, Answer]]
@@ -32,7 +33,9 @@ def all_the_same(storage: str | None) -> dict[str, Answer]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For data and records that are made once."""
-    return tmp_path_factory.mktemp("shared")
+    folder = tmp_path_factory.mktemp("shared")
+    new_store(folder / "mlflow.db")
+    return folder
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def broken_tracker(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def lost_run(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    uri = new_store(folder / "mlflow.db")
     begin(Settings(output=folder / "runs", cache_dir=folder, tracking_uri=uri), "lost")
     patch.setenv("MLFLOW_TRACKING_URI", uri)
 

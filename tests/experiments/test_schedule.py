@@ -19,6 +19,7 @@ from orchestration.schedule.rounds import Schedule
 from orchestration.tracking.tracker import open_store
 from tests.experiments.test_command_line import call
 from tests.orchestration.samples import TINY
+from tests.orchestration.tracking_store import new_store
 
 FLAGS = ["--config", "tiny.toml", "--in-process", "--only", "no_gcn", "--seeds", "2"]
 
@@ -93,6 +94,7 @@ def round_of(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> RoundOf:
     """Runs a round as its job does, but for the seconds that each process takes to start."""
+    new_store(tiny / "runs" / "mlflow.db")
     monkeypatch.chdir(tiny)
     monkeypatch.setenv("CPFEAN_CACHE", str(tiny / "cache"))
 

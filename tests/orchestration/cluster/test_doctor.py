@@ -20,6 +20,14 @@ from orchestration.settings import ServiceError, Settings
 from orchestration.study.records import RunFolder
 from orchestration.tracking.tracker import HEARTBEAT_TAG, TrackedRun, Tracker, open_store
 from tests.orchestration.samples import record
+from tests.orchestration.tracking_store import new_store
+
+
+@pytest.fixture
+def where(where: Settings, tmp_path: Path) -> Settings:
+    """With a tracking store that is there already."""
+    assert new_store(tmp_path / "mlflow.db") == where.tracking_uri
+    return where
 
 
 def test_one_ill_check_does_not_keep_the_others_from_being_run() -> None:
@@ -128,7 +136,9 @@ def test_a_disk_that_is_nearly_full_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_does_not_answer_is_named(where: Settings, tmp_path: Path) -> None:
-    assert doctor.check_tracking(where) == f"{where.tracking_uri} takes numbers and files"
+    new = f"sqlite:///{tmp_path / 'new.db'}"
+    found = doctor.check_tracking(replace(where, tracking_uri=new))
+    assert found == f"{new} takes numbers and files"
     (tmp_path / "bad.db").write_text("not a database " * 1000)
     with pytest.raises(Ill, match=r"bad\.db") as ill:
         doctor.check_tracking(replace(where, tracking_uri=f"sqlite:///{tmp_path / 'bad.db'}"))

@@ -27,8 +27,6 @@ from cpfean.errors import (
     NoMemoryError,
     StoppedError,
 )
-from orchestration.cluster.capacity import Cluster, Node, Room, places, share_out
-from orchestration.cluster.connection import connect
 from orchestration.runners import tuner
 from orchestration.runners.ray_errors import classify, lost_ranks
 from orchestration.runners.tuner import (
@@ -37,7 +35,7 @@ from orchestration.runners.tuner import (
     _Source,
     _Trial,
 )
-from orchestration.settings import ServiceError, Settings
+from orchestration.settings import ServiceError
 from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.records import TrialRecord
 from tests.orchestration.samples import record
@@ -334,93 +332,6 @@ def test_another_number_of_workers_is_told_once(trained: Callable[..., list[dict
     notes = [news.get("note", "") for news in told]
     assert notes[0] == notes[3] == ""
     assert notes[2] == "trained by 1 of 2 workers; the batch is the same."
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "workers", "trials", "concurrent", "cpus_each"),
-    [
-        (2, 0, 1, 6, 2, 1),
-        (2, 0, 2, 6, 1, 1),
-        (16, 0, 2, 3, 3, 2),
-        (16, 4, 2, 6, 2, 4),
-        (16, 0, 1, 1, 1, 16),
-    ],
-)
-def test_trials_at_a_time_never_need_more_than_there_is(
-    cpus: int, gpus: int, workers: int, trials: int, concurrent: int, cpus_each: int
-) -> None:
-    cluster = Cluster(cpus=cpus, gpus=gpus, is_local=True)
-    shared = share_out(cluster, workers=workers, trials=trials)
-    assert (shared.concurrent, shared.cpus, shared.use_gpu) == (concurrent, cpus_each, gpus > 0)
-    assert shared.concurrent * shared.workers * shared.cpus <= cpus
-
-
-@pytest.mark.parametrize(
-    ("nodes", "workers", "trials", "concurrent", "cpus_each"),
-    [
-        # The head of cluster.yaml and its first worker: eight CPUs, of which no node has more
-        # than four.
-        ([Node(cpus=4, gpus=0), Node(cpus=4, gpus=1)], 1, 6, 1, 4),
-        ([Node(cpus=4, gpus=0)] * 4, 1, 1, 1, 4),
-        ([Node(cpus=0, gpus=0), Node(cpus=2, gpus=0), Node(cpus=2, gpus=0)], 2, 1, 1, 2),
-        ([Node(cpus=3, gpus=0), Node(cpus=3, gpus=0)], 4, 1, 1, 1),
-        ([Node(cpus=16, gpus=2), Node(cpus=2, gpus=2)], 4, 1, 1, 1),
-        ([Node(cpus=4, gpus=0)], 8, 1, 1, 1),  # to grow, or to be told that it does not
-    ],
-)
-def test_a_worker_asks_for_no_more_than_fits_on_a_node(
-    nodes: list[Node], workers: int, trials: int, concurrent: int, cpus_each: int
-) -> None:
-    cluster = Cluster(
-        cpus=sum(node.cpus for node in nodes),
-        gpus=sum(node.gpus for node in nodes),
-        is_local=False,
-        nodes=tuple(nodes),
-    )
-    shared = share_out(cluster, workers=workers, trials=trials)
-    assert (shared.concurrent, shared.cpus) == (concurrent, cpus_each)
-    there = places(nodes, cpus=1, use_gpu=shared.use_gpu)
-    fit = places(nodes, cpus=shared.cpus, use_gpu=shared.use_gpu)
-    assert fit >= min(there, shared.concurrent * shared.workers)
-
-
-@pytest.mark.parametrize(
-    ("grows", "said"),
-    [(None, "not known here"), (True, "it is growing"), (False, "does not grow to it")],
-)
-def test_room_says_what_is_asked_for_what_there_is_and_what_may_come(
-    grows: bool | None, said: str
-) -> None:
-    nodes = [Node(cpus=4, gpus=0), Node(cpus=4, gpus=1)]
-    room = Room(workers=4, cpus=2, use_gpu=True, nodes=nodes, grows=grows)
-    assert "4 worker(s) of 2 CPU(s) and 1 GPU" in str(room)
-    assert "2 node(s) with 8 CPUs and 1 GPUs, room for 1" in str(room)
-    assert said in str(room)
-    assert room.never_fits == (grows is False)
-    fits = Room(workers=1, cpus=2, use_gpu=True, nodes=nodes, grows=grows)
-    assert not fits.never_fits
-    assert "if nothing else runs" in str(fits)
-
-
-def test_more_workers_than_this_machine_has_are_refused_with_the_numbers() -> None:
-    with pytest.raises(ServiceError, match="4 workers need 4 CPUs and this machine has 2"):
-        share_out(Cluster(cpus=2, gpus=0, is_local=True), workers=4, trials=1)
-
-
-def test_ray_on_this_machine_has_no_dashboard_that_would_take_jobs(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def init(**how: Any) -> None:
-        asked.update(how)
-        raise RuntimeError("as far as this test goes")
-
-    monkeypatch.setattr("ray.init", init)
-    with pytest.raises(ServiceError, match="as far as"):
-        connect(where)
-    assert asked["address"] == "local"
-    assert asked["include_dashboard"] is False
 
 
 def test_a_record_knows_when_it_is_for_good() -> None:

@@ -18,7 +18,7 @@ from ray.tune.schedulers import TrialScheduler
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CpfeanError
 from orchestration.cluster import nodes
-from orchestration.cluster.capacity import Cluster, Node, Room
+from orchestration.cluster.capacity import Cluster, Demand, Node
 from orchestration.cluster.versions import versions
 from orchestration.proposals.search import Range, SearchSpace
 from orchestration.runners.tuner import EarlyStopping, _Halving
@@ -685,7 +685,9 @@ def test_dollars_that_lack_a_node_say_so_once(tmp_path: Path) -> None:
 
 
 def room(driven: Driven, *, workers: int, grows: bool | None) -> None:
-    there = Room(workers=workers, cpus=1, use_gpu=False, nodes=[Node(cpus=2, gpus=0)], grows=grows)
+    there = Demand(
+        workers=workers, cpus=1, use_gpu=False, nodes=[Node(cpus=2, gpus=0)], grows=grows
+    )
     driven._room = lambda: there
 
 
