@@ -113,11 +113,13 @@ def check_cluster(
     Args:
         connect: joins it; None for that of `orchestration.cluster.connection`.
     """
-    if connect is None:
-        from orchestration.cluster.connection import connect
     if settings.address is None:
         check_this_host()
         return "none: studies run on this machine"
+    if connect is None:
+        from orchestration.cluster import connection
+
+        connect = connection.connect
     cluster = connect(settings)
     return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"
 

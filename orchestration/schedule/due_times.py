@@ -66,6 +66,7 @@ def due_slots(trigger: CronTrigger, now: datetime, *, since: datetime) -> list[s
 
 
 def _times(trigger: CronTrigger, since: datetime, until: datetime) -> Iterator[datetime]:
-    time: datetime | None = since
-    while (time := next_time(trigger, time)) and time <= until:
+    time = next_time(trigger, since)
+    while time is not None and time <= until:
         yield time
+        time = next_time(trigger, time)
