@@ -110,14 +110,14 @@ class Schedule:
             ServiceError: no cluster answers, or the journal cannot be read or written.
         """
         now = self._now()
-        rows = self._journal.rows(suite.name)
-        due = suite.due(newest_slot(rows, now), now)
+        due = suite.due(newest_slot(self._journal.rows(suite.name), now), now)
         if not due:
             return False
         *missed, slot = due
         job = f"{suite.name}-{slot}"
         others = [other for other in jobs.running(f"{suite.name}-") if other != job]
-        failed = failed_slots(rows)
+        # Read once more: a round that has just ended has noted how.
+        failed = failed_slots(self._journal.rows(suite.name))
         if others:
             what, why = "skipped", f"{others[0]} still runs"
         elif len(failed) >= _FAILURES:

@@ -249,6 +249,22 @@ def test_no_scheduler_pauses_a_suite_for_a_round_that_still_runs(tmp_path: Path)
     assert not schedule.standing("nightly").is_paused
 
 
+def test_a_round_that_ends_while_a_scheduler_looks_has_not_failed(tmp_path: Path) -> None:
+    class Ending(NotedJobs):
+        def running(self, prefix: str) -> Sequence[str]:
+            end_all(schedule, self)
+            return super().running(prefix)
+
+    clock, jobs = Clock(), Ending()
+    schedule = hourly(tmp_path, clock)
+    schedule.note("nightly", "20261124T080000Z", "failed")
+    schedule.note("nightly", "20261124T090000Z", "failed")
+    for hour in (1, 2):
+        clock.now = START + timedelta(hours=hour)
+        schedule.tick(jobs, ignore)
+    assert list(jobs.commands) == ["nightly-20261124T110000Z", "nightly-20261124T120000Z"]
+
+
 def test_resuming_what_is_not_there_names_what_is(tmp_path: Path) -> None:
     schedule = hourly(tmp_path, Clock())
     with pytest.raises(ConfigError, match="no suite 'other'; there are: nightly"):
