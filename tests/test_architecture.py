@@ -62,6 +62,9 @@ ROOMS = {
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=frozenset({"cpfean"})),
     "orchestration": Room(ours=frozenset({"cpfean"}), never=frozenset()),
+    "orchestration.schedule": Room(
+        ours=frozenset({"cpfean"}), never=frozenset({"optuna", "mlflow", "torch"})
+    ),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
 }
 
@@ -151,6 +154,8 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("cpfean.training.loop", "def report():\n    import optuna as study"),
         ("cpfean.training.loop", "import orchestration.study.study"),
         ("orchestration.study.study", "from experiments.baselines import BASELINES"),
+        ("orchestration.schedule.rounds", "from orchestration.study.study import run_study"),
+        ("orchestration.schedule.jobs", "import mlflow"),
         ("experiments.sweep", "import ray"),
         ("experiments.sweep", "from optuna.samplers import TPESampler"),
     ],
@@ -168,6 +173,8 @@ def test_an_import_across_the_rooms_is_found(module: str, source: str) -> None:
         ("cpfean.training.loop", "from cpfean.model.cpfean import Cpfean\nimport torch"),
         ("orchestration.study.study", "import ray\nfrom cpfean.training.loop import fit"),
         ("experiments.sweep", "from orchestration.study.study import sweep\nimport argparse"),
+        ("experiments.schedule", "from orchestration.schedule.rounds import Schedule"),
+        ("orchestration.schedule.jobs", "from ray.job_submission import JobSubmissionClient"),
     ],
 )
 def test_an_import_that_the_table_allows_is_not_reported(module: str, source: str) -> None:
