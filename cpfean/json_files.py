@@ -174,9 +174,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else text[:100] + " ..."
 
 
-def aside(file: Path) -> Path:
+def aside(file: Path, *, why: str = "damaged") -> Path:
     """A name beside a file that nobody has yet."""
-    names = (f"{file.name}.damaged{'' if n == 1 else f'-{n}'}" for n in range(1, 10**6))
+    names = (f"{file.name}.{why}{'' if n == 1 else f'-{n}'}" for n in range(1, 10**6))
     return next(free for name in names if not os.path.lexists(free := file.with_name(name)))
 
 

@@ -23,30 +23,34 @@ _SQLITE = {
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
 
-def write_json(file: Path, data: Any) -> None:
+def write_json(file: Path, data: Any, *, mode: int = 0o666) -> None:
     """Writes a file that is there whole or not at all; raises as `write_text` does."""
-    write_text(file, as_json(data))
+    write_text(file, as_json(data), mode=mode)
 
 
-def write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str, *, mode: int = 0o666) -> None:
     """Writes a file that is there whole or not at all.
+
+    Args:
+        mode: its rights, of which the process's mask takes some away.
 
     Raises:
         ServiceError: the disk is full, or it cannot be written; what was there still is.
     """
     try:
-        with _written(file, text) as temporary:
+        with _written(file, text, mode) as temporary:
             temporary.replace(file)
     except OSError as error:
         raise cannot_write(file, error, needed=len(text.encode())) from error
 
 
 @contextmanager
-def _written(file: Path, text: str) -> Iterator[Path]:
+def _written(file: Path, text: str, mode: int = 0o666) -> Iterator[Path]:
     """A text on disk, under a name beside the one that it is for; gone at the end."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("x", encoding="utf-8") as stream:
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(number, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

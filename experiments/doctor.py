@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpfean.errors import ConfigError, CpfeanError, ServiceError
 from experiments import command_line
+from orchestration.settings import Settings
+
+if TYPE_CHECKING:
+    from orchestration.cluster.capacity import Cluster
+    from orchestration.cluster.versions import Answer
 
 _EPILOG = """\
 Looks at the token, the cluster and each of its nodes (versions, storage), storage, disks, data, the
@@ -22,6 +28,10 @@ Exit codes: 0 all is well, 2 flags, 5 something is not.
 
 
 def main() -> None:
+    command_line.run(make_parser(), body)
+
+
+def make_parser() -> command_line.Parser:
     parser = command_line.Parser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "--data",
@@ -43,14 +53,25 @@ def main() -> None:
         "--repair", action="store_true", help="close runs in MLflow that nobody runs"
     )
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    command_line.run(parser, body)
+    return parser
 
 
-def body(arguments: argparse.Namespace) -> int:
+def body(
+    arguments: argparse.Namespace,
+    *,
+    connect: Callable[[Settings], Cluster] | None = None,
+    ask: Callable[[str | None], Mapping[str, Answer]] | None = None,
+) -> int:
+    """Looks at all, and tells; the exit code.
+
+    Args:
+        connect: joins the cluster; None for how studies join it.
+        ask: for the versions of the nodes; None for Ray's nodes.
+    """
     from cpfean.config import DataConfig
     from orchestration.cluster import doctor
     from orchestration.cluster.ray_address import ray_folder
-    from orchestration.settings import Settings
+    from orchestration.cluster.versions import ask_nodes
 
     refused: CpfeanError | None = None
     try:
@@ -65,7 +86,7 @@ def body(arguments: argparse.Namespace) -> int:
     def check_cluster() -> str:
         if refused is not None:
             raise refused
-        return doctor.check_cluster(where)
+        return doctor.check_cluster(where, connect=connect)
 
     def check_data() -> str:
         from cpfean.data.sources import resolve_data
@@ -81,7 +102,7 @@ def body(arguments: argparse.Namespace) -> int:
     checks: dict[str, Callable[[], str]] = {
         **on_cluster,
         "cluster": check_cluster,
-        **({} if refused else {"nodes": lambda: doctor.check_nodes(where)}),
+        **({} if refused else {"nodes": lambda: doctor.check_nodes(where, ask=ask or ask_nodes)}),
         "storage": lambda: doctor.check_storage(where),
         "disk": lambda: doctor.check_disk([where.output, where.cache_dir, ray_folder()]),
         "data": check_data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ from orchestration.study.stopping import Interrupted
 
 if TYPE_CHECKING:
     from cpfean.analysis.statistics import Change
-    from orchestration.schedule import Ended, Schedule
+    from orchestration.schedule.journal import Row
+    from orchestration.schedule.rounds import Schedule
     from orchestration.study.records import RunFolder
 
 CHANGED = 6  # exit code
@@ -87,7 +89,7 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace, given: list[str]) -> int:
-    from orchestration.schedule import Schedule
+    from orchestration.schedule.rounds import Schedule
 
     wanted = {"add": 1, "remove": 1, "resume": 1, "round": 2}.get(arguments.command, 0)
     if len(arguments.names) != wanted:
@@ -140,15 +142,19 @@ def _resume(schedule: Schedule, arguments: argparse.Namespace, given: list[str])
 
 
 def _run(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
-    from orchestration.schedule import RayJobs
+    from orchestration.schedule.jobs import RayJobs
+
+    def end(number: int, _frame: object) -> None:
+        raise Interrupted(number)
 
     jobs = RayJobs(arguments.jobs)
     if arguments.once:
-        schedule.fire_all(jobs, command_line.say)
-    else:
-        command_line.say(f"looking after {len(schedule.suites())} suite(s) in {schedule.folder}")
-        schedule.run(jobs, command_line.say)
-    return 0
+        if not schedule.tick(jobs, command_line.say):
+            command_line.say("nothing is due.")
+        return 0
+    signal.signal(signal.SIGTERM, end)
+    command_line.say(f"looking after {len(schedule.suites())} suite(s) in {schedule.folder}")
+    schedule.run(jobs, command_line.say)
 
 
 def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) -> int:
@@ -162,13 +168,13 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
         try:
             code = _run_round(schedule, suite, slot, given)
         except (KeyboardInterrupt, Interrupted):
-            schedule.ended(suite, slot, "stopped")
+            schedule.note(suite, slot, "stopped")
             raise
         except BaseException as error:
-            schedule.ended(suite, slot, "failed", message_of(error))
+            schedule.note(suite, slot, "failed", message_of(error))
             raise
-        what: Ended = "changed" if code == CHANGED else "done"
-        schedule.ended(suite, slot, what, "some runs failed" if code not in (0, CHANGED) else "")
+        what = "changed" if code == CHANGED else "done"
+        schedule.note(suite, slot, what, "some runs failed" if code not in (0, CHANGED) else "")
         return code
 
 
@@ -301,12 +307,12 @@ def _rows(schedule: Schedule) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for suite in schedule.suites():
         standing = schedule.standing(suite.name)
-        due = suite.next(now).strftime("%Y-%m-%d %H:%M:%S")
+        due = suite.next(now)
         rows.append(
             (
                 suite.name,
                 suite.cron,
-                "paused" if standing.is_paused else due,
+                "paused" if standing.is_paused else f"{due:%Y-%m-%d %H:%M:%S}" if due else "never",
                 _became(standing.last),
                 _became(standing.not_run),
                 " ".join(suite.arguments),
@@ -315,10 +321,10 @@ def _rows(schedule: Schedule) -> list[tuple[str, ...]]:
     return rows
 
 
-def _became(row: Mapping[str, str]) -> str:
-    if not row:
+def _became(row: Row) -> str:
+    if not row.slot:
         return "-"
-    return f"{row['slot']} {row['what']}" + (f": {row['why']}" if row["why"] else "")
+    return f"{row.slot} {row.what}" + (f": {row.why}" if row.why else "")
 
 
 _COMMANDS: Mapping[str, Callable[[Schedule, argparse.Namespace, list[str]], int]] = {

@@ -78,6 +78,9 @@ ROOMS = {
         ours=frozenset({"cpfean", "orchestration"}), never=frozenset({"ray", "mlflow"})
     ),
     "orchestration.proposals.search_space": Room(ours=FOUNDATION),
+    "orchestration.schedule": Room(
+        ours=frozenset({"cpfean"}), never=frozenset({"optuna", "mlflow", "torch"})
+    ),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
 }
 
@@ -174,6 +177,8 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("orchestration.study.study", "import optuna"),
         ("orchestration.proposals.search_space", "import optuna"),
         ("orchestration.proposals.optuna_study", "from ray import tune"),
+        ("orchestration.schedule.rounds", "from orchestration.study.study import run_study"),
+        ("orchestration.schedule.jobs", "import mlflow"),
         ("experiments.sweep", "import ray"),
         ("experiments.sweep", "from optuna.samplers import TPESampler"),
     ],
@@ -192,6 +197,8 @@ def test_an_import_across_the_rooms_is_found(module: str, source: str) -> None:
         ("cpfean.analysis.views", "from cpfean.training.evaluation import score_matrix"),
         ("orchestration.study.study", "import ray\nfrom cpfean.training.loop import fit"),
         ("experiments.sweep", "from orchestration.study.study import sweep\nimport argparse"),
+        ("experiments.schedule", "from orchestration.schedule.rounds import Schedule"),
+        ("orchestration.schedule.jobs", "from ray.job_submission import JobSubmissionClient"),
     ],
 )
 def test_an_import_that_the_table_allows_is_not_reported(module: str, source: str) -> None:
@@ -215,11 +222,32 @@ def test_importing_all_of_the_science_loads_no_cluster_or_tracking_library() -> 
 
 
 # What runs code out of a file or a string. No entry is ever taken out for one place.
-CODE_IN_DATA = frozenset({"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"})
+#
+# Ray's own transport is no part of this: what processes of one cluster send each other (tasks,
+# actors, what they return, exceptions) Ray pickles with cloudpickle, and so does Tune with the
+# snapshots and errors in its folder, which nothing of ours reads. docs/cluster.md says so.
+CODE_IN_DATA = frozenset(
+    {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "pickle", "pickle5", "shelve"}
+)
 RUNS_TEXT = frozenset({"eval", "exec", "compile", "__import__"})
 UNSAFE_CALLS = frozenset(
     {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.load"}
 )
+# Whatever they are methods or functions of.
+UNSAFE_NAMES = frozenset(
+    {
+        "get_pickled_error",  # of a trial of Tune
+        "load_model",  # of MLflow's flavours
+        "read_pickle",
+        "unsafe_load",
+        "Unpickler",
+        # They unpickle what somebody has put into a database.
+        *("SQLAlchemyJobStore", "MongoDBJobStore", "RedisJobStore", "ZooKeeperJobStore"),
+        *("EtcdJobStore", "RethinkDBJobStore", "add_jobstore"),
+    }
+)
+# Readers of text, the only ones whose functions may be called `loads`.
+LOADS = frozenset({"json.loads", "tomllib.loads"})
 SAFE_VALUES = {
     "allow_pickle": False,
     "shell": False,
@@ -241,14 +269,22 @@ def dangers(source: str) -> list[str]:
     found = [
         f"line {line}: import of {target}"
         for line, target in imported("", tree, is_package=False)
-        if target.split(".")[0] in CODE_IN_DATA or target in UNSAFE_CALLS
+        if set(target.split(".")) & (CODE_IN_DATA | UNSAFE_NAMES)
+        or target in UNSAFE_CALLS
+        or (target.endswith(".loads") and target not in LOADS)
     ]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
-        if name in RUNS_TEXT | UNSAFE_CALLS or name.split(".")[-1] in {"load_model", "unsafe_load"}:
-            found.append(f"line {node.lineno}: {name}()")
+        last = node.func.attr if isinstance(node.func, ast.Attribute) else name
+        if (
+            name in RUNS_TEXT | UNSAFE_CALLS
+            or last in UNSAFE_NAMES
+            or (last == "loads" and name not in LOADS)
+            or set(name.split(".")[:-1]) & CODE_IN_DATA
+        ):
+            found.append(f"line {node.lineno}: {name or last}()")
         for keyword in node.keywords:
             if keyword.arg in SAFE_VALUES:
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
@@ -272,6 +308,20 @@ def test_nothing_in_the_product_runs_code_out_of_data() -> None:
         "import pickle",
         "from pickle import load",
         "def read():\n    import cloudpickle as c",
+        "from ray import cloudpickle",
+        "from ray import cloudpickle as c, tune",
+        "import ray.cloudpickle",
+        "from ray.cloudpickle import loads",
+        "ray.cloudpickle.load(file)",
+        "serializer.loads(data)",
+        "from srsly import pickle_loads, loads",
+        "open(path, 'rb').unpickler().loads(data)",
+        "from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore",
+        "stores.SQLAlchemyJobStore(url=url)",
+        "scheduler.add_jobstore('sqlalchemy', url=url)",
+        "pandas.read_pickle(path)",
+        "trial.get_pickled_error()",
+        "from torch import load",
         "import numpy as np\nnp.load(path, allow_pickle=True)",
         "np.load(path, allow_pickle=trusted)",
         "torch.load(path)",
@@ -301,6 +351,9 @@ def test_a_call_that_could_run_foreign_code_is_found(source: str) -> None:
         "yaml.safe_load(text)",
         "subprocess.run(['git', 'status'])",
         "json.load(file)",
+        "json.loads(text)",
+        "tomllib.loads(text)",
+        "from apscheduler.triggers.cron import CronTrigger",
     ],
 )
 def test_a_harmless_call_is_not_reported(source: str) -> None:

@@ -18,7 +18,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from orchestration.cluster import doctor
+from cpfean.errors import ServiceError
+from orchestration.storage.check_file import check_file, read_check_file
 from orchestration.storage.checkpoints import CheckpointFolder
 from tests.orchestration.ec2 import Ec2
 from tests.test_cluster_yaml import TEXT, prepared
@@ -464,9 +465,8 @@ def test_a_worker_may_do_all_that_data_doctor_and_tracking_ask_for(
     folder = fetch_folder(s3fs.S3FileSystem(), "s3://our-bucket/cpfean/data", cache_dir=tmp_path)
     assert {path.name for path in folder.iterdir()} >= {"train_ims.npy", "train_caps.txt"}
 
-    token = doctor._write_token("s3://our-bucket/cpfean/runs")
-    assert doctor._read_token("s3://our-bucket/cpfean/runs", token) == token
-    doctor._remove_token("s3://our-bucket/cpfean/runs", token)
+    with check_file("s3://our-bucket/cpfean/runs") as token:
+        assert read_check_file("s3://our-bucket/cpfean/runs", token) == token
 
     file = tmp_path / "best_config.toml"
     file.write_text("seed = 1")
@@ -490,5 +490,5 @@ def test_what_is_beside_the_prefix_stays_closed(store: type[Store]) -> None:
         filesystem.cat_file("our-bucket/secrets/key")
     with pytest.raises(PermissionError):
         filesystem.ls("our-bucket/secrets")
-    with pytest.raises(doctor.Ill, match="cannot be written"):
-        doctor._write_token("s3://our-bucket/runs")
+    with pytest.raises(ServiceError, match="cannot be written"), check_file("s3://our-bucket/runs"):
+        pass

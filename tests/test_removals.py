@@ -49,7 +49,7 @@ PLACES = {
     "orchestration.storage.checkpoints:CheckpointFolder._upload": "under the study's own id in the storage",
     "orchestration.storage.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
     "folder of a trial",
-    "orchestration.cluster.doctor:_remove_token": NEW,
+    "orchestration.storage.check_file:check_file": NEW,
     "orchestration.storage.records_copy:_Copy.get": RUN,
     "orchestration.storage.records_copy:_Copy.put": "under studies/NAME of the storage, once `check` has found "
     "no other study there",
@@ -67,10 +67,11 @@ PLACES = {
     "cpfean.analysis.probe_report:_save": "in a folder of results that `own_folder` has taken",
     "cpfean.writing:write_text": "a file that is ours by its folder: see who calls it",
     "cpfean.writing:_written": NEW,
-    "orchestration.schedule:Schedule.only_round": "its lock, in the schedule's own folder",
     "orchestration.proposals.optuna_study:Proposals.export": f"{RUN}; study.db of earlier releases "
     "was read back, and is an export by now",
     "orchestration.proposals.optuna_study:_remove": f"{RUN}: what a killed export has left, by its exact name",
+    "orchestration.schedule.rounds:Schedule.only_round": "its lock, in the schedule's own folder",
+    "orchestration.schedule.suites:edited_suites": "the suites, which it has just read under a lock",
     "orchestration.tracking.stores:_make": f"{NEW}, and such names that a killed process has left",
     "orchestration.tracking.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
     "orchestration.tracking.stores:try_out": "the run that it has made to try writing with",

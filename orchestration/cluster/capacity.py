@@ -1,7 +1,7 @@
-"""What the trials of a study ask for, beside what a cluster has and may come to have.
+"""What the trials of a study demand, beside what a cluster has and may come to have.
 
-Workers of a trial may be on different nodes, one worker may not. What nobody but people can know:
-whether somebody is about to start another host by hand.
+The workers of a trial may be on different nodes, one worker is on one. Only people know whether
+somebody is about to start another host by hand.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
-    """One trial, and the cluster.
+class Demand:
+    """What one trial demands, beside what the cluster has.
 
     Attributes:
         workers, cpus, use_gpu: of the trial: so many, with so many CPUs each, and a GPU each.
@@ -39,23 +39,23 @@ class Room:
     grows: bool | None = None
 
     @property
-    def places(self) -> int:
+    def workers_that_fit(self) -> int:
         """Workers that there is room for when nothing else runs."""
-        return places(self.nodes, cpus=self.cpus, use_gpu=self.use_gpu)
+        return workers_that_fit(self.nodes, cpus=self.cpus, use_gpu=self.use_gpu)
 
     @property
     def never_fits(self) -> bool:
         """Whether the trial can wait for ever."""
-        return self.grows is False and self.places < self.workers
+        return self.grows is False and self.workers_that_fit < self.workers
 
     def __str__(self) -> str:
         each = f"{self.cpus} CPU(s) and 1 GPU" if self.use_gpu else f"{self.cpus} CPU(s)"
         cpus, gpus = sum(n.cpus for n in self.nodes), sum(n.gpus for n in self.nodes)
         text = (
             f"asked for: {self.workers} worker(s) of {each}; there is: {len(self.nodes)} node(s) "
-            f"with {cpus} CPUs and {gpus} GPUs, room for {self.places}"
+            f"with {cpus} CPUs and {gpus} GPUs, room for {self.workers_that_fit}"
         )
-        if self.places >= self.workers:
+        if self.workers_that_fit >= self.workers:
             return text + " if nothing else runs"
         if self.grows is None:
             status = commands.cluster_status()
@@ -63,7 +63,7 @@ class Room:
         return text + ("; it is growing" if self.grows else ", and the cluster does not grow to it")
 
 
-def places(nodes: Sequence[Node], *, cpus: int, use_gpu: bool) -> int:
+def workers_that_fit(nodes: Sequence[Node], *, cpus: int, use_gpu: bool) -> int:
     """Workers of that size that fit on empty nodes."""
     return sum(
         min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes
@@ -114,8 +114,8 @@ def this_machine() -> Cluster:
     return Cluster(cpus=cpus, gpus=gpus, is_local=True, nodes=(Node(cpus=cpus, gpus=gpus),))
 
 
-def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int = 0) -> Resources:
-    """How many trials of so many workers run at a time, and with what.
+def allocate(cluster: Cluster, *, workers: int, trials: int, min_workers: int = 0) -> Resources:
+    """How many trials run at a time, and the CPUs and GPUs of each of their workers.
 
     Raises:
         ServiceError: one trial alone asks for more than there is.
@@ -133,13 +133,9 @@ def share_out(cluster: Cluster, *, workers: int, trials: int, min_workers: int =
     if not cluster.is_local:
         cpus = min(cpus, 8)  # the nodes that join later may be smaller
     # A worker is on one node: what all nodes have together is no measure of it.
-    fitting = min(workers * concurrent, places(cluster.nodes, cpus=1, use_gpu=use_gpu))
-    while cpus > 1 and places(cluster.nodes, cpus=cpus, use_gpu=use_gpu) < fitting:
+    fitting = min(workers * concurrent, workers_that_fit(cluster.nodes, cpus=1, use_gpu=use_gpu))
+    while cpus > 1 and workers_that_fit(cluster.nodes, cpus=cpus, use_gpu=use_gpu) < fitting:
         cpus -= 1
     return Resources(
-        workers=workers,
-        cpus=cpus,
-        use_gpu=use_gpu,
-        concurrent=concurrent,
-        min_workers=min_workers,
+        workers=workers, cpus=cpus, use_gpu=use_gpu, concurrent=concurrent, min_workers=min_workers
     )

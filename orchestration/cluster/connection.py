@@ -10,24 +10,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
-from cpfean.errors import (
-    CpfeanError,
-    ServiceError,
-)
+from cpfean.errors import CpfeanError, ServiceError
 from cpfean.folders import can_be_written
 from orchestration.cluster.capacity import Cluster
 from orchestration.cluster.nodes import cluster_now, node_types
 from orchestration.cluster.ray_address import check_head, check_this_host, parse_address
-from orchestration.settings import (
-    Settings,
-    token_file,
-    usable_cpus,
-)
+from orchestration.settings import Settings, token_file, usable_cpus
 
 _JOIN_SECONDS = 40.0  # a cluster that is well takes a few
 _ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us
@@ -41,10 +35,8 @@ class _HeadStart:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._is_done = threading.Event()
+        self._cluster: Future[Cluster] = Future()
         self._is_over = threading.Event()
-        self._cluster: Cluster | None = None
-        self._error: CpfeanError | None = None
         threading.Thread(target=self._run, name="ray", daemon=True).start()
         atexit.register(self.end)
 
@@ -54,15 +46,11 @@ class _HeadStart:
         Raises:
             ConfigError, ServiceError: Ray does not start.
         """
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._cluster is not None
-        return self._cluster
+        return self._cluster.result()
 
     def wait(self) -> None:
         """Until Ray has started, or has not."""
-        self._is_done.wait()
+        wait([self._cluster])
 
     def end(self) -> None:
         """At the end of the process: ends Ray, once it has started; half of it could not be."""
@@ -76,14 +64,12 @@ class _HeadStart:
 
     def _run(self) -> None:
         try:
-            self._cluster = _connected(self._settings, _end)
+            self._cluster.set_result(_connected(self._settings, _end))
         except CpfeanError as error:
-            self._error = error
+            self._cluster.set_exception(error)
         except BaseException as error:
-            self._error = ServiceError(f"Ray does not start: {error!r}")
+            self._cluster.set_exception(ServiceError(f"Ray does not start: {error!r}"))
             raise
-        finally:
-            self._is_done.set()
         self._is_over.wait()
 
 

@@ -6,26 +6,30 @@ wrong and what to do.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shutil
 import time
-import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpfean import commands
-from cpfean.errors import ConfigError, CpfeanError, message_of
-from cpfean.folders import can_be_written, expanded
+from cpfean.errors import CpfeanError, message_of
+from cpfean.folders import can_be_written
 from cpfean.json_files import RecordError
 from orchestration.cluster.ray_address import check_this_host
+from orchestration.cluster.versions import (
+    Answer,
+    ask_nodes,
+    differences,
+    missing_workers,
+    versions,
+)
 from orchestration.settings import Settings, token_file
+from orchestration.storage.check_file import check_file, read_check_file
 from orchestration.study.records import RunFolder
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
 
@@ -33,9 +37,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_LIBRARIES = ("ray", "torch", "transformers", "numpy", "mlflow", "optuna")
+    from orchestration.cluster.capacity import Cluster
+
 _DISK_GB = 5.0  # below this a few checkpoints of a full-size model do not fit
-_NODE_SECONDS = 60.0
 _BEATS = 3  # heartbeats that may be missed
 
 
@@ -101,23 +105,37 @@ def check_token() -> str:
     return str(file)
 
 
-def check_cluster(settings: Settings) -> str:
-    """Whether Ray answers at the address; joins it for the checks that follow."""
-    from orchestration.cluster import connection
+def check_cluster(
+    settings: Settings, *, connect: Callable[[Settings], Cluster] | None = None
+) -> str:
+    """Whether Ray answers at the address; joins it for the checks that follow.
 
+    Args:
+        connect: joins it; None for that of `orchestration.cluster.connection`.
+    """
     if settings.address is None:
         check_this_host()
         return "none: studies run on this machine"
-    cluster = connection.connect(settings)
+    if connect is None:
+        from orchestration.cluster import connection
+
+        connect = connection.connect
+    cluster = connect(settings)
     return f"{settings.address}: {cluster.cpus} CPUs, {cluster.gpus} GPUs"
 
 
-def check_nodes(settings: Settings) -> str:
-    """Whether all nodes run what this one runs, and see the storage."""
+def check_nodes(
+    settings: Settings, *, ask: Callable[[str | None], Mapping[str, Answer]] = ask_nodes
+) -> str:
+    """Whether all nodes run what this one runs, and see the storage.
+
+    Args:
+        ask: for the versions of the nodes.
+    """
     if settings.address is None:
         return "this machine alone"
     mine = versions()
-    nodes = ask_nodes(settings.storage)
+    nodes = ask(settings.storage)
     if not nodes:
         raise Ill("no node answers", "see `ray status`")
     missing = missing_workers(len(nodes) - 1)
@@ -137,132 +155,12 @@ def check_nodes(settings: Settings) -> str:
     return f"{len(nodes)} node(s), all with the versions of this one"
 
 
-def differences(
-    other: Mapping[str, str], mine: Mapping[str, str], *, names: tuple[str, str]
-) -> list[str]:
-    """Each version that is not the same, with both; `names` says whose they are."""
-    return [
-        f"{what} {other.get(what)} {names[0]}, {version} {names[1]}"
-        for what, version in mine.items()
-        if other.get(what) != version
-    ]
-
-
-def versions() -> dict[str, str]:
-    """Python, libraries and our own code, here."""
-    from orchestration.study.results import code_fingerprint
-
-    found = {
-        "python": platform.python_version(),
-        "code": code_fingerprint(),
-        "orchestration": code_fingerprint("orchestration"),
-    }
-    for library in _LIBRARIES:
-        try:
-            # CPU and CUDA builds of one version go together.
-            found[library] = metadata.version(library).split("+")[0]
-        except metadata.PackageNotFoundError:
-            found[library] = "none"
-    return found
-
-
-def ask_nodes(
-    storage: str | None, *, known: Collection[str] = ()
-) -> dict[str, dict[str, str] | str]:
-    """Versions of every node that lives, by host name and address; or what is wrong with it.
-
-    A node that gives no answer is asked once more. One that has died by then is left out.
-
-    Args:
-        storage: that all have to see.
-        known: nodes that need not be asked.
-    """
-
-    def look(token: str) -> dict[str, str]:
-        found = versions()
-        if storage and token:
-            found["storage"] = _read_token(storage, token)
-        return found
-
-    token = _write_token(storage) if storage else ""
-    try:
-        nodes = {host: node for host, node in _living_nodes().items() if host not in known}
-        answers = _answers(nodes, look, token)
-        if silent := [host for host, answer in answers.items() if isinstance(answer, str)]:
-            living = _living_nodes()
-            again = {host: living[host] for host in silent if host in living}
-            answers |= _answers(again, look, token)
-            living = _living_nodes()
-            answers = {
-                host: answer
-                for host, answer in answers.items()
-                if not isinstance(answer, str) or host in living
-            }
-    finally:
-        if storage:
-            _remove_token(storage, token)
-    for host, answer in answers.items():
-        if not isinstance(answer, str) and answer.pop("storage", token) != token:
-            answers[host] = f"does not see {storage}"
-    return answers
-
-
-def _living_nodes() -> dict[str, str]:
-    """Ray's ids of the nodes that live, by host name and address."""
-    import ray
-
-    return {
-        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-
-
-def _answers(
-    nodes: Mapping[str, str], look: Callable[[str], dict[str, str]], token: str
-) -> dict[str, dict[str, str] | str]:
-    """What `look` returns on each node, by host; or the last line of why it does not."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    asked = {}
-    for host, node in nodes.items():
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=there)
-        asked[host] = task.remote(token)
-    answers: dict[str, dict[str, str] | str] = {}
-    for host, reference in asked.items():
-        try:
-            answers[host] = ray.get(reference, timeout=_NODE_SECONDS)
-        except Exception as error:  # Ray raises many kinds
-            answers[host] = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-    return answers
-
-
-def missing_workers(there: int) -> str:
-    """On the head of a cluster made by `ray up`: says so if fewer workers are there than asked for.
-
-    Empty if not; and on other machines, and where Ray was started by hand: nobody knows how many
-    there should be.
-    """
-    try:
-        file = expanded("~/ray_bootstrap_config.yaml", what="HOME")
-        types = json.loads(file.read_text(encoding="utf-8"))["available_node_types"]
-        wanted = sum(kind.get("min_workers", 0) for kind in types.values())
-    except (OSError, ConfigError, ValueError, LookupError):  # without a home it is no head
-        return ""
-    return f"{there} of {wanted} worker(s) have joined" if there < wanted else ""
-
-
 def check_storage(settings: Settings) -> str:
     """Whether checkpoints can be written, read and removed."""
     storage = settings.storage or str(settings.output)
-    token = _write_token(storage)
-    try:
-        if _read_token(storage, token) != token:
+    with check_file(storage) as token:
+        if read_check_file(storage, token) != token:
             raise Ill(f"{storage} does not give back what was written", "see its own logs")
-    finally:
-        _remove_token(storage, token)
     if settings.storage is None and settings.address is not None:
         raise Ill(
             "CPFEAN_STORAGE is not set, and the workers of a cluster do not see this folder",
@@ -440,39 +338,6 @@ def _age(heartbeat: str) -> float:
 
 def _names(runs: Sequence[Run]) -> str:
     return ", ".join(sorted({run.data.tags.get("cpfean.sweep", "?") for run in runs}))
-
-
-def _write_token(storage: str) -> str:
-    token = uuid.uuid4().hex
-    filesystem, path = _filesystem(storage)
-    try:
-        filesystem.makedirs(path, exist_ok=True)
-        filesystem.pipe_file(f"{path}/.doctor-{token}", token.encode())
-    except Exception as error:  # fsspec's stores raise their own
-        raise Ill(
-            f"{storage} cannot be written: {message_of(error)}", "rights, credentials, space"
-        ) from None
-    return token
-
-
-def _read_token(storage: str, token: str) -> str:
-    filesystem, path = _filesystem(storage)
-    try:
-        return filesystem.cat_file(f"{path}/.doctor-{token}").decode()
-    except Exception:  # not there, or not to be read: the same to whoever asks
-        return ""
-
-
-def _remove_token(storage: str, token: str) -> None:
-    filesystem, path = _filesystem(storage)
-    filesystem.rm_file(f"{path}/.doctor-{token}")
-
-
-def _filesystem(storage: str) -> tuple[Any, str]:
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(storage, use_listings_cache=False)
-    return filesystem, path.rstrip("/")
 
 
 def _existing(folder: Path) -> Path:

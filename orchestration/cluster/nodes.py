@@ -6,7 +6,7 @@ import json
 
 import ray
 
-from orchestration.cluster.capacity import Cluster, Node, Resources, Room
+from orchestration.cluster.capacity import Cluster, Demand, Node, Resources
 from orchestration.study.budget import OTHER
 
 
@@ -37,20 +37,18 @@ def node_types() -> list[str]:
     return [of.get("ray.io/node-group") or OTHER for of in labels]
 
 
-def room_for(resources: Resources) -> Room | None:
+def demand_of(resources: Resources) -> Demand | None:
     """A trial beside the cluster as it is now; None if the cluster does not answer."""
     try:
-        nodes = _nodes()
-        room = Room(
+        return Demand(
             workers=resources.min_workers or resources.workers,
             cpus=resources.cpus,
             use_gpu=resources.use_gpu,
-            nodes=nodes,
+            nodes=_nodes(),
             grows=_grows(),
         )
     except Exception:  # as above
         return None
-    return room
 
 
 def _grows() -> bool | None:

@@ -141,8 +141,16 @@ def running_head() -> Address | None:
 
 def ray_folder() -> Path:
     """The folder in which Ray keeps its files on this host."""
+    return _ray_folder()[0]
+
+
+def _ray_folder() -> tuple[Path, str]:
+    """The folder, and the variable that names it."""
     variables = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
-    return Path(next((os.environ[name] for name in variables if os.environ.get(name)), "/tmp"))
+    for name in variables:
+        if folder := os.environ.get(name):
+            return Path(folder), name
+    return Path("/tmp"), "the default"
 
 
 def check_this_host() -> None:
@@ -158,9 +166,7 @@ def check_this_host() -> None:
             f"only {files} files may be open at a time here, and Ray's processes need "
             f"{_FEWEST_FILES}; raise it with `ulimit -n 4096` (in containers --ulimit nofile=4096)."
         )
-    folder = ray_folder()
-    names = {"RAY_TMPDIR", "TMPDIR"} if sys.platform == "linux" else {"RAY_TMPDIR"}
-    source = next((name for name in sorted(names) if os.environ.get(name)), "the default")
+    folder, source = _ray_folder()
     if not folder.is_absolute():
         raise ConfigError(
             f"Ray's files need an absolute folder; {source} is {str(folder)!r}. Set RAY_TMPDIR."
@@ -181,8 +187,11 @@ def check_this_host() -> None:
         )
 
 
-def check_head(address: Address) -> None:
+def check_head(address: Address, *, seconds: float = _SECONDS) -> None:
     """Asks a head whether it lives, in seconds; Ray itself would try for many minutes.
+
+    Args:
+        seconds: in which it has to answer.
 
     Raises:
         ServiceError: what answers is no head, wants another token, or is of another version.
@@ -200,7 +209,7 @@ def check_head(address: Address) -> None:
         channel = init_grpc_channel(there, options=[("grpc.enable_http_proxy", 0)])
         with channel:
             stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            reply = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_SECONDS)
+            reply = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=seconds)
     except grpc.RpcError as error:
         code = error.code()
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
@@ -211,7 +220,7 @@ def check_head(address: Address) -> None:
                 f"RAY_AUTH_MODE=disabled. {without}."
             ) from None
         slow = code == grpc.StatusCode.DEADLINE_EXCEEDED
-        what = f"does not answer within {_SECONDS:.0f} s" if slow else "is no head of a Ray cluster"
+        what = f"does not answer within {seconds:.0f} s" if slow else "is no head of a Ray cluster"
         hint = ""
         if os.path.isabs(address.source):
             hint = f"{address.source} names it, and may have been left by a cluster that is gone. "
@@ -242,8 +251,6 @@ def _other_owner(file: Path) -> str:
     if owner == os.getuid():
         return ""
     try:
-        import pwd
-
-        return f"{pwd.getpwuid(owner).pw_name}"
-    except (ImportError, KeyError):
+        return file.owner()
+    except (OSError, KeyError):  # gone meanwhile, or a user without a name
         return f"user {owner}"

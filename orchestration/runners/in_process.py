@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cpfean.errors import CpfeanError, ServiceError, StoppedError
-from orchestration.cluster.capacity import Room
+from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Begun, Ended, Failed, Message, Order
 from orchestration.runners.protocol import Driver
 from orchestration.runners.training import Abandoned, train
@@ -56,7 +56,7 @@ class InProcess:
     def node_types(self) -> Sequence[str]:
         return [OTHER]
 
-    def room(self) -> Room | None:
+    def demand(self) -> Demand | None:
         return None
 
     def gone(self) -> ServiceError | None:

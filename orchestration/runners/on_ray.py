@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpfean.errors import CpfeanError, ServiceError
-from orchestration.cluster.capacity import Cluster, Resources, Room, share_out
-from orchestration.cluster.doctor import ask_nodes, missing_workers
-from orchestration.cluster.version_drift import among_nodes
+from orchestration.cluster.capacity import Cluster, Demand, Resources, allocate
+from orchestration.cluster.versions import among_nodes, ask_nodes, missing_workers
 from orchestration.runners.protocol import Driver
 from orchestration.settings import Settings
 from orchestration.study.budget import OTHER
@@ -80,7 +79,7 @@ class OnRay:
                     cluster, say=study.say, now=lambda: cluster_now(is_local=False)
                 )
                 self.look_at_nodes(study)
-            resources = share_out(
+            resources = allocate(
                 cluster,
                 workers=study.plan.workers,
                 trials=study.num_open,
@@ -124,12 +123,12 @@ class OnRay:
 
         return node_types()
 
-    def room(self) -> Room | None:
+    def demand(self) -> Demand | None:
         if self._resources is None:
             return None
-        from orchestration.cluster.nodes import room_for
+        from orchestration.cluster.nodes import demand_of
 
-        return room_for(self._resources)
+        return demand_of(self._resources)
 
     def gone(self) -> ServiceError | None:
         try:

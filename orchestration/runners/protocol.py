@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from orchestration.cluster.capacity import Room
+from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Message
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.plan import StudyPlan
@@ -89,7 +89,7 @@ class Runner(Protocol):
     def node_types(self) -> Sequence[str]:
         """The type of every node that is held now, as the file of prices calls it."""
 
-    def room(self) -> Room | None:
+    def demand(self) -> Demand | None:
         """What a trial asks for beside what there is; None: this machine, or not known."""
 
     def gone(self) -> ServiceError | None:

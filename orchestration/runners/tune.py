@@ -256,11 +256,7 @@ class Callbacks(tune.Callback):
         number = trial.config["number"]
         with self._study.stop.errors_of(self._study.folder.path):
             self._free(number)
-            text = _error_text(trial)
-            if "OutOfMemoryError" in text:  # Ray has ended it before the system would
-                self._study.tell(number, Failed(failure="oom", message=text))
-            else:
-                self._study.tell(number, Lost(message=text))
+            self._study.tell(number, _gone(trial))
 
     def save_all(self, seconds: float) -> bool:
         """Lets trials save where they are; Tune has to be interrupted then."""
@@ -277,9 +273,22 @@ class Callbacks(tune.Callback):
         free(self._groups.pop(number, ""))
 
 
-def _error_text(trial: Trial) -> str:
-    """The last lines of what a trial failed with; Tune also keeps a pickle, which is not read."""
-    if trial.error_file and Path(trial.error_file).is_file():
-        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
-        return "\n".join(lines[-30:])
-    return "no error was left behind"
+def _gone(trial: Trial) -> Lost | Failed:
+    """What is told of a trial whose process has gone with an error.
+
+    Tune leaves the error as a text on this machine before it calls back. Beside that is a pickle of
+    it, which is not read: that would run what is in it.
+    """
+    if not trial.error_file or not Path(trial.error_file).is_file():
+        return Lost(message="no error was left behind")
+    text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    _, _, message = text.rpartition("Failure # ")[2].partition("\n")
+    last = "\n".join(message.strip().splitlines()[-30:])
+    if "low on memory" in message:  # Ray has ended it before the system would
+        return Failed(failure="oom", message=last)
+    # All of Ray's errors about a lost process begin so; what code of ours raises, with "ray::".
+    return (
+        Lost(message=last)
+        if message.startswith("The actor ")
+        else Failed(failure="bug", message=last)
+    )

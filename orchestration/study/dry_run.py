@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from orchestration.cluster.capacity import share_out, this_machine
+from orchestration.cluster.capacity import allocate, this_machine
 from orchestration.settings import Settings, usable_cpus
 from orchestration.study.budget import OTHER, Estimate, Prices, cost_line, eta, free_bytes, size
 from orchestration.study.plan import StudyPlan, disk_of, num_open, storage_of
@@ -43,7 +43,7 @@ def dry_run(
 
             cluster, types = look_at(settings)
             there = f"the cluster at {settings.address}"
-        resources = share_out(cluster, workers=workers, trials=max(1, *trials))
+        resources = allocate(cluster, workers=workers, trials=max(1, *trials))
         cpus, gpus, at_a_time = resources.cpus, resources.use_gpu, resources.concurrent
         there += f" ({len(cluster.nodes)} node(s), {cluster.cpus} CPUs, {cluster.gpus} GPUs)"
     timing = time_training(

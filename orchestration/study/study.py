@@ -13,8 +13,7 @@ from pathlib import Path
 
 from cpfean import commands
 from cpfean.errors import CpfeanError, ServiceError, message_of
-from orchestration.cluster.doctor import versions
-from orchestration.cluster.version_drift import since_start
+from orchestration.cluster.versions import since_start, versions
 from orchestration.runners.messages import (
     Begun,
     Ended,
@@ -292,15 +291,15 @@ class Study:
         silent = self._progress.silent
         if self._progress.is_worth_a_line():
             names = ", ".join(record.name for record in self._trials.running)
-            room = self._runner.room()
-            asked = f"{self.plan.workers} worker(s) each" if room is None else str(room)
+            demand = self._runner.demand()
+            asked = f"{self.plan.workers} worker(s) each" if demand is None else str(demand)
             self.say(
                 f"no news for {silent:.0f} s; waiting for {names or 'the first trial'}, {asked}."
             )
             # Workers that were there may come back: a host that is booted, a spot instance.
-            if room is not None and room.never_fits and not self._progress.has_begun:
+            if demand is not None and demand.never_fits and not self._progress.has_begun:
                 raise ServiceError(
-                    f"the cluster cannot give what a trial asks for: {room}. Lower --workers, or "
+                    f"the cluster cannot give what a trial asks for: {demand}. Lower --workers, or "
                     f"add nodes; then:\n{resume_line(self.plan)}"
                 )
         if self._progress.has_stalled:

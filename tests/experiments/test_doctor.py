@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cpfean.errors import ServiceError
-from experiments import command_line
 from experiments import doctor as command
-from orchestration.cluster import connection, doctor
 from orchestration.cluster.capacity import Cluster
+from orchestration.cluster.versions import Answer, versions
+from orchestration.settings import Settings
+from tests.orchestration.cluster.test_doctor import begin
+from tests.orchestration.tracking_store import new_store
 
+Connect = Callable[[Settings], Cluster]
+Ask = Callable[[str | None], Mapping[str, Answer]]
 LINES = ("token", "cluster", "nodes", "storage", "disk", "data", "tracking", "runs")
+
+
+def well(settings: Settings) -> Cluster:
+    return Cluster(cpus=8, gpus=2, is_local=False)
+
+
+def all_the_same(storage: str | None) -> dict[str, Answer]:
+    return {"head": versions(), "worker": versions()}
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For data and records that are made once."""
-    return tmp_path_factory.mktemp("shared")
+    folder = tmp_path_factory.mktemp("shared")
+    new_store(folder / "mlflow.db")
+    return folder
 
 
 @pytest.fixture
@@ -36,23 +52,20 @@ def examined(
     monkeypatch.setenv("CPFEAN_CACHE", str(shared / "cache"))
     monkeypatch.setenv("CPFEAN_STORAGE", str(tmp_path / "storage"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared / 'mlflow.db'}")
-    well = Cluster(cpus=8, gpus=2, is_local=False)
-    monkeypatch.setattr(connection, "connect", lambda settings: well)
-    same = {"head": doctor.versions(), "worker": doctor.versions()}
-    monkeypatch.setattr(doctor, "ask_nodes", lambda storage: same)
     monkeypatch.chdir(tmp_path)
 
-    def examine(*words: str) -> tuple[int, dict[str, str]]:
-        monkeypatch.setattr("sys.argv", ["doctor.py", "--address", "10.0.0.1:6379", *words])
-        with pytest.raises(SystemExit) as ended:
-            command.main()
+    def examine(
+        *words: str, connect: Connect = well, ask: Ask = all_the_same
+    ) -> tuple[int, dict[str, str]]:
+        arguments = command.make_parser().parse_args(["--address", "10.0.0.1:6379", *words])
+        code = command.body(arguments, connect=connect, ask=ask)
         printed = capsys.readouterr()
         assert "Traceback" not in printed.out + printed.err
         lines = [line for line in printed.out.splitlines() if line[:4] in ("ok  ", "FAIL")]
         names = {line[6:16].strip(): line[:4].strip() + " " + line[16:] for line in lines}
         fixes = printed.out.count("fix: ")
         assert fixes == sum(text.startswith("FAIL") for text in names.values())
-        return int(ended.value.code or 0), names
+        return code, names
 
     return examine
 
@@ -71,16 +84,12 @@ def no_token(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "none"))
 
 
-def silent_cluster(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    def refuse(settings: command_line.Settings) -> Cluster:
-        raise ServiceError("no Ray cluster answers at 10.0.0.1:6379")
-
-    patch.setattr(connection, "connect", refuse)
+def silent_cluster(settings: Settings) -> Cluster:
+    raise ServiceError("no Ray cluster answers at 10.0.0.1:6379")
 
 
-def drift(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    other = {"worker": doctor.versions() | {"torch": "1.0"}}
-    patch.setattr(doctor, "ask_nodes", lambda storage: other)
+def an_older_worker(storage: str | None) -> dict[str, Answer]:
+    return {"worker": versions() | {"torch": "1.0"}}
 
 
 def storage_of_one_machine(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -102,21 +111,35 @@ def broken_tracker(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def lost_run(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    def lost(settings: command_line.Settings, *, repair: bool, **_: object) -> str:
-        raise doctor.Ill("1 run(s) of lost are RUNNING and nobody runs them", "--repair")
+    uri = new_store(folder / "mlflow.db")
+    begin(Settings(output=folder / "runs", cache_dir=folder, tracking_uri=uri), "lost")
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
 
-    patch.setattr(doctor, "check_runs", lost)
+
+def as_it_is(patch: pytest.MonkeyPatch, folder: Path) -> None: ...
 
 
-ILLS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Path], None], str, set[str]]] = {
-    "token": (no_token, "does not exist", set()),
-    "cluster": (silent_cluster, "no Ray cluster answers", set()),
-    "nodes": (drift, "worker: torch 1.0 there", set()),
-    "storage": (storage_of_one_machine, "CPFEAN_STORAGE is not set", set()),
-    "disk": (full_disk, "1.0 GB free", set()),
-    "data": (half_the_data, "faults in the data", set()),
-    "tracking": (broken_tracker, "bad.db", {"runs"}),  # whoever runs is written there
-    "runs": (lost_run, "nobody runs them", set()),
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What is wrong, what the line says of it, and which others turn red for it."""
+
+    spoil: Callable[[pytest.MonkeyPatch, Path], None] = as_it_is
+    says: str
+    follows: frozenset[str] = frozenset()
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    words: Sequence[str] = ()
+
+
+FAULTS = {
+    "token": Fault(spoil=no_token, says="does not exist"),
+    "cluster": Fault(says="no Ray cluster answers", asked={"connect": silent_cluster}),
+    "nodes": Fault(says="worker: torch 1.0 there", asked={"ask": an_older_worker}),
+    "storage": Fault(spoil=storage_of_one_machine, says="CPFEAN_STORAGE is not set"),
+    "disk": Fault(spoil=full_disk, says="1.0 GB free"),
+    "data": Fault(spoil=half_the_data, says="faults in the data", words=("--data", "data")),
+    # Whoever runs is written there.
+    "tracking": Fault(spoil=broken_tracker, says="bad.db", follows=frozenset({"runs"})),
+    "runs": Fault(spoil=lost_run, says="2 run(s) of lost are RUNNING"),
 }
 
 
@@ -127,12 +150,11 @@ def test_each_line_turns_red_alone(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    spoil, says, follows = ILLS[name]
-    spoil(monkeypatch, tmp_path)
-    words = ["--data", str(tmp_path / "data")] if name == "data" else []
-    code, lines = examined(*words)
+    fault = FAULTS[name]
+    fault.spoil(monkeypatch, tmp_path)
+    code, lines = examined(*fault.words, **fault.asked)
     assert tuple(lines) == LINES
     red = {line for line, text in lines.items() if text.startswith("FAIL")}
-    assert red == {name} | follows, lines
-    assert says in lines[name]
+    assert red == {name} | fault.follows, lines
+    assert fault.says in lines[name]
     assert code == 5

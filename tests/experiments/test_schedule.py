@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from orchestration.schedule import Schedule
+from experiments import schedule as command
+from orchestration.schedule.rounds import Schedule
 from orchestration.tracking.tracker import open_store
 from tests.experiments.test_command_line import call
 from tests.orchestration.samples import TINY
+from tests.orchestration.tracking_store import new_store
 
 FLAGS = ["--config", "tiny.toml", "--in-process", "--only", "no_gcn", "--seeds", "2"]
 
@@ -41,8 +47,8 @@ def test_a_suite_is_added_listed_and_removed(tiny: Path) -> None:
     assert listed[1].endswith(" ".join([*flags, f"--results={tiny / 'r'}"]))
     # As three rounds that failed, and one that was not run for it, leave it.
     schedule = Schedule(tiny / "runs", script=tiny, python="python")
-    schedule._note("nightly", "20261101T020000Z", "failed", "no such device")
-    schedule._note("nightly", "20261102T020000Z", "paused", "the last 3 rounds failed")
+    schedule.note("nightly", "20261101T020000Z", "failed", "no such device")
+    schedule.note("nightly", "20261102T020000Z", "paused", "the last 3 rounds failed")
     (_, row) = call("schedule.py", "list", cwd=tiny).stdout.splitlines()
     assert re.search(r"0 2 \* \* \* +paused +20261101T020000Z failed: no such device ", row)
     assert " 20261102T020000Z paused: the last 3 rounds failed " in row
@@ -80,30 +86,49 @@ def test_mistakes_are_named_before_a_night_is_lost(
     assert "Traceback" not in done.stderr
 
 
-def test_a_round_is_compared_with_the_one_before(tiny: Path) -> None:
-    def round_of(slot: str) -> subprocess.CompletedProcess[str]:
-        words = ["round", "nightly", slot, "--", *FLAGS]
-        return call("schedule.py", *words, cwd=tiny, timeout=300)
+RoundOf = Callable[[str], tuple[int, str]]
 
-    first = round_of("20261101T020000Z")
-    assert first.returncode == 0, first.stderr
-    assert "nothing to compare it with" in first.stdout
-    again = round_of("20261101T020000Z")
-    assert again.stdout.endswith("nightly-20261101T020000Z has been run already.\n")
 
-    same = round_of("20261102T020000Z")
-    assert same.returncode == 0, same.stderr
-    assert "epoch 1/1" in same.stdout  # trained anew, to the same numbers
-    assert same.stdout.endswith("no change beyond the interval\n")
+@pytest.fixture
+def round_of(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> RoundOf:
+    """Runs a round as its job does, but for the seconds that each process takes to start."""
+    new_store(tiny / "runs" / "mlflow.db")
+    monkeypatch.chdir(tiny)
+    monkeypatch.setenv("CPFEAN_CACHE", str(tiny / "cache"))
+
+    def run(slot: str) -> tuple[int, str]:
+        before = sys.argv
+        sys.argv = ["schedule.py", "round", "nightly", slot, "--", *FLAGS]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                command.main()
+        finally:
+            sys.argv = before
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    return run
+
+
+def test_a_round_is_compared_with_the_one_before(tiny: Path, round_of: RoundOf) -> None:
+    code, said = round_of("20261101T020000Z")
+    assert (code, "nothing to compare it with" in said) == (0, True)
+    _, again = round_of("20261101T020000Z")
+    assert again.endswith("nightly-20261101T020000Z has been run already.\n")
+
+    code, same = round_of("20261102T020000Z")
+    assert code == 0
+    assert "epoch 1/1" in same  # trained anew, to the same numbers
+    assert same.endswith("no change beyond the interval\n")
 
     # As if the second round had come to 10 less.
     for file in (tiny / "runs/nightly-20261102T020000Z").glob("trials/*/record.json"):
         record = json.loads(file.read_text())
         record["test"]["rsum"] -= 10
         file.write_text(json.dumps(record))
-    changed = round_of("20261103T020000Z")
-    assert changed.returncode == 6, changed.stdout + changed.stderr
-    assert changed.stdout.endswith("changed: full, no_gcn\n")
+    code, changed = round_of("20261103T020000Z")
+    assert (code, changed.splitlines()[-1]) == (6, "changed: full, no_gcn")
     table = (tiny / "runs/nightly-20261103T020000Z/changes.md").read_text()
     assert "nightly-20261102T020000Z" in table
     assert table.count("10.0 ± 0.0 | changed |") == 2
@@ -130,14 +155,12 @@ def test_a_round_that_fails_is_noted_with_the_reason(tiny: Path) -> None:
     assert "absent" in row["why"]
 
 
-def test_a_round_that_was_cut_off_goes_on(tiny: Path) -> None:
-    words = ["round", "nightly", "20261101T020000Z", "--", *FLAGS]
-    assert call("schedule.py", *words, cwd=tiny).returncode == 0
+def test_a_round_that_was_cut_off_goes_on(tiny: Path, round_of: RoundOf) -> None:
+    assert round_of("20261101T020000Z")[0] == 0
     folder = tiny / "runs/nightly-20261101T020000Z"
     (folder / "summary.json").unlink()  # as if it had been killed before its last line
-    resumed = call("schedule.py", *words, cwd=tiny)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "epoch 1/1" not in resumed.stdout
+    code, said = round_of("20261101T020000Z")
+    assert (code, "epoch 1/1" in said) == (0, False)
     assert json.loads((folder / "summary.json").read_text())["trials"]
 
 
@@ -158,3 +181,20 @@ def test_nothing_due_is_said(tiny: Path) -> None:
     done = call("schedule.py", "run", "--once", "--jobs", "http://127.0.0.1:9", cwd=tiny)
     assert done.returncode == 0
     assert done.stdout.endswith("nothing is due.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_scheduler_ends_when_it_is_told_to(tiny: Path, number: signal.Signals) -> None:
+    words = [sys.executable, command.__file__, "run", "--output", str(tiny / "runs")]
+    environment = os.environ | {"CPFEAN_CACHE": str(tiny / "cache")}
+    scheduler = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert scheduler.stdout is not None
+        assert "looking after 0 suite(s)" in scheduler.stdout.readline()
+        scheduler.send_signal(number)
+        _, error = scheduler.communicate(timeout=30)
+    finally:
+        scheduler.kill()
+    assert (scheduler.returncode, error) == (128 + number, "")

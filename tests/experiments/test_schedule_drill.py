@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.schedule import Schedule
+from orchestration.schedule.rounds import Schedule
 from orchestration.study.records import RunFolder
 from orchestration.tracking.tracker import open_store
 from tests.experiments.test_command_line import ROOT

@@ -1,104 +1,77 @@
-"""A head that was started by hand, with one CPU, and a sweep that asks for two."""
-
-import os
-import re
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
+"""What trials are given of a cluster, and whether what they demand is there."""
 
 import pytest
 
-from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import open_store
-from tests.orchestration.samples import TINY
-
-pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]
-
-ROOT = Path(__file__).resolve().parents[3]
+from cpfean.errors import ServiceError
+from orchestration.cluster.capacity import Cluster, Demand, Node, allocate, workers_that_fit
 
 
-@pytest.fixture(params=["first", "second"])
-def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Address and environment of a head with either of Ray's autoscalers; neither grows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    mine |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "CPFEAN_CACHE": str(tmp_path / "cache"),
-    }
-    of_head = mine | {"RAY_NODE_TYPE_NAME": "gpu-worker"}
-    if request.param == "second":
-        of_head |= {"RAY_enable_autoscaler_v2": "1"}
-    words = ["start", "--head", f"--port={port}", "--num-cpus=1", "--num-gpus=0", "--block"]
-    words += ["--include-dashboard=false", "--object-store-memory=100000000"]
-    with (tmp_path / "head.log").open("wb") as log:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), *words], env=of_head, stdout=log, stderr=log
-        )
-    try:
-        end = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "head.log").read_text()
-                assert time.monotonic() < end, (tmp_path / "head.log").read_text()
-                time.sleep(0.2)
-        yield f"127.0.0.1:{port}", mine
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def sweep(tmp_path: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess:
-    (tmp_path / "tiny.toml").write_text(TINY.to_toml())
-    script = str(ROOT / "experiments/sweep.py")
-    return subprocess.run(
-        [sys.executable, script, "--config", "tiny.toml", "--workers", "2", "--name", "s", *words],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-
-
-def test_what_a_cluster_can_never_give_ends_the_study_with_the_numbers(
-    head: tuple[str, dict[str, str]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers", "trials", "concurrent", "cpus_each"),
+    [
+        (2, 0, 1, 6, 2, 1),
+        (2, 0, 2, 6, 1, 1),
+        (16, 0, 2, 3, 3, 2),
+        (16, 4, 2, 6, 2, 4),
+        (16, 0, 1, 1, 1, 16),
+    ],
+)
+def test_trials_at_a_time_never_need_more_than_there_is(
+    cpus: int, gpus: int, workers: int, trials: int, concurrent: int, cpus_each: int
 ) -> None:
-    address, environment = head
-    dry = sweep(tmp_path, environment, "--address", address, "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert "the cluster at 127.0.0.1" in dry.stdout
-    assert "1 node(s), 1 CPUs, 0 GPUs" in dry.stdout
-    assert "for 1 x gpu-worker at $0.32 an hour" in dry.stdout
-    assert not (tmp_path / "runs").exists()
+    cluster = Cluster(cpus=cpus, gpus=gpus, is_local=True)
+    given = allocate(cluster, workers=workers, trials=trials)
+    assert (given.concurrent, given.cpus, given.use_gpu) == (concurrent, cpus_each, gpus > 0)
+    assert given.concurrent * given.workers * given.cpus <= cpus
 
-    started = time.monotonic()
-    answer = sweep(tmp_path, environment, "--address", address, "--max-cost", "3")
-    assert answer.returncode == 5, answer.stdout + answer.stderr
-    assert time.monotonic() - started < 240
-    for said in (
-        "the cluster cannot give what a trial asks for",
-        "asked for: 2 worker(s) of 1 CPU(s)",
-        "there is: 1 node(s) with 1 CPUs and 0 GPUs, room for 1",
-    ):
-        assert said in answer.stderr
-    assert re.search(r"sweep\.py .*--resume --name s$", answer.stderr, re.MULTILINE)
-    assert "Traceback" not in answer.stderr
-    states = [record.state for record in RunFolder(tmp_path / "runs" / "s").records()]
-    assert set(states) <= {"waiting", "interrupted"}
-    client, experiment = open_store(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    runs = client.search_runs([experiment])
-    assert {run.info.status for run in runs} <= {"FAILED", "KILLED"}
-    (parent,) = (run for run in runs if run.data.tags["cpfean.role"] == "parent")
-    assert parent.data.metrics["study/cost"] == pytest.approx(
-        0.32 * parent.data.metrics["study/hours"], rel=0.01
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "trials", "concurrent", "cpus_each"),
+    [
+        # The head of cluster.yaml and its first worker: eight CPUs, of which no node has more
+        # than four.
+        ([Node(cpus=4, gpus=0), Node(cpus=4, gpus=1)], 1, 6, 1, 4),
+        ([Node(cpus=4, gpus=0)] * 4, 1, 1, 1, 4),
+        ([Node(cpus=0, gpus=0), Node(cpus=2, gpus=0), Node(cpus=2, gpus=0)], 2, 1, 1, 2),
+        ([Node(cpus=3, gpus=0), Node(cpus=3, gpus=0)], 4, 1, 1, 1),
+        ([Node(cpus=16, gpus=2), Node(cpus=2, gpus=2)], 4, 1, 1, 1),
+        ([Node(cpus=4, gpus=0)], 8, 1, 1, 1),  # to grow, or to be told that it does not
+    ],
+)
+def test_a_worker_asks_for_no_more_than_fits_on_a_node(
+    nodes: list[Node], workers: int, trials: int, concurrent: int, cpus_each: int
+) -> None:
+    cluster = Cluster(
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        is_local=False,
+        nodes=tuple(nodes),
     )
+    given = allocate(cluster, workers=workers, trials=trials)
+    assert (given.concurrent, given.cpus) == (concurrent, cpus_each)
+    there = workers_that_fit(nodes, cpus=1, use_gpu=given.use_gpu)
+    fit = workers_that_fit(nodes, cpus=given.cpus, use_gpu=given.use_gpu)
+    assert fit >= min(there, given.concurrent * given.workers)
+
+
+@pytest.mark.parametrize(
+    ("grows", "said"),
+    [(None, "not known here"), (True, "it is growing"), (False, "does not grow to it")],
+)
+def test_a_demand_says_what_is_asked_for_what_there_is_and_what_may_come(
+    grows: bool | None, said: str
+) -> None:
+    nodes = [Node(cpus=4, gpus=0), Node(cpus=4, gpus=1)]
+    demand = Demand(workers=4, cpus=2, use_gpu=True, nodes=nodes, grows=grows)
+    assert "4 worker(s) of 2 CPU(s) and 1 GPU" in str(demand)
+    assert "2 node(s) with 8 CPUs and 1 GPUs, room for 1" in str(demand)
+    assert said in str(demand)
+    assert demand.never_fits == (grows is False)
+    fits = Demand(workers=1, cpus=2, use_gpu=True, nodes=nodes, grows=grows)
+    assert not fits.never_fits
+    assert "if nothing else runs" in str(fits)
+
+
+def test_more_workers_than_this_machine_has_are_refused_with_the_numbers() -> None:
+    with pytest.raises(ServiceError, match="4 workers need 4 CPUs and this machine has 2"):
+        allocate(Cluster(cpus=2, gpus=0, is_local=True), workers=4, trials=1)

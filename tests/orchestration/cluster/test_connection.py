@@ -1,11 +1,11 @@
-"""Ray on this machine, as far as that can be seen without starting it."""
+"""How Ray is started on this machine."""
 
 from typing import Any
 
 import pytest
 
 from orchestration.cluster.connection import connect
-from orchestration.settings import ServiceError, Settings
+from orchestration.settings import Settings
 
 
 def test_ray_on_this_machine_has_no_dashboard_that_would_take_jobs(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow.entities import Run, ViewType
@@ -16,11 +14,20 @@ from mlflow.entities import Run, ViewType
 from cpfean import commands
 from cpfean.errors import DataError
 from orchestration.cluster import doctor
-from orchestration.cluster.doctor import Ill, examine, versions
+from orchestration.cluster.doctor import Ill, examine
+from orchestration.cluster.versions import Answer, versions
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.records import RunFolder
 from orchestration.tracking.tracker import HEARTBEAT_TAG, TrackedRun, Tracker, open_store
 from tests.orchestration.samples import record
+from tests.orchestration.tracking_store import new_store
+
+
+@pytest.fixture
+def where(where: Settings, tmp_path: Path) -> Settings:
+    """With a tracking store that is there already."""
+    assert new_store(tmp_path / "mlflow.db") == where.tracking_uri
+    return where
 
 
 def test_one_ill_check_does_not_keep_the_others_from_being_run() -> None:
@@ -68,49 +75,26 @@ def test_a_cluster_that_does_not_answer_is_named(where: Settings) -> None:
         doctor.check_cluster(replace(where, address="127.0.0.1:9"))
 
 
-def test_nodes_with_other_versions_or_another_storage_are_named(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_with_other_versions_or_another_storage_are_named(where: Settings) -> None:
     assert doctor.check_nodes(where) == "this machine alone"
     clustered = replace(where, address="127.0.0.1:6379")
-    answers: dict[str, dict[str, str] | str] = {}
-    monkeypatch.setattr(doctor, "ask_nodes", lambda storage: answers)
+    answers: dict[str, Answer] = {}
+
+    def check() -> str:
+        return doctor.check_nodes(clustered, ask=lambda storage: answers)
+
     with pytest.raises(Ill, match="no node answers"):
-        doctor.check_nodes(clustered)
+        check()
     answers |= {"one": versions(), "two": versions()}
-    assert doctor.check_nodes(clustered).startswith("2 node(s)")
+    assert check().startswith("2 node(s)")
     answers["two"] = versions() | {"torch": "1.0", "code": "abc"}
     answers["three"] = "does not see /mnt"
     with pytest.raises(Ill) as ill:
-        doctor.check_nodes(clustered)
+        check()
     assert "two: code abc there" in str(ill.value)
     assert "torch 1.0 there" in str(ill.value)
     assert "three: does not see /mnt" in str(ill.value)
     assert "one" not in str(ill.value)
-
-
-def test_a_node_without_an_answer_is_asked_once_more_and_left_out_if_it_has_died(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    names = ("known", "well", "stumbles", "broken", "dies", "dies later")
-    living = {name: f"id of {name}" for name in names}
-    asked: list[set[str]] = []
-
-    def answers(nodes: dict[str, str], *_: Any) -> dict[str, dict[str, str] | str]:
-        asked.append(set(nodes))
-        living.pop("dies" if len(asked) == 1 else "dies later")
-        well = {"well"} if len(asked) == 1 else {"stumbles"}
-        return {host: {"torch": "1.0"} if host in well else "no answer" for host in nodes}
-
-    monkeypatch.setattr(doctor, "_living_nodes", lambda: dict(living))
-    monkeypatch.setattr(doctor, "_answers", answers)
-    told = doctor.ask_nodes(None, known={"known"})
-    assert told == {
-        "well": {"torch": "1.0"},
-        "stumbles": {"torch": "1.0"},
-        "broken": "no answer",
-    }
-    assert asked[1] == {"stumbles", "broken", "dies later"}
 
 
 def test_workers_that_have_not_joined_are_counted_on_the_head_of_ray_up(
@@ -118,17 +102,20 @@ def test_workers_that_have_not_joined_are_counted_on_the_head_of_ray_up(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     clustered = replace(where, address="127.0.0.1:6379")
-    nodes = {"head": versions()}
-    monkeypatch.setattr(doctor, "ask_nodes", lambda storage: nodes)
-    assert doctor.check_nodes(clustered).startswith("1 node(s)")  # started by hand
+    nodes: dict[str, Answer] = {"head": versions()}
+
+    def check() -> str:
+        return doctor.check_nodes(clustered, ask=lambda storage: nodes)
+
+    assert check().startswith("1 node(s)")  # started by hand
     types = {"head": {"max_workers": 0}, "gpu-worker": {"min_workers": 1}}
     config = tmp_path / "ray_bootstrap_config.yaml"
     config.write_text(json.dumps({"available_node_types": types}))
     with pytest.raises(Ill, match=r"0 of 1 worker\(s\) have joined") as ill:
-        doctor.check_nodes(clustered)
+        check()
     assert "ray monitor" in ill.value.fix
     nodes["worker"] = versions()
-    assert doctor.check_nodes(clustered).startswith("2 node(s)")
+    assert check().startswith("2 node(s)")
 
 
 def test_storage_takes_and_gives_back(where: Settings, tmp_path: Path) -> None:
@@ -136,24 +123,22 @@ def test_storage_takes_and_gives_back(where: Settings, tmp_path: Path) -> None:
     assert doctor.check_storage(replace(where, storage=str(storage))) == str(storage)
     assert list(storage.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(Ill, match="cannot be written"):
+    with pytest.raises(ServiceError, match=r"cannot be written.*\nrights, credentials, space"):
         doctor.check_storage(replace(where, storage=str(tmp_path / "file" / "below")))
     with pytest.raises(Ill, match="CPFEAN_STORAGE is not set"):
         doctor.check_storage(replace(where, address="127.0.0.1:6379"))
 
 
-def test_a_disk_that_is_nearly_full_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(7.2e9))
-    assert "7 GB at" in doctor.check_disk([tmp_path / "not" / "there"])
-    with pytest.raises(Ill, match=r"7\.2 GB free, 10 GB are the least"):
-        doctor.check_disk([tmp_path], least_gb=10)
+def test_a_disk_that_is_nearly_full_is_named(tmp_path: Path) -> None:
+    assert "GB at" in doctor.check_disk([tmp_path / "not" / "there"], least_gb=0.0)
+    with pytest.raises(Ill, match=r"GB free, 1000000000 GB are the least"):
+        doctor.check_disk([tmp_path], least_gb=1e9)
 
 
 def test_a_tracker_that_does_not_answer_is_named(where: Settings, tmp_path: Path) -> None:
-    assert doctor.check_tracking(where) == f"{where.tracking_uri} takes numbers and files"
+    new = f"sqlite:///{tmp_path / 'new.db'}"
+    found = doctor.check_tracking(replace(where, tracking_uri=new))
+    assert found == f"{new} takes numbers and files"
     (tmp_path / "bad.db").write_text("not a database " * 1000)
     with pytest.raises(Ill, match=r"bad\.db") as ill:
         doctor.check_tracking(replace(where, tracking_uri=f"sqlite:///{tmp_path / 'bad.db'}"))

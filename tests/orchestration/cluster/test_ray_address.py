@@ -147,12 +147,11 @@ def test_an_address_where_nothing_listens_is_said_at_once(tmp_path: Path) -> Non
 
 
 def test_what_is_no_head_is_told_in_seconds_with_who_named_it(
-    ray_folder: Path, listener: str, monkeypatch: pytest.MonkeyPatch
+    ray_folder: Path, listener: str
 ) -> None:
-    monkeypatch.setattr(ray_address, "_SECONDS", 2.0)
     file = ray_folder / "ray_current_cluster"
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         for there in (listener, f"127.0.0.1:{server.server_port}"):
             file.write_text(there)
@@ -160,7 +159,7 @@ def test_what_is_no_head_is_told_in_seconds_with_who_named_it(
             assert found is not None
             started = time.monotonic()
             with pytest.raises(ServiceError, match="--address local") as refused:
-                check_head(found)
+                check_head(found, seconds=2.0)
             assert time.monotonic() - started < 30
             assert f"{there} (from {file})" in str(refused.value)
     finally:

@@ -18,7 +18,7 @@ from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError, NoMemoryError
 from cpfean.json_files import RecordError
 from cpfean.training import loop
-from orchestration.cluster import version_drift as drift
+from orchestration.cluster import versions as drift
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.budget import SPENT
 from orchestration.study.conclusion import StudyResult

@@ -162,15 +162,25 @@ def test_a_process_that_is_gone_is_lost_unless_memory_was_the_reason(tmp_path: P
     file = tmp_path / "error.txt"
     study: Any = Study([])
     callbacks = Callbacks(study, None)
-    file.write_text("The actor died\nunexpectedly.", encoding="utf-8")
-    callbacks.on_trial_error(0, [], tune_trial(0, error_file=str(file)))
-    file.write_text("ray.exceptions.OutOfMemoryError: Task was killed", encoding="utf-8")
-    callbacks.on_trial_error(0, [], tune_trial(1, error_file=str(file)))
-    callbacks.on_trial_error(0, [], tune_trial(2))
+    no_memory = "Task was killed due to the node running low on memory."
+    for number, text in enumerate(
+        (
+            "The actor died\nunexpectedly.",
+            no_memory,
+            "ray::TrialProcess()\nZeroDivisionError",
+        )
+    ):
+        file.write_text(f"Failure # 1 (occurred at ...)\n{text}\n", encoding="utf-8")
+        callbacks.on_trial_error(0, [], tune_trial(number, error_file=str(file)))
+    callbacks.on_trial_error(0, [], tune_trial(3))
     assert study.told == [
         (0, Lost(message="The actor died\nunexpectedly.")),
-        (1, Failed(failure="oom", message="ray.exceptions.OutOfMemoryError: Task was killed")),
-        (2, Lost(message="no error was left behind")),
+        (
+            1,
+            Failed(failure="oom", message=no_memory),
+        ),
+        (2, Failed(failure="bug", message="ray::TrialProcess()\nZeroDivisionError")),
+        (3, Lost(message="no error was left behind")),
     ]
 
 

@@ -69,7 +69,7 @@ class Runner:
     def node_types(self) -> Sequence[str]:
         return self.types
 
-    def room(self) -> Any:
+    def demand(self) -> Any:
         return self.there
 
     def gone(self) -> ServiceError | None:

@@ -16,7 +16,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from cpfean.errors import CpfeanError, ServiceError
-from orchestration.cluster.capacity import Node, Room
+from orchestration.cluster.capacity import Demand, Node
 from orchestration.runners import messages
 from orchestration.runners.messages import Begun, Lost, Note, Resumed
 from orchestration.runners.tune import EarlyStopping, Halving
@@ -582,7 +582,7 @@ def test_what_can_never_fit_is_told_with_its_numbers_after_a_minute_and_ended(
     tmp_path: Path, workers: int, grows: bool | None, begun: bool, ends: bool
 ) -> None:
     driven = Driven(tmp_path)
-    driven.runner.there = Room(
+    driven.runner.there = Demand(
         workers=workers, cpus=1, use_gpu=False, nodes=[Node(cpus=2, gpus=0)], grows=grows
     )
     number = driven.begin()
