@@ -47,7 +47,7 @@ def main() -> None:
     caption = arguments.caption
     if caption is None:
         caption = clearest(model, dataset, truth)
-    image = caption // dataset.split.captions_per_image
+    image = dataset.split.image_of(caption)
     other = (image + dataset.split.num_images // 2) % dataset.split.num_images
     draw(model, dataset, truth, caption, (image, other), arguments.out)
     print(f"{arguments.out}: {dataset.split.captions[caption]!r}")
@@ -59,7 +59,8 @@ def clearest(model: Cpfean, dataset: RetrievalDataset, truth: SyntheticTruth) ->
     assert geometry is not None
     best, widest = 0, -np.inf
     for caption, words in enumerate(truth.named):
-        image, row = divmod(caption, dataset.split.captions_per_image)
+        image = dataset.split.image_of(caption)
+        row = caption - dataset.split.captions_of(image).start
         described = truth.described_by[caption]
         areas = geometry[image, described, 4]
         if len(set(words) - {()}) < 3 or len(words) > 14 or areas.min() < 0.015:
@@ -88,7 +89,7 @@ def draw(
             spoken = model.encode_captions(**dataset.caption_batch([caption])._asdict())
             score = float(model.score(encoded, spoken))
             alignment = model.align(encoded, spoken)
-        own = image == caption // dataset.split.captions_per_image
+        own = image == dataset.split.image_of(caption)
         described = truth.described_by[caption] & own
         draw_regions(axis, dataset, image, alignment, words, described)
         axis.set_title(f"{title}: score {score:.2f}", fontsize=10)

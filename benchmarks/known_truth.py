@@ -182,7 +182,7 @@ def measure_mechanisms(
         alignment = align_pairs(model, dataset, image)
         gates, prominent = alignment.gates[0].numpy(), alignment.prominence[0].numpy()
         for row in range(len(gates)):
-            caption = image * dataset.split.captions_per_image + row
+            caption = dataset.split.captions_of(image)[row]
             naming = naming_words(truth, caption, num_regions=gates.shape[1])
             described = naming.any(axis=0)
             opened.append(gates[row, described])
@@ -201,8 +201,7 @@ def measure_mechanisms(
 @torch.inference_mode()
 def align_pairs(model: Cpfean, dataset: RetrievalDataset, image: int) -> Alignment:
     """Gates, prominent words and word weights of one image with each of its captions."""
-    per_image = dataset.split.captions_per_image
-    captions = range(image * per_image, (image + 1) * per_image)
+    captions = dataset.split.captions_of(image)
     return model.align(
         model.encode_images(**dataset.image_batch([image])._asdict()),
         model.encode_captions(**dataset.caption_batch(captions)._asdict()),

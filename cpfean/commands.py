@@ -225,6 +225,16 @@ def unpickled_sizes(file: Path, to: Path) -> str:
     return shell(program(Path(sys.executable).name), "-c", code, file, to)
 
 
+def captions_of_images(file: Path, *, captions: int, each: int) -> str:
+    """Writes which row of the images each caption describes, if all have the same number."""
+    code = (
+        "import sys, numpy; "
+        "numpy.save(sys.argv[1], numpy.arange(int(sys.argv[2])) // int(sys.argv[3]))"
+    )
+    python = program(Path(sys.executable).name)
+    return shell(python, "-c", code, file, str(captions), str(each))
+
+
 def _path(file: Path) -> str:
     """A path that no program takes for a flag."""
     return os.path.join(".", file) if str(file).startswith("-") else str(file)

@@ -380,7 +380,7 @@ class EvaluationConfig(_Part):
 
     Attributes:
         protocol: "full" ranks among the whole split; "coco-1k" is the mean over consecutive folds
-            of 1000 images, each ranked by itself.
+            of 1000 images with five captions each, every fold ranked by itself.
         batch_size: images or captions encoded at a time.
         products: type of the matrix products that the cosines of regions and words come from;
             docs/performance.md tells what "bf16" does to speed and to rSum.

@@ -574,7 +574,7 @@ def checked_data(
         num_regions: the most that any trial asks for.
 
     Raises:
-        DataError: every fault that was found.
+        DataError: every fault that was found, or data that the protocol was not made for.
         ConfigError: no such text encoder, or what is wrong with it.
     """
     from cpfean.data.sources import resolve_data
@@ -589,6 +589,10 @@ def checked_data(
         cache_dir=where.cache_dir,
     )
     check_text(config, data_folder=folder)
+    if config.evaluation.protocol != "full":
+        from cpfean.training.evaluation import check_protocol  # seconds to import
+
+        check_protocol(folder, config.evaluation.protocol)
     return folder, data_fingerprint(folder)
 
 

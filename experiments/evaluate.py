@@ -75,7 +75,7 @@ def body(arguments: argparse.Namespace) -> int:
         products=arguments.products or config.evaluation.products,
     )
     images = COCO_FOLD if protocol == "coco-1k" else split.num_images
-    captions = images * split.captions_per_image
+    captions = len(split.groups.of_images(range(images)))
     folds = split.num_images // images
     mean = f", the mean of {folds} such folds" if protocol == "coco-1k" else ""
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from cpfean import commands
 from cpfean.data.boxes import ORDERS, UNITS, Layout
@@ -23,6 +24,7 @@ the formats, docs/reproduce.md where to get the files.
       --instances instances_train2014.json --instances instances_val2014.json
   python experiments/prepare.py DIR --table coco2017.tsv \\
       --captions train=captions_train2017.json --captions test=captions_val2017.json
+  python experiments/prepare.py DIR --table birds.tsv --karpathy birds.json --captions-each all
   python experiments/prepare.py DIR --scan old/folder --box-order yxyx --labels-from 1
 
 Exit codes: 0 done, 2 flags, 3 faults in the files or no room on the disk, 130 stopped.
@@ -59,6 +61,13 @@ def main() -> None:
         "--no-restval",
         action="store_true",
         help="leave Karpathy's restval images out, which the field trains on",
+    )
+    captions.add_argument(
+        "--captions-each",
+        metavar="N|all",
+        type=_captions_each,
+        help="keep the first N captions of an image, or all (default: 5 if most images have 5, as "
+        "published; else all)",
     )
     regions = parser.add_argument_group("what is known of the regions")
     regions.add_argument(
@@ -160,9 +169,11 @@ def _convert_tables(arguments: argparse.Namespace) -> None:
     check_target(arguments.folder)  # before minutes are spent on reading
     vocabulary = None if arguments.vocabulary is None else read_vocabulary(arguments.vocabulary)
     if arguments.karpathy is not None:
-        images = read_karpathy(arguments.karpathy, restval=not arguments.no_restval)
+        images = read_karpathy(
+            arguments.karpathy, restval=not arguments.no_restval, each=arguments.captions_each
+        )
     else:
-        images = read_coco_captions(_by_split(arguments.captions))
+        images = read_coco_captions(_by_split(arguments.captions), each=arguments.captions_each)
     convert_tables(
         arguments.table,
         images,
@@ -198,6 +209,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in (
         "karpathy",
         "captions",
+        "captions_each",
         "vocabulary",
         "instances",
         "no_labels",
@@ -209,6 +221,14 @@ def _check(arguments: argparse.Namespace) -> None:
     if len(labels) > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in labels)
         raise ConfigError(f"{flags} exclude each other: labels come from one source.")
+
+
+def _captions_each(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f'a number from 1, or "all"; got {text!r}')
+    return int(text)
 
 
 def _by_split(given: list[str]) -> dict[str, Path]:

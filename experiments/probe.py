@@ -310,6 +310,8 @@ class Probe:
 
     def objects(self) -> list[Path]:
         """Recalls by the number of prominent objects."""
+        import torch
+
         from cpfean.analysis.probe_report import (
             ProbeResult,
             draw_objects,
@@ -334,7 +336,7 @@ class Probe:
                 gallery=range(self.whole.num_images),
                 **_how(model),
             )
-            ranks.append(query_ranks(scores, captions_per_image=self.whole.captions_per_image))
+            ranks.append(query_ranks(scores, torch.from_numpy(self.whole.groups.image_of_caption)))
             self._step()
         results = []
         for name, some in bins.items():
@@ -344,14 +346,14 @@ class Probe:
                     "counted": name,
                     "bin": each.label,
                     "images": images,
-                    "captions": images * self.whole.captions_per_image,
+                    "captions": int(self.whole.groups.sizes[each.images].sum()),
                 }
                 results += [
                     ProbeResult(
                         variant=model.variant,
                         model=model.shown,
                         at=at,
-                        metrics=recalls_of(of_model, each.images),
+                        metrics=recalls_of(of_model, each.images, groups=self.whole.groups),
                     )
                     for model, of_model in zip(self.models, ranks, strict=True)
                 ]
@@ -404,7 +406,7 @@ class Probe:
                 )
             results.append(self._result(at, model, metrics))
             self._step()
-        chance = chance_metrics(other.num_images, captions_per_image=other.captions_per_image)
+        chance = chance_metrics(other.groups)
         results.append(ProbeResult(variant="chance", model="", at=at, metrics=chance))
         print(f"rSum on {at['data']}, without training on it; ranked among all its test images\n")
         rows = ["data", "images", "captions"]

@@ -16,6 +16,7 @@ from cpfean import commands
 AWKWARD = "/data/my run's $HOME/Übung `x`\t!"
 FILE = AWKWARD.replace("/", "_")  # beside us, so that it can be written to
 SIZES = shlex.split(commands.unpickled_sizes(Path("a"), Path("b")))[2]
+GROUPS = shlex.split(commands.captions_of_images(Path("a"), captions=2, each=1))[2]
 SECRET = "https://someone:s3cret-word@host/"
 
 # Of every function that makes a line: one with awkward words, and the words that must arrive.
@@ -82,6 +83,10 @@ LINES: dict[str, tuple[Callable[[], str], list[str]]] = {
     "unpickled_sizes": (
         lambda: commands.unpickled_sizes(Path(AWKWARD), Path("b")),
         ["python", "-c", SIZES, AWKWARD, "b"],
+    ),
+    "captions_of_images": (
+        lambda: commands.captions_of_images(Path(AWKWARD), captions=20, each=10),
+        ["python", "-c", GROUPS, AWKWARD, "20", "10"],
     ),
     "cluster_status": (lambda: commands.cluster_status(), ["ray", "status"]),
     "pip_install": (

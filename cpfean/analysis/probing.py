@@ -8,6 +8,7 @@ Every measurement ends in recalls as `evaluate` counts them. The gallery is alwa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.disturb import (
     drop_words,
@@ -240,35 +242,41 @@ def quantile_bins(counts: Int[np.ndarray, " image"], number: int) -> list[Bin]:
     ]
 
 
-def recalls_of(ranks: QueryRanks, images: Bool[np.ndarray, " image"]) -> RetrievalMetrics:
+def recalls_of(
+    ranks: QueryRanks, images: Bool[np.ndarray, " image"], *, groups: CaptionGroups
+) -> RetrievalMetrics:
     """The recalls of some images and of their captions as queries, among the whole gallery.
 
     Args:
         ranks: of all queries.
         images: which images, at least one.
+        groups: of the captions.
     """
-    chosen = torch.from_numpy(images)
-    per_image = len(ranks.captions) // len(ranks.images)
+    captions = images[groups.image_of_caption]
     return QueryRanks(
-        images=ranks.images[chosen], captions=ranks.captions[chosen.repeat_interleave(per_image)]
+        images=ranks.images[torch.from_numpy(images)],
+        captions=ranks.captions[torch.from_numpy(captions)],
     ).metrics()
 
 
-def chance_metrics(num_images: int, *, captions_per_image: int = 5) -> RetrievalMetrics:
+def chance_metrics(groups: CaptionGroups) -> RetrievalMetrics:
     """The recalls that ranking at random is expected to have.
 
-        caption: K / images        image: 1 - C(others, K) / C(captions, K)
+        caption: K / images        image: mean of 1 - C(others, K) / C(captions, K)
 
     An image counts as found if any of its captions is among the first K; `others` are not its own.
     """
-    captions = num_images * captions_per_image
-    others = captions - captions_per_image
+    captions = groups.num_captions
+    times = Counter(groups.sizes.tolist())  # how many images have so many captions
 
     def image(k: int) -> float:
-        return 100 * (1 - comb(others, k) / comb(captions, k)) if k < captions else 100.0
+        if k >= captions:
+            return 100.0
+        missed = sum(n * comb(captions - size, k) for size, n in times.items())
+        return 100 * (1 - missed / (groups.num_images * comb(captions, k)))
 
     def caption(k: int) -> float:
-        return 100 * min(1.0, k / num_images)
+        return 100 * min(1.0, k / groups.num_images)
 
     return RetrievalMetrics(
         image_to_text=RecallAtK(r1=image(1), r5=image(5), r10=image(10)),

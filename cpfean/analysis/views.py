@@ -164,7 +164,8 @@ class Gallery:
     @cached_property
     def ranks(self) -> QueryRanks:
         """Of every query among the gallery."""
-        return query_ranks(self.scores, captions_per_image=self.split.captions_per_image)
+        images = self.split.groups.first(self.num_images).image_of_caption
+        return query_ranks(self.scores, torch.from_numpy(images))
 
     def caption_at(self, number: int) -> int:
         """The caption of that number.
@@ -172,7 +173,7 @@ class Gallery:
         Raises:
             ConfigError: there is none.
         """
-        last = self.num_images * self.split.captions_per_image - 1
+        last = self.split.groups.of_images(range(self.num_images)).stop - 1
         if not 0 <= number <= last:
             raise ConfigError(
                 f"--caption must be from 0 to {last}, the captions of {self.split.name}; "
@@ -209,8 +210,8 @@ class Gallery:
         return int(column.argmax())
 
     def _own_captions(self, image: int) -> slice:
-        per_image = self.split.captions_per_image
-        return slice(image * per_image, (image + 1) * per_image)
+        own = self.split.captions_of(image)
+        return slice(own.start, own.stop)
 
     @torch.inference_mode()
     def view(self, image: int, caption: int) -> PairView:
@@ -251,7 +252,7 @@ def image_sizes(folder: Path, split: str, *, num_images: int) -> Int[np.ndarray,
     Args:
         folder: in the native format, checked.
         split: its name.
-        num_images: of the split; files with a row a caption have five times as many.
+        num_images: of the split; files with a row a caption have more.
     """
     file = folder / f"{split}_sizes.npy"
     if not file.exists():

@@ -2,7 +2,7 @@
 
 Axes:  image    of the split                    region   stored for an image, the first k of them
        row      of a file: one an image, or     feature  width of a stored region vector
-                five equal ones
+                some equal ones
 
 Features stay on disk, memory-mapped; everything else is small, checked whole and kept in memory.
 """
@@ -30,6 +30,7 @@ from cpfean.data.boxes import (
     numbers,
     wrong_layout,
 )
+from cpfean.data.caption_groups import PER_IMAGE
 from cpfean.data.findings import Findings
 from cpfean.files import is_there
 
@@ -110,6 +111,7 @@ class RegionFiles:
         converting: whether the command that runs has flags to declare these two; else messages
             show the whole command that makes a folder of them.
         boxes_file: where the boxes are, if not under their own name.
+        rows_each: equal rows that an image may have in a file, besides a single one.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class RegionFiles:
         labels_from: int = 0,
         converting: bool = False,
         boxes_file: str | None = None,
+        rows_each: int = PER_IMAGE,
     ) -> None:
         self._folder = folder
         self._stem = stem
@@ -132,6 +135,7 @@ class RegionFiles:
         self._labels_from = labels_from
         self._converting = converting
         self._boxes_file = boxes_file
+        self._rows_each = rows_each
 
     def file(self, kind: str) -> str:
         """The name of a file of this split: `train_boxes.npy`."""
@@ -188,11 +192,11 @@ class RegionFiles:
 
         Args:
             features: what `map_features` gave.
-            stride: rows that one image takes in it, 1 or 5.
+            stride: rows that one image takes in it.
             num_regions: keep the first so many regions.
             num_labels: size of the label vocabulary, None without one.
             scan: also read every feature: for numbers that are not finite, vectors that are all
-                zero, and whether rows stored five times are equal.
+                zero, and whether rows stored several times are equal.
             overlaps: compute the IoU; who only checks or looks has no use for it.
 
         Returns:
@@ -275,8 +279,10 @@ class RegionFiles:
         array = map_array(self._folder / name, self._findings)
         if array is None:
             return None
-        five = array.shape[:1] == (5 * num_images,)
-        if array.shape != ((5 * num_images if five else num_images), *shape):
+        each = self._rows_each
+        if array.shape[:1] != (each * num_images,):
+            each = 1
+        if array.shape != (each * num_images, *shape):
             found = array.shape[0]
             lacks = found < num_images and array.shape[1:] == shape
             self._findings.add(
@@ -287,9 +293,9 @@ class RegionFiles:
                 place=f"{self.place(found)} is the first without a row" if lacks else "",
             )
             return None
-        if not five:
+        if each == 1:
             return array
-        groups = array.reshape(num_images, 5, *shape)
+        groups = array.reshape(num_images, each, *shape)
         same = (groups == groups[:, :1]) | ((groups != groups) & (groups[:, :1] != groups[:, :1]))
         unequal = np.flatnonzero(~same.reshape(num_images, -1).all(axis=1))
         self._unequal(name, unequal)
@@ -301,9 +307,9 @@ class RegionFiles:
             name,
             images,
             lambda i: (
-                f"rows {5 * i} to {5 * i + 4} of {self.place(i)}",
-                "expected five equal rows for an image's five captions, found unequal ones; "
-                "store one row an image",
+                f"rows {self._rows_each * i} to {self._rows_each * (i + 1) - 1} of {self.place(i)}",
+                f"expected {self._rows_each} equal rows for an image's {self._rows_each} captions, "
+                "found unequal ones; store one row an image",
             ),
         )
 

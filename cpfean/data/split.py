@@ -13,14 +13,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from cpfean import folders
+from cpfean.data.agreement import agree, read_text, read_texts
+from cpfean.data.caption_groups import IMAGE_OF_CAPTION, PER_IMAGE, Caption, CaptionGroups
 from cpfean.data.findings import Finding, Findings
 from cpfean.data.regions import RegionFiles, RegionStore
-from cpfean.data.texts import blank_end, read_lines, says_something
+from cpfean.data.texts import blank_end, says_something
 from cpfean.errors import DataError
 from cpfean.files import is_there, open_file
 
@@ -29,25 +30,24 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "dev", "test")
 VOCABULARY = "objects_vocab.txt"
 REQUIRED = ("ims.npy", "caps.txt", "ids.txt")
-OPTIONAL = ("boxes.npy", "sizes.npy", "labels.npy", "scores.npy", "counts.npy")
+OF_ALL_OR_NONE = ("boxes.npy", "sizes.npy", "labels.npy", "scores.npy")  # of the splits
+OPTIONAL = (*OF_ALL_OR_NONE, "counts.npy", IMAGE_OF_CAPTION)
 
 WHOLE_TEST = "testall"  # COCO's 5,000 test images, where "test" is a thousand of them
 
-_CHECKS = 2  # to be counted up with every check that is added: folders are then read again
-
-Caption = TypeVar("Caption", int, np.ndarray)  # one position in a split, or many
+_CHECKS = 3  # to be counted up with every check that is added: folders are then read again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The images and captions of one split; captions 5 i to 5 i + 4 describe image i.
+    """The images and captions of one split.
 
     Attributes:
         name: "train", "dev" or "test".
         regions: the images.
         captions: one text each, as in the file.
         image_ids: the images' names.
-        captions_per_image: 5 in all released data sets.
+        groups: which captions describe which image.
         label_names: the label vocabulary; None without labels.
     """
 
@@ -55,7 +55,7 @@ class Split:
     regions: RegionStore
     captions: list[str]
     image_ids: list[str]
-    captions_per_image: int
+    groups: CaptionGroups
     label_names: list[str] | None
 
     @property
@@ -68,7 +68,11 @@ class Split:
 
     def image_of(self, caption: Caption) -> Caption:
         """The image that a caption describes; for one position or an array of them."""
-        return caption // self.captions_per_image
+        return self.groups.image_of(caption)
+
+    def captions_of(self, image: int) -> range:
+        """The captions of an image."""
+        return self.groups.of_image(image)
 
 
 def open_split(
@@ -77,7 +81,6 @@ def open_split(
     *,
     num_regions: int | None,
     num_images: int = 0,
-    captions_per_image: int = 5,
     overlaps: bool = True,
 ) -> Split:
     """Opens a split without reading its features.
@@ -102,7 +105,6 @@ def open_split(
             findings,
             num_regions=num_regions,
             num_images=num_images,
-            captions_per_image=captions_per_image,
             scan=False,
             overlaps=overlaps,
         )
@@ -142,7 +144,6 @@ def validate_folder(
             findings,
             num_regions=num_regions,
             num_images=train_images if name == "train" else 0,
-            captions_per_image=5,
             scan=True,
             overlaps=False,
         )
@@ -293,7 +294,6 @@ def _examine(
     *,
     num_regions: int | None,
     num_images: int,
-    captions_per_image: int,
     scan: bool,
     overlaps: bool,
 ) -> Split | None:
@@ -303,30 +303,20 @@ def _examine(
     missing = [file for file in (f"{stem}_{p}" for p in REQUIRED) if not is_there(folder / file)]
     for file in missing:
         findings.add("missing", file, absent(folder, file))
-    captions = read_captions(folder / f"{stem}_caps.txt", findings, captions_per_image)
-    num_captions = len(captions or [])
-    fitting = (num_captions // captions_per_image, num_captions)
-    ids = read_ids(folder / f"{stem}_ids.txt", findings, fitting)
+    texts = read_texts(folder, stem, findings)
     label_names = None
     if is_there(folder / f"{stem}_labels.npy"):
         label_names = read_label_names(folder, findings)
 
-    files = RegionFiles(folder, stem, ids or [], findings)
+    files = RegionFiles(folder, stem, texts.ids or [], findings)
     features = None if files.file("ims") in missing else files.map_features()
     if features is None:
         return None
-    agreed = agree(
-        stem,
-        findings,
-        rows=len(features),
-        captions=captions,
-        ids=ids,
-        per_image=captions_per_image,
-    )
-    if agreed is None or features.shape[0] % agreed[0]:
+    agreed = agree(folder, stem, texts, findings, rows=len(features))
+    if agreed is None or features.shape[0] % agreed.stride:
         return None
-    stride, ids = agreed
-    files = RegionFiles(folder, stem, ids, findings)
+    stride, ids, groups = agreed
+    files = RegionFiles(folder, stem, ids, findings, rows_each=texts.rows_each)
     total = features.shape[0] // stride
     if num_images > total:
         findings.add(
@@ -343,14 +333,14 @@ def _examine(
         scan=scan,
         overlaps=overlaps,
     )
-    if regions is None or captions is None or len(findings) > before:
+    if regions is None or texts.captions is None or groups is None or len(findings) > before:
         return None
     split = Split(
         name=name,
         regions=regions,
-        captions=captions,
+        captions=texts.captions,
         image_ids=ids,
-        captions_per_image=captions_per_image,
+        groups=groups,
         label_names=label_names,
     )
     return split if num_images in (0, total) else _first(split, num_images)
@@ -372,61 +362,36 @@ def _first(split: Split, num_images: int) -> Split:
         sizes=cut(whole.sizes),
         cut=whole.cut,
     )
+    groups = split.groups.first(num_images)
     return Split(
         name=split.name,
         regions=regions,
-        captions=split.captions[: num_images * split.captions_per_image],
+        captions=split.captions[: groups.num_captions],
         image_ids=split.image_ids[:num_images],
-        captions_per_image=split.captions_per_image,
+        groups=groups,
         label_names=split.label_names,
     )
 
 
-def read_captions(path: Path, findings: Findings, per_image: int) -> list[str] | None:
-    """The captions of a split as they are; None, and findings, for a text that is none."""
-    captions = _read_lines(path, findings)
-    if captions is None:
-        return None
-    # A last caption that is empty and one line too many are both blank; the number tells.
-    if len(captions) % per_image and blank_end(path, captions, findings):
-        return None
-    findings.add_rows(
-        "empty-caption",
-        path.name,
-        [i for i, caption in enumerate(captions) if not says_something(caption)],
-        lambda i: (
-            f"line {i + 1}",
-            f"expected a caption, found {captions[i]!r}; write one, or drop the image's five",
-        ),
-    )
-    return captions
-
-
-def _read_lines(path: Path, findings: Findings) -> list[str] | None:
-    """As `read_lines`; a link that leads nowhere is a finding too."""
-    if is_there(path) and not os.path.exists(path):
-        findings.add("missing", path.name, f"a link that leads nowhere, to {os.readlink(path)}")
-        return None
-    return read_lines(path, findings)
-
-
-def read_ids(path: Path, findings: Findings, fitting: Sequence[int]) -> list[str] | None:
-    """The names of a split's images; None, and findings, for a text that is none.
+def read_captions(folder: Path, name: str, *, num_images: int = 0) -> list[str]:
+    """The captions of a split of a checked folder.
 
     Args:
-        fitting: how many there may be; another number may come of blank lines at the end.
+        name: of the split.
+        num_images: those of the first so many images; 0 takes all.
+
+    Raises:
+        DataError: a text that is none.
     """
-    ids = _read_lines(path, findings)
-    if ids is None or (len(ids) not in fitting and blank_end(path, ids, findings)):
-        return None
-    ids = [line.strip() for line in ids]
-    findings.add_rows(
-        "empty-id",
-        path.name,
-        [i for i, name in enumerate(ids) if not name],
-        lambda i: (f"line {i + 1}", "expected an image's name, found an empty line; write it"),
-    )
-    return ids
+    findings = Findings()
+    texts = read_texts(folder, split_stem(folder, name), findings)
+    findings.refuse(folder)
+    captions = texts.captions or []
+    if not num_images:
+        return captions
+    if texts.image_of_caption is None:
+        return captions[: num_images * PER_IMAGE]
+    return captions[: int((texts.image_of_caption < num_images).sum())]
 
 
 def read_label_names(folder: Path, findings: Findings) -> list[str] | None:
@@ -440,7 +405,7 @@ def read_label_names(folder: Path, findings: Findings) -> list[str] | None:
         )
         return None
     before = len(findings)
-    names = _read_lines(path, findings)
+    names = read_text(path, findings)
     if names is None or blank_end(path, names, findings):
         return None
     names = [name.strip() for name in names]
@@ -456,120 +421,6 @@ def read_label_names(folder: Path, findings: Findings) -> list[str] | None:
     return names if len(findings) == before else None
 
 
-def agree(
-    split: str,
-    findings: Findings,
-    *,
-    rows: int,
-    captions: list[str] | None,
-    ids: list[str] | None,
-    per_image: int,
-) -> tuple[int, list[str]] | None:
-    """Finds how the features are stored: rows an image takes, and the images' ids, one each.
-
-    None if all images have another number of captions than is supported: nothing fits then.
-    """
-    ims, caps, names = f"{split}_ims.npy", f"{split}_caps.txt", f"{split}_ids.txt"
-    num_ids = None if ids is None else len(ids)
-    count = None if captions is None else len(captions)
-    stride = per_image if count == rows and rows % per_image == 0 else 1
-    other = _other_number(rows=rows, captions=count, ids=ids, expected=per_image)
-    if other is not None:
-        findings.add("caption-count", caps, other)
-        return None
-    num_images = rows // stride
-    if count is not None and count != num_images * per_image:
-        # The ids tell which of the two is short.
-        if num_ids and num_ids != num_images and count == num_ids * per_image:
-            findings.add(
-                "image-count",
-                ims,
-                f"expected {num_ids:,} images by {names} and {caps}, found {rows:,} rows; are all "
-                "of one release?",
-            )
-            return stride, ids or []
-        first = f"; the first without all is {_called(ids, count // per_image)}"
-        findings.add(
-            "caption-count",
-            caps,
-            f"expected {per_image} captions for each of {num_images:,} images, "
-            f"{num_images * per_image:,} in all, found {count:,}"
-            f"{first if count < num_images * per_image else ''}; are both of one release?",
-        )
-    if ids is None:
-        return stride, []
-    if num_ids == num_images * per_image and num_images:
-        groups = [ids[i : i + per_image] for i in range(0, len(ids), per_image)]
-        findings.add_rows(
-            "image-count",
-            names,
-            [i for i, group in enumerate(groups) if len(set(group)) > 1],
-            lambda i: (
-                f"lines {i * per_image + 1} to {(i + 1) * per_image}",
-                f"expected one name {per_image} times, found {groups[i]}; write one line an image",
-            ),
-        )
-        ids = [group[0] for group in groups]
-    elif num_ids != num_images:
-        findings.add(
-            "image-count",
-            names,
-            f"expected {num_images:,} names, one for each image of {ims}, found {num_ids:,}; are "
-            "both of one release?",
-        )
-    _repeated(names, ids, findings)
-    return stride, ids
-
-
-def _other_number(
-    *, rows: int, captions: int | None, ids: Sequence[str] | None, expected: int
-) -> str | None:
-    """What to say of data with another number of captions an image; None if that is not it.
-
-    Args:
-        rows: of the features.
-        captions: how many there are.
-        ids: the images' names.
-        expected: captions an image.
-    """
-    if not captions or captions == expected * len(ids or []):
-        return None
-    different = len(set(ids)) if ids else 0
-    # An image may have a row, and a name, for each of its captions.
-    images = different if rows == captions and different == len(ids or []) else rows
-    if rows == captions and different and different != rows:
-        images = different
-    each, rest = divmod(captions, images)
-    if rest or each in (0, expected):
-        return None
-    if rows == captions and not different:
-        return None  # a row for each caption, of who knows how many images
-    return (
-        f"expected {expected} captions an image, the number that is supported, found "
-        f"{captions:,} captions for {images:,} images, {each:,} an image; give {expected} of each, "
-        f"{expected * images:,} in all"
-    )
-
-
-def _called(ids: list[str] | None, image: int) -> str:
-    return f"image {image} ({ids[image]})" if ids and image < len(ids) else f"image {image}"
-
-
-def _repeated(name: str, ids: list[str], findings: Findings) -> None:
-    first: dict[str, int] = {}
-    again = [i for i, image in enumerate(ids) if first.setdefault(image, i) != i and image]
-    findings.add_rows(
-        "duplicate-id",
-        name,
-        again,
-        lambda i: (
-            f"image {i}",
-            f"expected every image once, found {ids[i]!r} as image {first[ids[i]]} already; "
-            "drop one",
-        ),
-    )
-
-
 def _compare(folder: Path, names: Sequence[str], splits: list[Split], findings: Findings) -> None:
     """What holds between splits: same width, same files, no image in two."""
     for split in splits[1:]:
@@ -581,7 +432,7 @@ def _compare(folder: Path, names: Sequence[str], splits: list[Split], findings: 
                 f"{splits[0].name}_ims.npy, found {split.regions.feature_dim}; extract both alike",
             )
     stems = [split_stem(folder, name) for name in names]
-    for part in OPTIONAL[:-1]:
+    for part in OF_ALL_OR_NONE:
         have = [stem for stem in stems if is_there(folder / f"{stem}_{part}")]
         for stem in stems:
             if have and stem not in have and is_there(folder / f"{stem}_ims.npy"):

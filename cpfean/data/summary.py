@@ -32,7 +32,8 @@ class SplitSummary:
 
     Attributes:
         images, captions: how many.
-        captions_per_image: of each.
+        captions_per_image: mean over the images.
+        captions_least, captions_most: of an image.
         regions: stored for an image.
         regions_mean: real ones of an image.
         width: of a region's features.
@@ -44,7 +45,9 @@ class SplitSummary:
 
     images: int
     captions: int
-    captions_per_image: int
+    captions_per_image: float
+    captions_least: int
+    captions_most: int
     regions: int
     regions_mean: float
     width: int
@@ -112,8 +115,10 @@ class FolderSummary:
         for name, split in self.splits.items():
             few = split.regions_mean < split.regions
             regions = f"{split.regions_mean:.1f}" if few else f"{split.regions}"
+            least, most = split.captions_least, split.captions_most
+            each = f"{least}" if least == most else f"{least}-{most}"
             rows.append(
-                f"{name:6}{split.images:9,}{split.captions:10,}{split.captions_per_image:6}"
+                f"{name:6}{split.images:9,}{split.captions:10,}{each:>6}"
                 f"{regions:>9}{split.width:7,}  {split.dtype}, {split.feature_min:.3g} to "
                 f"{split.feature_max:.3g}, {split.feature_mean:.3g}, {split.zero_share:.1%}"
             )
@@ -213,7 +218,9 @@ def _summary(split: Split) -> SplitSummary:
     return SplitSummary(
         images=split.num_images,
         captions=split.num_captions,
-        captions_per_image=split.captions_per_image,
+        captions_per_image=round(split.num_captions / split.num_images, 2),
+        captions_least=int(split.groups.sizes.min()),
+        captions_most=int(split.groups.sizes.max()),
         regions=regions.num_regions,
         regions_mean=round(float(regions.counts.mean()), 2),
         width=regions.feature_dim,
@@ -280,7 +287,7 @@ def _examples(split: Split) -> list[Example]:
             Example(
                 split=split.name,
                 image=split.image_ids[image],
-                caption=split.captions[image * split.captions_per_image],
+                caption=split.captions[split.captions_of(int(image)).start],
                 labels=labels,
             )
         )

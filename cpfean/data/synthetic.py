@@ -22,13 +22,13 @@ number only, so that a smaller set is the beginning of a larger one. Two sets th
 `feature_noise` or `label_error` show the same scenes in the same words, so that settings can be
 compared.
 
-Axes:  image, caption (five an image, in order), word (by white space), region, feature
+Axes:  image, caption (those of an image next to each other), word (by white space), region, feature
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,13 +38,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cpfean.config import SyntheticConfig
+from cpfean.data.caption_groups import IMAGE_OF_CAPTION, PER_IMAGE, CaptionGroups
 from cpfean.data.concepts import CONCEPTS, FAMILIES, SCENES, VALUES
 from cpfean.data.scenes import Scene, draw_scene
 from cpfean.data.wording import Caption, describe
 from cpfean.errors import DataError
-from cpfean.files import read_file
+from cpfean.files import is_there, read_file
 
-CAPTIONS_PER_IMAGE = 5
 _SPLITS = ("train", "dev", "test")
 _LARGEST_TRUTH = 2**30  # bytes; a thousand images take one million
 _SALIENCE = {"main": 0, "side": 1, "ignored": 2}
@@ -78,6 +78,7 @@ class SyntheticTruth:
         named: by caption and word: regions that the noun names, duplicates included; () for others.
         qualified: by caption and word: regions that an adjective, participle or number describes.
         relations: by caption, the relations that it states, true of the boxes.
+        groups: which captions describe which image.
     """
 
     concepts: Int[np.ndarray, "image region"]
@@ -85,6 +86,7 @@ class SyntheticTruth:
     named: list[list[Regions]]
     qualified: list[list[Regions]]
     relations: list[list[StatedRelation]]
+    groups: CaptionGroups
 
     @cached_property
     def described_by(self) -> Bool[np.ndarray, "caption region"]:
@@ -98,21 +100,34 @@ class SyntheticTruth:
     @property
     def described(self) -> Bool[np.ndarray, "image region"]:
         """True where any caption of the image names the region."""
-        by_image = self.described_by.reshape(len(self.objects), CAPTIONS_PER_IMAGE, -1)
-        return np.logical_or.reduce(by_image, axis=1)
+        return np.logical_or.reduceat(self.described_by, self.groups.edges[:-1], axis=0)
 
 
-def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
+def write_synthetic(
+    folder: Path, config: SyntheticConfig, *, captions_each: Sequence[int] = (PER_IMAGE,)
+) -> None:
     """Writes the whole set: three splits in the native format, and `{split}_truth.json` for each.
 
     About 2 ms an image. Files that are there already are replaced.
+
+    Args:
+        folder: made if absent.
+        config: what to draw.
+        captions_each: captions of the first images, and of the next ones by turns. Images do not
+            depend on it, and more captions begin with those of fewer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     looks = _Looks(config)
     _write_lines(folder / "objects_vocab.txt", [concept.name for concept in CONCEPTS])
     for number, split in enumerate(_SPLITS):
         images = [
-            _draw_image(config, looks, split=number, image=image)
+            _draw_image(
+                config,
+                looks,
+                split=number,
+                image=image,
+                num_captions=captions_each[image % len(captions_each)],
+            )
             for image in range(getattr(config, f"{split}_images"))
         ]
         for name, dtype in (
@@ -126,6 +141,11 @@ def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
             np.save(folder / f"{split}_{name}.npy", values, allow_pickle=False)
         captions = [caption.text for image in images for caption in image.captions]
         _write_lines(folder / f"{split}_caps.txt", captions)
+        groups = CaptionGroups.of_sizes([len(image.captions) for image in images])
+        told = folder / f"{split}_{IMAGE_OF_CAPTION}"
+        told.unlink(missing_ok=True)
+        if not groups.is_default:
+            np.save(told, groups.image_of_caption)
         _write_lines(folder / f"{split}_ids.txt", [f"{split}-{i:06d}" for i in range(len(images))])
         _write_truth(folder / f"{split}_truth.json", images)
 
@@ -139,15 +159,20 @@ def load_truth(folder: Path, split: str) -> SyntheticTruth:
     path = folder / f"{split}_truth.json"
     try:
         plain = json.loads(read_file(path, limit=_LARGEST_TRUTH))
+        groups = CaptionGroups.even(len(plain["objects"]))
+        told = folder / f"{split}_{IMAGE_OF_CAPTION}"
+        if is_there(told):
+            groups = CaptionGroups(np.load(told, allow_pickle=False))
         return SyntheticTruth(
             concepts=np.array(plain["concepts"], dtype=np.int64),
             objects=np.array(plain["objects"], dtype=np.int64),
             named=[[tuple(regions) for regions in words] for words in plain["named"]],
             qualified=[[tuple(regions) for regions in words] for words in plain["qualified"]],
             relations=[
-                [StatedRelation(name, tuple(a), tuple(b)) for name, a, b in told]
-                for told in plain["relations"]
+                [StatedRelation(name, tuple(a), tuple(b)) for name, a, b in stated]
+                for stated in plain["relations"]
             ],
+            groups=groups,
         )
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; only the synthetic set has its truth.") from None
@@ -208,12 +233,14 @@ class _Image:
         return self.objects.tolist()
 
 
-def _draw_image(config: SyntheticConfig, looks: _Looks, *, split: int, image: int) -> _Image:
+def _draw_image(
+    config: SyntheticConfig, looks: _Looks, *, split: int, image: int, num_captions: int
+) -> _Image:
     scene_rng, box_rng, noise_rng, label_rng = (
         np.random.default_rng([config.seed, split, image, stream]) for stream in range(4)
     )
     scene = draw_scene(scene_rng, num_ignored=max(1, round(0.2 * config.num_regions)))
-    captions = describe(scene_rng, scene, num_captions=CAPTIONS_PER_IMAGE)
+    captions = describe(scene_rng, scene, num_captions=num_captions)
     boxes, objects = _detect(box_rng, scene, num_regions=config.num_regions)
 
     covered = _coverage(boxes, np.array([thing.box for thing in scene.objects]))

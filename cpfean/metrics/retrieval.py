@@ -1,7 +1,8 @@
 """Recall of matches among all candidates of a split, in both directions.
 
 Axes:  image     of a gallery: a whole split, or a fold of it     rival   a wrong image of a caption
-       caption   of the gallery: those of its first image first, then those of its second, ...
+       caption   of the gallery: those of its first image first, then those of its second, ...;
+                 each image has at least one, and one may have more than another
 
 A rank is a count of better candidates, and counts over shares of the images add up: nothing here
 needs the whole score matrix, neither in one place nor at one time.
@@ -97,8 +98,9 @@ class RankCounter:
     def __init__(
         self,
         gallery: range,
+        captions: range,
+        image_of_caption: Int[Tensor, "caption"],
         *,
-        captions_per_image: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -106,13 +108,18 @@ class RankCounter:
 
         Args:
             gallery: its images, by their positions in the split.
-            captions_per_image: captions of an image, next to each other.
+            captions: its captions, likewise.
+            image_of_caption: the position in the split of the image that each of these captions
+                describes; on the CPU, never falling.
             dtype: of the scores.
             device: of the scores; one that the processes can communicate through.
         """
         self.gallery = gallery
-        self.captions_per_image = captions_per_image
-        num_captions = len(gallery) * captions_per_image
+        self.captions = captions
+        num_captions = len(captions)
+        self._row_of = (image_of_caption - gallery.start).to(device)
+        edges = torch.arange(gallery.start, gallery.stop + 1)
+        self._edges: list[int] = torch.searchsorted(image_of_caption, edges).tolist()
         self._better_captions = torch.zeros(len(gallery), dtype=torch.int64, device=device)
         self._matches = torch.zeros(num_captions, dtype=dtype, device=device)
         self._rivals = torch.full((_DEPTH, num_captions), -torch.inf, dtype=dtype, device=device)
@@ -136,17 +143,15 @@ class RankCounter:
             broken = int((~scores.isfinite()).flatten().nonzero()[0])
             self._first_broken = min(self._first_broken, row * num_captions + broken)
             return
-        per_image = self.captions_per_image
-        image = torch.arange(num_rows, device=scores.device)[:, None]
-        own = (row + image) * per_image + torch.arange(per_image, device=scores.device)
-        matches = scores.gather(1, own)
-        best = matches.amax(dim=1, keepdim=True)
-        better = (scores >= best).sum(dim=1) - (matches >= best).sum(dim=1)
+        own = slice(self._edges[row], self._edges[row + num_rows])
+        row_of = self._row_of[own] - row
+        matches, better = _better_captions(scores, row_of, first_column=own.start)
         self._better_captions[row : row + num_rows] = better
-        self._matches[row * per_image : (row + num_rows) * per_image] = matches.flatten()
+        self._matches[own] = matches
 
         rivals = torch.cat([self._rivals, scores])
-        rivals[_DEPTH + image, own] = -torch.inf
+        columns = torch.arange(own.start, own.stop, device=scores.device)
+        rivals[_DEPTH + row_of, columns] = -torch.inf
         self._rivals = rivals.topk(_DEPTH, dim=0, sorted=False).values
 
     def metrics(self) -> RetrievalMetrics:
@@ -159,8 +164,7 @@ class RankCounter:
         broken = int(smallest(torch.tensor(self._first_broken, device=self._matches.device)))
         if broken < len(self.gallery) * num_captions:
             image, caption = divmod(broken, num_captions)
-            start = self.gallery.start
-            raise _not_finite(start + image, start * self.captions_per_image + caption)
+            raise _not_finite(self.gallery[image], self.captions[caption])
         # What other processes hold is zero here, so the sum is everybody's.
         matches = summed(self._matches.clone())
         better_images = (self._rivals >= matches).sum(dim=0)
@@ -171,18 +175,23 @@ class RankCounter:
 
 
 def retrieval_metrics(
-    scores: Float[Tensor, "image caption"], *, captions_per_image: int = 5
+    scores: Float[Tensor, "image caption"], image_of_caption: Int[Tensor, "column"]
 ) -> RetrievalMetrics:
     """The metrics of a complete score matrix, held by one process.
 
+    Args:
+        scores: of all images with all captions.
+        image_of_caption: the row of each column's own image, never falling.
+
     Raises:
-        DataError: the columns are not `captions_per_image` for each row.
+        DataError: a row has no column of its own, or the columns are not in the rows' order.
         DivergedError: a score is not finite.
     """
-    _check_complete(scores, captions_per_image)
+    _check_complete(scores, image_of_caption)
     counter = RankCounter(
         range(len(scores)),
-        captions_per_image=captions_per_image,
+        range(scores.shape[1]),
+        image_of_caption.cpu(),
         dtype=scores.dtype,
         device=scores.device,
     )
@@ -210,40 +219,65 @@ class QueryRanks(NamedTuple):
 
 
 def query_ranks(
-    scores: Float[Tensor, "image caption"], *, captions_per_image: int = 5
+    scores: Float[Tensor, "image caption"], image_of_caption: Int[Tensor, "column"]
 ) -> QueryRanks:
     """The rank of every query, for looking at single ones; a tie counts against the model.
 
     Args:
         scores: the complete matrix, held by one process.
-        captions_per_image: captions of an image, next to each other.
+        image_of_caption: the row of each column's own image, never falling.
 
     Raises:
-        DataError: the columns are not `captions_per_image` for each row.
+        DataError: a row has no column of its own, or the columns are not in the rows' order.
         DivergedError: a score is not finite.
     """
-    _check_complete(scores, captions_per_image)
+    _check_complete(scores, image_of_caption)
     if not bool(scores.isfinite().all()):
         image, caption = (~scores.isfinite()).nonzero()[0].tolist()
         raise _not_finite(image, caption)
-    own = torch.arange(scores.shape[1], device=scores.device).view(-1, captions_per_image)
-    matches = scores.gather(1, own)
-    best = matches.amax(dim=1, keepdim=True)
-    # Of an image's own captions those that are as good as the best are no rivals of it.
-    better_captions = (scores >= best).sum(dim=1) - (matches >= best).sum(dim=1)
+    matches, better_captions = _better_captions(
+        scores, image_of_caption.to(scores.device), first_column=0
+    )
     return QueryRanks(
         images=1 + better_captions,
         # A match is as good as itself: it counts the 1 that ranks begin with.
-        captions=(scores >= matches.flatten()).sum(dim=0),
+        captions=(scores >= matches).sum(dim=0),
     )
 
 
-def _check_complete(scores: Float[Tensor, "image caption"], captions_per_image: int) -> None:
+def _better_captions(
+    scores: Float[Tensor, "image caption"], row_of: Int[Tensor, "own"], *, first_column: int
+) -> tuple[Float[Tensor, "own"], Int[Tensor, "image"]]:
+    """Scores of the matches, and how many captions come before the best match of each image.
+
+    Args:
+        scores: of some images with all captions.
+        row_of: the row of each of these images' own captions, which lie next to each other.
+        first_column: of these captions.
+    """
+    columns = torch.arange(first_column, first_column + len(row_of), device=scores.device)
+    matches = scores[row_of, columns]
+    best = matches.new_full((len(scores),), -torch.inf).scatter_reduce(0, row_of, matches, "amax")
+    # Of an image's own captions those that are as good as the best are no rivals of it.
+    as_good = (matches >= best[row_of]).long()
+    own = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    return matches, (scores >= best[:, None]).sum(dim=1) - own.index_add(0, row_of, as_good)
+
+
+def _check_complete(
+    scores: Float[Tensor, "image caption"], image_of_caption: Int[Tensor, "column"]
+) -> None:
     num_images, num_captions = scores.shape
-    if num_images == 0 or num_captions != num_images * captions_per_image:
+    expected = torch.arange(num_images, device=image_of_caption.device)
+    if (
+        num_images == 0
+        or len(image_of_caption) != num_captions
+        or not torch.equal(image_of_caption.unique_consecutive(), expected)
+    ):
         raise DataError(
-            f"a score matrix of {num_images} images by {num_captions} captions; expected "
-            f"{captions_per_image} captions for each of at least one image."
+            f"a score matrix of {num_images} images by {num_captions} captions; expected the "
+            f"{len(image_of_caption)} captions of at least one image, each image's own next to "
+            "each other, in the images' order, at least one of each."
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,8 +20,11 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from cpfean.data.caption_groups import PER_IMAGE
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.prefetch import prefetched
+from cpfean.data.split import Split, open_split
+from cpfean.errors import DataError
 from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings
@@ -28,6 +32,7 @@ from cpfean.processes import place, sent_from, share
 from cpfean.progress import Progress
 
 COCO_FOLD = 1000
+Protocol = Literal["full", "coco-1k"]
 # Fewer captions than this are no group: what scoring prepares once for all captions that it is
 # given, and for each image, would show.
 _FEW = 256
@@ -38,7 +43,7 @@ def evaluate(
     model: Cpfean,
     dataset: RetrievalDataset,
     *,
-    protocol: Literal["full", "coco-1k"],
+    protocol: Protocol,
     batch_size: int,
     device: torch.device,
     products: Literal["fp32", "bf16"] = "fp32",
@@ -55,12 +60,10 @@ def evaluate(
         products: type of the matrix products of scoring; everything else is in the model's.
 
     Raises:
-        DataError: "coco-1k" on a split that does not divide into folds.
+        DataError: "coco-1k" on a split that does not have what it asks for.
         DivergedError: a score is not finite; raised on every process.
     """
-    galleries = [range(dataset.split.num_images)]
-    if protocol == "coco-1k":
-        galleries = folds(dataset.split.num_images, fold_size=COCO_FOLD)
+    galleries = galleries_of(dataset.split, protocol)
     was_training = model.training
     model.eval()
     try:
@@ -82,6 +85,45 @@ def evaluate(
     finally:
         model.train(was_training)
     return RetrievalMetrics.mean(metrics)
+
+
+def galleries_of(split: Split, protocol: Protocol) -> list[range]:
+    """The images of a split that are ranked together.
+
+    Args:
+        split: any, for "full".
+        protocol: as in `evaluate`.
+
+    Raises:
+        DataError: "coco-1k" on a split that does not divide into folds, or of which an image has
+            another number of captions than five: its recalls would be compared with published
+            ones that they have nothing in common with.
+    """
+    if protocol == "full":
+        return [range(split.num_images)]
+    if not split.groups.is_default:
+        raise DataError(
+            f"{split.name}: the COCO 1K protocol ranks folds of {COCO_FOLD} images with "
+            f"{PER_IMAGE} captions each, and the images have {split.groups.described}; convert "
+            f"with --captions-each {PER_IMAGE}, which keeps the first of each, or choose "
+            'evaluation.protocol = "full".'
+        )
+    return folds(split.num_images, fold_size=COCO_FOLD)
+
+
+def check_protocol(folder: Path, protocol: Protocol) -> None:
+    """Refuses data on which the protocol would fail, when a training has come to its evaluation.
+
+    Args:
+        folder: checked, in the native format; its dev and test splits are opened.
+        protocol: as in `evaluate`.
+
+    Raises:
+        DataError: as `galleries_of`.
+    """
+    if protocol != "full":
+        for name in ("dev", "test"):
+            galleries_of(open_split(folder, name, num_regions=None, overlaps=False), protocol)
 
 
 @torch.inference_mode()
@@ -128,9 +170,12 @@ def _count_ranks(
     products: Literal["fp32", "bf16"],
 ) -> RankCounter:
     """Counts what this process's share of a gallery's images tells."""
+    groups = dataset.split.groups
+    captions = groups.of_images(gallery)
     ranks = RankCounter(
         gallery,
-        captions_per_image=dataset.split.captions_per_image,
+        captions,
+        torch.from_numpy(groups.image_of_caption[captions.start : captions.stop]),
         dtype=model.word_projection.weight.dtype,
         device=device,
     )
@@ -167,11 +212,11 @@ def _score_rows(
         The position of a block's first image in the split, and the scores of the block.
     """
     rank, world_size = place()
-    per_image = dataset.split.captions_per_image
+    own_captions = dataset.split.groups.of_images(gallery)
     captions = _encode_captions(
         model,
         dataset,
-        range(gallery.start * per_image, gallery.stop * per_image),
+        own_captions,
         name=name,
         batch_size=batch_size,
         device=device,
@@ -185,7 +230,7 @@ def _score_rows(
     with prefetched(map(dataset.image_batch, blocks), pin=on_gpu) as batches:
         for block, batch in zip(blocks, batches, strict=True):
             images = model.encode_images(**batch.to(device, non_blocking=on_gpu)._asdict())
-            scores = torch.empty(len(block), len(gallery) * per_image, dtype=dtype, device=device)
+            scores = torch.empty(len(block), len(own_captions), dtype=dtype, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=products == "bf16"):
                 for columns, embedded in captions:
                     scores[:, columns] = model.score(images, embedded)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpfean.config import ExperimentConfig
-from cpfean.data.convert.captions import CAPTIONS_PER_IMAGE
-from cpfean.data.findings import Findings
-from cpfean.data.split import SPLITS, read_captions, split_stem
+from cpfean.data.split import SPLITS, read_captions
 from cpfean.data.tokens import check_vocabulary, load_tokenizer
 from cpfean.errors import ConfigError
 
@@ -37,20 +35,13 @@ def check_text(config: ExperimentConfig, *, data_folder: Path) -> None:
         files.check_knows(tokenizer.vocab_size)
         check_places(config, num_places(files.skeleton))
         files.check_finite()
-    captions = {split: _captions(data_folder, split) for split in SPLITS}
-    if config.data.train_images:
-        del captions["train"][CAPTIONS_PER_IMAGE * config.data.train_images :]
+    captions = {
+        split: read_captions(
+            data_folder, split, num_images=config.data.train_images if split == "train" else 0
+        )
+        for split in SPLITS
+    }
     check_vocabulary(text, captions, max_tokens=config.data.max_tokens, tokenizer=tokenizer)
-
-
-def _captions(folder: Path, split: str) -> list[str]:
-    """The captions of a checked folder."""
-    findings = Findings()
-    captions = read_captions(
-        folder / f"{split_stem(folder, split)}_caps.txt", findings, CAPTIONS_PER_IMAGE
-    )
-    findings.refuse(folder)
-    return captions or []
 
 
 def check_places(config: ExperimentConfig, places: int | None) -> None:

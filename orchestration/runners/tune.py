@@ -287,8 +287,5 @@ def _gone(trial: Trial) -> Lost | Failed:
     if "low on memory" in message:  # Ray has ended it before the system would
         return Failed(failure="oom", message=last)
     # All of Ray's errors about a lost process begin so; what code of ours raises, with "ray::".
-    return (
-        Lost(message=last)
-        if message.startswith("The actor ")
-        else Failed(failure="bug", message=last)
-    )
+    is_lost = message.startswith("The actor ")
+    return Lost(message=last) if is_lost else Failed(failure="bug", message=last)

@@ -23,6 +23,7 @@ from cpfean.analysis.probing import (
     share_frozen_encoder,
 )
 from cpfean.config import ExperimentConfig
+from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.split import Split, open_split
 from cpfean.metrics.retrieval import QueryRanks, query_ranks
 from cpfean.training.evaluation import evaluate
@@ -167,36 +168,46 @@ def test_bins_hold_every_image_once_and_part_no_equal_counts() -> None:
 
 def test_recalls_of_parts_weigh_up_to_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
-    ranks = query_ranks(torch.rand(40, 200, generator=generator))
+    groups = CaptionGroups.of_sizes([1, 9, 4, 6, 5] * 8)
+    image_of_caption = torch.from_numpy(groups.image_of_caption)
+    ranks = query_ranks(torch.rand(40, 200, generator=generator), image_of_caption)
     bins = quantile_bins(np.arange(40) // 3, 4)
     whole = ranks.metrics().as_dict()
     for name, value in whole.items():
-        parts = [recalls_of(ranks, each.images).as_dict()[name] for each in bins]
-        sizes = [each.images.sum() for each in bins]
+        parts = [recalls_of(ranks, each.images, groups=groups).as_dict()[name] for each in bins]
+        # Image queries weigh by the images of a bin, caption queries by their captions.
+        of = np.ones(40) if name.startswith("i2t") else groups.sizes
+        if name == "rsum":
+            continue
+        sizes = [of[each.images].sum() for each in bins]
         assert np.average(parts, weights=sizes) == pytest.approx(value)
     # An image's own captions go with it.
     only = np.zeros(40, dtype=bool)
     only[7] = True
-    found = recalls_of(ranks, only)
-    expected = QueryRanks(ranks.images[7:8], ranks.captions[35:40]).metrics()
+    found = recalls_of(ranks, only, groups=groups)
+    expected = QueryRanks(ranks.images[7:8], ranks.captions[35:39]).metrics()
     assert found == expected
 
 
 def test_chance_is_the_mean_over_all_orders() -> None:
-    # Two images with two captions each: every order of four captions, and of two images.
-    orders = list(permutations([0, 0, 1, 1]))
-    found = [order[0] == 0 for order in orders]
-    chance = chance_metrics(2, captions_per_image=2)
-    assert chance.image_to_text.r1 == pytest.approx(100 * np.mean(found))
-    assert chance.text_to_image.r1 == 50.0
-    assert chance.image_to_text.r5 == chance.text_to_image.r10 == 100.0
+    # Every order of all captions, and of two images.
+    for sizes in ([2, 2], [1, 4], [1, 1], [5, 2]):
+        orders = list(permutations([0] * sizes[0] + [1] * sizes[1]))
+        chance = chance_metrics(CaptionGroups.of_sizes(sizes))
+        for k, recall in ((1, chance.image_to_text.r1), (5, chance.image_to_text.r5)):
+            found = [image in order[:k] for order in orders for image in (0, 1)]
+            assert recall == pytest.approx(100 * np.mean(found))
+        assert chance.text_to_image.r1 == 50.0
+        assert chance.image_to_text.r10 == chance.text_to_image.r10 == 100.0
 
 
 def test_chance_is_what_random_scores_get() -> None:
     generator = torch.Generator().manual_seed(0)
+    groups = CaptionGroups.of_sizes([1, 10, 4, 5] * 5)
+    image_of_caption = torch.from_numpy(groups.image_of_caption)
     drawn = [
-        query_ranks(torch.rand(20, 100, generator=generator)).metrics().as_dict()
+        query_ranks(torch.rand(20, 100, generator=generator), image_of_caption).metrics().as_dict()
         for _ in range(300)
     ]
-    for name, expected in chance_metrics(20).as_dict().items():
+    for name, expected in chance_metrics(groups).as_dict().items():
         assert np.mean([each[name] for each in drawn]) == pytest.approx(expected, abs=3)

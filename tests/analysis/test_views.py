@@ -18,9 +18,10 @@ from cpfean.analysis.views import (
     rank_changes,
 )
 from cpfean.config import ExperimentConfig
+from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError, DataError
-from cpfean.metrics.retrieval import QueryRanks
+from cpfean.metrics.retrieval import QueryRanks, query_ranks
 from cpfean.training.evaluation import evaluate
 from cpfean.training.setup import TrainedModel, open_checkpoint
 from tests.training.conftest import TINY
@@ -109,16 +110,30 @@ def test_a_view_leaves_out_padded_regions_and_the_padding_of_words(trained: Trai
     assert len(view.weights) == len(view.words)
 
 
-def test_the_hardest_negatives_are_the_best_of_the_others(trained: TrainedModel) -> None:
+@pytest.mark.parametrize("sizes", [[5] * 6, [1, 9, 4, 6, 7, 3]])
+def test_the_hardest_negatives_are_the_best_of_the_others(
+    sizes: list[int], trained: TrainedModel
+) -> None:
+    groups = CaptionGroups.of_sizes(sizes)
+    trained.dataset.split = replace(trained.dataset.split, groups=groups)
     gallery = Gallery(trained)
     scores = gallery.scores.numpy()
+    image_of = np.repeat(np.arange(6), sizes)
     for caption in range(scores.shape[1]):
-        column = np.where(np.arange(len(scores)) == caption // 5, -np.inf, scores[:, caption])
+        column = np.where(np.arange(len(scores)) == image_of[caption], -np.inf, scores[:, caption])
         assert gallery.wrong_image(caption) == column.argmax()
     for image, row in enumerate(scores):
-        own = np.arange(scores.shape[1]) // 5 == image
+        own = image_of == image
         assert gallery.wrong_caption(image) == np.where(own, -np.inf, row).argmax()
         assert gallery.best_caption(image) == np.where(own, row, -np.inf).argmax()
+    of_matrix = query_ranks(gallery.scores, torch.from_numpy(image_of))
+    assert gallery.ranks.metrics() == of_matrix.metrics()
+    first = Gallery(trained, num_images=3)
+    assert first.scores.shape == (3, sum(sizes[:3]))
+    assert len(first.ranks.captions) == sum(sizes[:3])
+    assert first.caption_at(sum(sizes[:3]) - 1) == sum(sizes[:3]) - 1
+    with pytest.raises(ConfigError, match=f"from 0 to {sum(sizes[:3]) - 1}"):
+        first.caption_at(sum(sizes[:3]))
 
 
 def test_data_without_boxes_and_labels_has_views_too(

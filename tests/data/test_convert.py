@@ -270,6 +270,7 @@ def coco_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
             {"id": 10 * p + j, "image_id": p, "caption": f"Caption {j} of photo {p}.\n"}
             for j in range(6)
             for p in shown
+            if j < 5 or p == shown[-1]
         ]
         written = {"info": {}, "licenses": [], "images": images, "annotations": notes}
         captions[ours] = save_json(folder / f"captions_{split}2017.json", written)
@@ -811,24 +812,101 @@ def test_a_cut_of_regions_without_scores_is_told(
     assert "are kept" not in caplog.text
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_other_than_five_captions_an_image_are_told_in_a_line_a_split(
-    number: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("number", [1, 2, 4, 10])
+def test_other_than_five_captions_an_image_are_kept(number: int, tmp_path: Path) -> None:
     data = karpathy()
     for image in data["images"]:
-        del image["sentences"][number:]
-    with pytest.raises(DataError, match="3 faults") as refusal:
-        read_karpathy(save_json(tmp_path / "splits.json", data))
-    assert f"found of 6 images of train 6 with {number}" in str(refusal.value)
+        image["sentences"] = (image["sentences"] * 2)[:number]
+    path = save_json(tmp_path / "splits.json", data)
+    for part in read_karpathy(path).values():
+        assert {len(own) for own in part.captions} == {number}
     captions, _ = coco_files(tmp_path)
-    for path in captions.values():
-        notes = json.loads(path.read_text())
-        notes["annotations"] = [n for n in notes["annotations"] if n["id"] % 10 < number]
-        save_json(path, notes)
+    for each in captions.values():
+        notes = json.loads(each.read_text())
+        some = [n for n in notes["annotations"] if n["id"] % 10 < 5]
+        again = [note | {"id": 10**6 + note["id"]} for note in some]
+        kept = [n for n in some + again if n["id"] < 10**6 or number > 5]
+        notes["annotations"] = [n for n in kept if n["id"] % 10 < number]
+        save_json(each, notes)
+    for part in read_coco_captions(captions).values():
+        assert {len(own) for own in part.captions} == {number}
+
+
+def uneven(folder: Path) -> tuple[Path, dict[str, list[int]]]:
+    """A file of Karpathy's whose images have from four to seven captions; and how many."""
+    data, sizes = karpathy(), {}
+    for position, image in enumerate(data["images"]):
+        count = 4 + position % 4
+        image["sentences"] = (image["sentences"][:5] * 2)[:count]
+        sizes[image["filename"]] = count
+    return save_json(folder / "uneven.json", data), sizes
+
+
+def test_captions_that_differ_in_number_are_kept_cut_or_refused_as_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, sizes = uneven(tmp_path)
+
+    def numbers(**how: Any) -> dict[str, int]:
+        parts = read_karpathy(path, **how).values()
+        return {
+            name: len(own)
+            for part in parts
+            for name, own in zip(part.names, part.captions, strict=True)
+        }
+
+    with caplog.at_level("INFO"):
+        assert numbers() == numbers(each="all") == sizes
+    assert "of the images are 3 with 4, 3 with 5, 3 with 6, 2 with 7" in caplog.text
+    with caplog.at_level("INFO"):
+        assert set(numbers(each=4).values()) == {4}
+    assert "15 captions beyond the first 4" in caplog.text
+    assert "--captions-each all" in caplog.text
     with pytest.raises(DataError, match="3 faults") as refusal:
-        read_coco_captions(captions)
-    assert f"found of 2 images of dev 2 with {number}" in str(refusal.value)
+        numbers(each=5)
+    assert "expected 5 captions, found 4; drop the image, or keep" in str(refusal.value)
+    data = json.loads(path.read_text())
+    data["images"][1]["sentences"] = []
+    save_json(path, data)
+    with pytest.raises(DataError, match="at least one caption, found none; drop the image"):
+        numbers()
+
+
+def test_a_caption_that_is_not_kept_may_be_empty(tmp_path: Path) -> None:
+    data = karpathy()
+    (sixth,) = (s for s in data["images"] if len(s["sentences"]) == 6)
+    sixth["sentences"][5]["raw"] = " "
+    path = save_json(tmp_path / "splits.json", data)
+    assert read_karpathy(path)["train"].captions
+    with pytest.raises(DataError, match="caption 5: expected a caption"):
+        read_karpathy(path, each="all")
+
+
+def test_a_folder_is_written_with_the_captions_that_images_have(tmp_path: Path) -> None:
+    path, sizes = uneven(tmp_path)
+    table = write_table(tmp_path / "a.tsv", BOTTOM_UP)
+    convert_tables([table], read_karpathy(path), tmp_path / "data")
+    convert_tables([table], read_karpathy(path, each=4), tmp_path / "four")
+    usual = save_json(tmp_path / "usual.json", karpathy())
+    convert_tables([table], read_karpathy(usual), tmp_path / "five")
+    for name in ("train", "dev", "test"):
+        split = open_split(tmp_path / "data", name, num_regions=REGIONS)
+        found = dict(zip(split.image_ids, split.groups.sizes.tolist(), strict=True))
+        assert found == {image: sizes[image] for image in split.image_ids}
+        for image, photo in enumerate(split.image_ids):
+            for caption in split.captions_of(image):
+                assert photo.removesuffix(".jpg") in split.captions[caption]
+        four = open_split(tmp_path / "four", name, num_regions=REGIONS)
+        assert set(four.groups.sizes.tolist()) == {4}
+    assert list((tmp_path / "five").glob("*image_of_caption*")) == []
+    # Written anew, it has the same groups.
+    convert_precomp(tmp_path / "data", tmp_path / "again")
+    for name in ("train", "dev", "test"):
+        first, second = (
+            open_split(tmp_path / folder, name, num_regions=REGIONS) for folder in ("data", "again")
+        )
+        assert first.captions == second.captions
+        assert first.groups.sizes.tolist() == second.groups.sizes.tolist()
 
 
 INPUTS = ("table", "karpathy", "captions", "vocabulary", "instances", "boxes", "sizes", "scan")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cpfean.config import TextConfig
 from cpfean.data.batch import Batch
+from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.dataset import BatchRequest, GlobalBatches, RetrievalDataset, WordFeatures
 from cpfean.data.regions import RegionStore
 from cpfean.data.split import Split, open_split
@@ -64,7 +65,7 @@ def made(
         regions=store,
         captions=captions,
         image_ids=[str(i) for i in range(images)],
-        captions_per_image=5,
+        groups=CaptionGroups.even(images),
         label_names=None,
     )
     tokenizer, tokens = tokenized(captions, units=units, graph=graph)

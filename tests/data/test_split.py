@@ -25,6 +25,7 @@ from cpfean.data.split import (
     data_fingerprint,
     native_files,
     open_split,
+    read_captions,
     validate_folder,
 )
 from cpfean.errors import DataError
@@ -130,6 +131,11 @@ def never_written(folder: Path) -> None:
         file.truncate(file.tell() + 4 * 10**12)
 
 
+def images_of(split: str, numbers: Any) -> Edit:
+    """Writes which image each caption describes."""
+    return lambda folder: np.save(folder / f"{split}_image_of_caption.npy", np.asarray(numbers))
+
+
 def captions_each(number: int) -> Edit:
     def edit(folder: Path) -> None:
         for split in SPLITS:
@@ -226,7 +232,7 @@ REFUSALS: dict[str, tuple[Edit, str, str, tuple[str, ...]]] = {
         five_unequal_rows,
         "unequal-rows",
         "train_ims.npy, rows 5 to 9 of image 1 (train1.jpg)",
-        ("five equal rows",),
+        ("5 equal rows", "5 captions"),
     ),
     "more regions counted than stored": (
         lambda folder: np.save(folder / "dev_counts.npy", [5, 6]),
@@ -304,7 +310,108 @@ REFUSALS: dict[str, tuple[Edit, str, str, tuple[str, ...]]] = {
         captions_each(10),
         "caption-count",
         "train_caps.txt",
-        ("60 captions for 6 images, 10 an image", "30 in all"),
+        ("60 captions for 6 images, 10 an image", "30 in all", "train_image_of_caption.npy"),
+    ),
+    "half an image": (
+        images_of("dev", [0, 0, 0.5, 0, 0, 1, 1, 1, 1, nan]),
+        "dtype",
+        "dev_image_of_caption.npy, row 2",
+        ("whole number", "found 0.5", "save integers"),
+    ),
+    "an image that is not a number": (
+        images_of("dev", [0, 0, 0, 0, 0, 1, 1, 1, 1, nan]),
+        "dtype",
+        "dev_image_of_caption.npy, row 9",
+        ("whole number", "found nan"),
+    ),
+    "images as texts": (
+        images_of("dev", ["0"] * 5 + ["1"] * 5),
+        "dtype",
+        "dev_image_of_caption.npy",
+        ("whole numbers or floats", "<U1"),
+    ),
+    "images in a table": (
+        images_of("dev", [[0] * 5, [1] * 5]),
+        "shape",
+        "dev_image_of_caption.npy",
+        ("(captions,)", "found (2, 5)"),
+    ),
+    "captions without an image": (
+        images_of("dev", [0, 0, 1, 1, 1, 1, 1]),
+        "caption-count",
+        "dev_image_of_caption.npy, row 7 (line 8 of dev_caps.txt) is the first of which there is "
+        "only a caption",
+        ("10 captions of dev_caps.txt", "found 7", "one release"),
+    ),
+    "images without their captions": (
+        images_of("dev", [0] * 5 + [1] * 6),
+        "caption-count",
+        "dev_image_of_caption.npy, row 10 (line 11 of dev_caps.txt) is the first of which there is "
+        "only a row",
+        ("10 captions of dev_caps.txt", "found 11"),
+    ),
+    "an image beyond the last": (
+        images_of("dev", [0] * 5 + [1] * 4 + [7]),
+        "image-range",
+        "dev_image_of_caption.npy, row 9 (line 10 of dev_caps.txt)",
+        ("a row of dev_ims.npy, from 0 to 1", "found 7"),
+    ),
+    "an image before the first": (
+        images_of("dev", [-1] + [0] * 4 + [1] * 5),
+        "image-range",
+        "dev_image_of_caption.npy, row 0 (line 1 of dev_caps.txt)",
+        ("from 0 to 1", "found -1"),
+    ),
+    "an image beyond all numbers": (
+        images_of("dev", np.array([0] * 5 + [1] * 4 + [2**64 - 1], dtype=np.uint64)),
+        "image-range",
+        "dev_image_of_caption.npy, row 9 (line 10 of dev_caps.txt)",
+        ("from 0 to 1",),
+    ),
+    "images that count from one": (
+        images_of("dev", [1] * 5 + [2] * 5),
+        "image-range",
+        "dev_image_of_caption.npy, row 5 (line 6 of dev_caps.txt)",
+        ("from 0 to 1, found 2", "all are from 1 to 2: subtract 1"),
+    ),
+    "an image without a caption": (
+        images_of("train", [0] * 10 + [1] * 5 + [3] * 5 + [4] * 5 + [5] * 5),
+        "no-caption",
+        "train_image_of_caption.npy, image 2 (train2.jpg)",
+        ("at least one caption, found none", "drop the image"),
+    ),
+    "captions out of order": (
+        images_of("dev", [0, 1] * 5),
+        "caption-order",
+        "dev_image_of_caption.npy, row 2 (line 3 of dev_caps.txt)",
+        ("next to each other", "row 0 behind row 1", "sort dev_caps.txt and this file"),
+    ),
+    "a row a caption in spite of the file": (
+        lambda folder: [
+            images_of("dev", [0] * 3 + [1] * 7)(folder),
+            array("dev_ims.npy", lambda x: np.repeat(x, 5, axis=0))(folder),
+        ],
+        "image-count",
+        "dev_ims.npy",
+        ("one row an image, 2 by dev_ids.txt", "found 10, one a caption", "store every image once"),
+    ),
+    "a name too few for the file": (
+        lambda folder: [
+            images_of("dev", [0] * 3 + [1] * 7)(folder),
+            text("dev_ids.txt", lambda whole: "dev0.jpg\n")(folder),
+        ],
+        "image-count",
+        "dev_ids.txt",
+        ("expected 2", "found 1"),
+    ),
+    "a blank line behind captions with a file": (
+        lambda folder: [
+            images_of("dev", [0] * 3 + [1] * 7)(folder),
+            text("dev_caps.txt", lambda whole: whole + "\n")(folder),
+        ],
+        "blank-end",
+        "dev_caps.txt, line 11",
+        ("head -n 10 ",),
     ),
     "a blank last line": (
         text("dev_caps.txt", lambda whole: whole + "\n \n"),
@@ -829,6 +936,79 @@ def test_a_valid_folder_has_no_findings_and_opens(folder: Path) -> None:
     assert split.label_names[6] == "thing 6"
 
 
+SIZES = {"train": [1, 7, 4, 6, 5, 10], "dev": [1, 1], "test": [10, 10, 10]}
+
+
+def regrouped(folder: Path, dtype: str = "<i4") -> None:
+    """Gives the images other numbers of captions, 5 nowhere."""
+    for split, sizes in SIZES.items():
+        lines = "".join(f"number {j} of {i}\n" for i, size in enumerate(sizes) for j in range(size))
+        (folder / f"{split}_caps.txt").write_text(lines, "utf-8")
+        numbers = np.repeat(np.arange(len(sizes)), sizes).astype(dtype)
+        np.save(folder / f"{split}_image_of_caption.npy", numbers)
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<i8", "|u1", ">i2", "<f4", "<f2"])
+def test_captions_an_image_are_what_the_file_says(folder: Path, dtype: str) -> None:
+    regrouped(folder, dtype)
+    assert validate_folder(folder) == []
+    for name, sizes in SIZES.items():
+        split = open_split(folder, name, num_regions=5)
+        assert split.groups.sizes.tolist() == sizes
+        assert split.num_captions == sum(sizes)
+        for image in range(split.num_images):
+            own = [split.captions[caption] for caption in split.captions_of(image)]
+            assert own == [f"number {j} of {image}" for j in range(sizes[image])]
+            assert {split.image_of(caption) for caption in split.captions_of(image)} == {image}
+        assert read_captions(folder, name) == split.captions
+    part = open_split(folder, "train", num_regions=5, num_images=3)
+    assert part.groups.sizes.tolist() == [1, 7, 4]
+    assert part.captions[-1] == "number 3 of 2"
+    assert read_captions(folder, "train", num_images=3) == part.captions
+
+
+def test_a_split_without_the_file_has_five_captions_an_image(folder: Path) -> None:
+    images_of("train", np.repeat(np.arange(6), 5))(folder)
+    assert validate_folder(folder) == []
+    for name in SPLITS:
+        assert set(open_split(folder, name, num_regions=5).groups.sizes.tolist()) == {5}
+    assert len(read_captions(folder, "dev", num_images=1)) == 5
+
+
+def test_the_fingerprint_is_of_the_file_too_and_without_it_what_it_was(folder: Path) -> None:
+    before = data_fingerprint(folder)
+    seen = {before}
+    for sizes in ([5, 5], [4, 6]):
+        images_of("dev", np.repeat([0, 1], sizes))(folder)
+        seen.add(data_fingerprint(folder))
+    assert len(seen) == 3
+    (folder / "dev_image_of_caption.npy").unlink()
+    assert data_fingerprint(folder) == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 10])
+def test_the_command_that_is_told_says_how_many_captions_there_are(
+    number: int, folder: Path
+) -> None:
+    captions_each(number)(folder)
+    findings = validate_folder(folder)
+    assert [finding.kind for finding in findings] == ["caption-count"] * 3
+    for finding in findings:
+        command = finding.message.rsplit("write that file: ", 1)[1]
+        subprocess.run(["/bin/bash", "-c", command], check=True, capture_output=True)
+    assert validate_folder(folder) == []
+    split = open_split(folder, "train", num_regions=5)
+    assert split.groups.sizes.tolist() == [number] * 6
+
+
+def test_what_a_file_that_is_broken_says_is_not_guessed(folder: Path) -> None:
+    regrouped(folder)
+    (folder / "train_image_of_caption.npy").write_bytes(b"numbers")
+    assert [(f.kind, f.where) for f in validate_folder(folder)] == [
+        ("not-npy", "train_image_of_caption.npy")
+    ]
+
+
 def test_a_sound_folder_is_read_again_only_after_a_change(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1012,6 +1192,8 @@ def test_any_bytes_end_in_a_refusal_or_in_data_that_opens(
     number, changes = edit
     folder = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())) / "data"
     new_folder(folder)
+    if number % 2:
+        regrouped(folder)
     files = native_files(folder)
     path = files[number % len(files)]
     data = bytearray(path.read_bytes())

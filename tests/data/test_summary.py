@@ -25,6 +25,7 @@ def test_the_numbers_are_those_of_the_files(folder: Path) -> None:
     assert list(summary.splits) == ["train", "dev", "test"]
     train = summary.splits["train"]
     assert (train.images, train.captions, train.captions_per_image) == (6, 30, 5)
+    assert (train.captions_least, train.captions_most) == (5, 5)
     assert (train.regions, train.width, train.dtype) == (5, 8, "float32")
     assert train.regions_mean == pytest.approx(20 / 6, abs=0.01)
     real = np.arange(5) < np.array([5, 1, 2, 3, 4, 5])[:, None]

@@ -6,6 +6,7 @@ The same on several processes: test_distributed.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,26 +18,34 @@ from torch import Tensor
 
 from cpfean import progress
 from cpfean.config import ExperimentConfig
+from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.errors import DataError, DivergedError
 from cpfean.model.cpfean import Cpfean
 from cpfean.training import evaluation
-from cpfean.training.evaluation import evaluate
+from cpfean.training.evaluation import check_protocol, evaluate
 from cpfean.training.setup import open_experiment
 from tests.metrics.naive import naive_recalls
 
 CPU = torch.device("cpu")
 FOLD = 4
+UNEVEN = (4, 7, 6, 5, 1, 10, 2, 3, 12, 1, 1, 4, 6, 7, 5, 6)  # captions of the 16 images
 PROTOCOLS: tuple[Literal["full", "coco-1k"], ...] = ("full", "coco-1k")
 
 
 def model_and_split(
-    config: ExperimentConfig, folder: Path, cache: Path, *, ties: bool = False
+    config: ExperimentConfig,
+    folder: Path,
+    cache: Path,
+    *,
+    ties: bool = False,
+    sizes: Sequence[int] = (5,) * 16,
 ) -> tuple[Cpfean, RetrievalDataset]:
     """An untrained model and the 16 images of "train", some of their regions missing.
 
     Args:
         ties: round the scores, so that many are equal.
+        sizes: captions of each image, of the 80 there are.
     """
     experiment = open_experiment(config, data_folder=folder, cache_dir=cache, device=CPU)
     model = experiment.model.double().eval()
@@ -49,7 +58,11 @@ def model_and_split(
         model.score = rounded  # type: ignore[method-assign]
     split = experiment.train.split
     counts = np.random.default_rng(0).integers(1, 9, split.num_images)
-    split = replace(split, regions=replace(split.regions, counts=counts))
+    split = replace(
+        split,
+        regions=replace(split.regions, counts=counts),
+        groups=CaptionGroups.of_sizes(sizes),
+    )
     return model, RetrievalDataset(split, experiment.train.tokens, experiment.tokenizer)
 
 
@@ -63,12 +76,16 @@ def plain_scores(model: Cpfean, dataset: RetrievalDataset) -> Tensor:
         )
 
 
-def plain_evaluation(scores: Tensor, *, fold: int) -> dict[str, float]:
+def plain_evaluation(
+    scores: Tensor, *, fold: int, sizes: Sequence[int] = (5,) * 16
+) -> dict[str, float]:
     """The mean over folds of what sorting gives."""
-    blocks = [
-        naive_recalls(scores[start : start + fold, 5 * start : 5 * (start + fold)])
-        for start in range(0, len(scores), fold)
-    ]
+    image_of_caption = np.repeat(np.arange(len(sizes)), sizes)
+    blocks = []
+    for start in range(0, len(scores), fold):
+        own = (image_of_caption >= start) & (image_of_caption < start + fold)
+        block = scores[start : start + fold][:, torch.from_numpy(own)]
+        blocks.append(naive_recalls(block, (image_of_caption[own] - start).tolist()))
     mean = {key: sum(block[key] for block in blocks) / len(blocks) for key in blocks[0]}
     return mean | {"rsum": sum(mean.values())}
 
@@ -84,6 +101,9 @@ def evaluations(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str
                 patch.setattr(evaluation, "_FEW", 10)  # some lengths have more captions, some fewer
                 metrics = evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
             found[f"{protocol}, {ties}"] = metrics.as_dict()
+        model, dataset = model_and_split(config, folder, cache, ties=ties, sizes=UNEVEN)
+        metrics = evaluate(model, dataset, protocol="full", batch_size=3, device=CPU)
+        found[f"uneven, {ties}"] = metrics.as_dict()
     return found
 
 
@@ -117,6 +137,8 @@ def test_evaluation_equals_the_plain_one(
             expected = plain_evaluation(scores, fold=fold)
             assert found[f"{protocol}, {ties}"] == pytest.approx(expected)
             assert 0 < expected["rsum"] < 600
+        expected = plain_evaluation(scores, fold=16, sizes=UNEVEN)
+        assert found[f"uneven, {ties}"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -179,6 +201,17 @@ def test_split_that_is_no_number_of_folds_is_refused(
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
     with pytest.raises(DataError, match="16 images do not divide into folds of 1000"):
         evaluate(model, dataset, protocol="coco-1k", batch_size=5, device=CPU)
+
+
+def test_the_protocol_of_coco_asks_for_five_captions_an_image(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    model, dataset = model_and_split(tiny_config, data_folder, tmp_path, sizes=UNEVEN)
+    with pytest.raises(DataError, match=r"5 captions each.*have 1 to 12.*--captions-each 5"):
+        evaluate(model, dataset, protocol="coco-1k", batch_size=5, device=CPU)
+    check_protocol(data_folder, "full")
+    with pytest.raises(DataError, match="6 images do not divide into folds of 1000"):
+        check_protocol(data_folder, "coco-1k")
 
 
 def test_progress_says_which_fold(

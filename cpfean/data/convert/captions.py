@@ -1,8 +1,9 @@
 """Which images a data set has, in which split, with which captions.
 
 Read from Karpathy's split files (`dataset_flickr30k.json`, `dataset_coco.json`) or from COCO's own
-caption files. Every image gets five captions: a sixth is dropped and counted, fewer are refused, in
-one line where most images of a split have fewer.
+caption files. Images keep the captions they have. Where most have five, as in Flickr30K and COCO,
+every image gets five as in the published splits: a sixth is dropped and counted, fewer are refused.
+How many are kept can also be said.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
+from cpfean.data.caption_groups import PER_IMAGE
 from cpfean.data.findings import Findings
 from cpfean.data.split import SPLITS
 from cpfean.errors import DataError
@@ -27,7 +29,7 @@ from cpfean.files import open_file, what_it_is
 
 logger = logging.getLogger(__name__)
 
-CAPTIONS_PER_IMAGE = 5
+Each = int | Literal["all"] | None  # how many captions of an image are kept
 
 _SPLIT_NAMES = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 _SUFFIX = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
@@ -42,7 +44,7 @@ class Captioned:
 
     Attributes:
         names: one each, as they go to `S_ids.txt`.
-        captions: five each.
+        captions: of each image, at least one.
     """
 
     names: list[str] = field(default_factory=list)
@@ -61,15 +63,17 @@ def image_key(name: str) -> str:
     return digits.lstrip("0") or "0" if digits.isascii() and digits.isdecimal() else stem
 
 
-def read_karpathy(path: Path, *, restval: bool = True) -> dict[str, Captioned]:
+def read_karpathy(path: Path, *, restval: bool = True, each: Each = None) -> dict[str, Captioned]:
     """Reads a file of Karpathy's splits; "val" becomes "dev", "restval" a part of "train".
 
     Args:
         restval: False leaves the images of "restval" out.
+        each: captions of an image that are kept, the first ones; "all" keeps what there is; None
+            keeps five if most images have five, else all.
 
     Raises:
-        DataError: lists every image with fewer than five captions, an empty one, an unknown split,
-            or a name that another image has.
+        DataError: lists every image with fewer captions than are kept or with none, an empty
+            caption, an unknown split, or a name that another image has.
     """
     data = read_json(path, without=("tokens", "sentids"))
     images = data.get("images") if isinstance(data, dict) else None
@@ -79,7 +83,7 @@ def read_karpathy(path: Path, *, restval: bool = True) -> dict[str, Captioned]:
             "it the file of the splits?"
         )
     findings = Findings()
-    gathered = _Gathered(path.name, findings)
+    gathered = _Gathered(findings)
     left_out = 0
     for position, image in enumerate(images):
         try:
@@ -106,33 +110,34 @@ def read_karpathy(path: Path, *, restval: bool = True) -> dict[str, Captioned]:
         elif split == "restval" and not restval:
             left_out += 1
         else:
-            gathered.add(_SPLIT_NAMES[split], name, raw, place=f"images[{position}]")
+            place = f"images[{position}]"
+            gathered.add(_SPLIT_NAMES[split], name, raw, file=path.name, place=place)
     if left_out:
         logger.info("%s: %d images of restval were left out", path.name, left_out)
-    return gathered.finish(path)
+    return gathered.finish(path, each=each)
 
 
-def read_coco_captions(files: Mapping[str, Path]) -> dict[str, Captioned]:
+def read_coco_captions(files: Mapping[str, Path], *, each: Each = None) -> dict[str, Captioned]:
     """Reads COCO's caption files, `captions_train2017.json` and the like, one for each split.
 
     Captions of an image come in the order of their annotations, images in that of the file.
 
+    Args:
+        each: as in `read_karpathy`, of the images of all files.
+
     Raises:
         DataError: as `read_karpathy`, over all files.
     """
-    findings = Findings()
-    splits: dict[str, Captioned] = {}
-    keys: dict[str, str] = {}
+    gathered = _Gathered(Findings())
     for split, path in files.items():
         coco = open_coco(path)
-        gathered = _Gathered(path.name, findings, keys=keys)
         for number, image in coco.imgs.items():
             raw = [str(note.get("caption", "")) for note in coco.imgToAnns.get(number, [])]
             name = str(image.get("file_name", number))
-            gathered.add(split, name, raw, place=f"image {number}")
-        splits |= gathered.finish(path, refuse=False)
-    findings.refuse(next(iter(files.values())).parent)
-    return splits
+            gathered.add(split, name, raw, file=path.name, place=f"image {number}")
+        if not coco.imgs:
+            raise DataError(f"{path}: expected images with captions, found none; is it complete?")
+    return gathered.finish(next(iter(files.values())).parent, each=each)
 
 
 def clean_caption(raw: str) -> str:
@@ -228,26 +233,32 @@ def open_coco(path: Path) -> Any:
     return coco
 
 
+class _Image(NamedTuple):
+    """An image as it came: where it is told of, and its captions, cleaned and not cut."""
+
+    file: str
+    place: str
+    name: str
+    captions: list[str]
+    faults: dict[int, str]  # by the caption's number
+
+
 class _Gathered:
-    """Images as they come, each checked for its captions and its name."""
+    """Images as they come, each checked for its name, and at the end for its captions."""
 
-    def __init__(self, file: str, findings: Findings, *, keys: dict[str, str] | None = None):
-        self._file = file
+    def __init__(self, findings: Findings) -> None:
         self._findings = findings
-        self._keys = {} if keys is None else keys
-        self._splits: dict[str, Captioned] = {}
-        self._more = 0
-        self._numbers: dict[str, Counter[int]] = {}
-        self._short: dict[str, list[tuple[str, int]]] = {}  # place and captions
+        self._keys: dict[str, str] = {}
+        self._splits: dict[str, list[_Image]] = {}
 
-    def add(self, split: str, name: str, raw: Sequence[str], *, place: str) -> None:
+    def add(self, split: str, name: str, raw: Sequence[str], *, file: str, place: str) -> None:
         place = f"{place} ({name})"
         key = image_key(name)
         if key in self._keys or not key or _CONTROL.search(name):
             found = f"{self._keys[key]} has it already" if key in self._keys else f"{name!r}"
             self._findings.add(
                 "duplicate-id" if key in self._keys else "empty-id",
-                self._file,
+                file,
                 f"expected a name of its own, found that {found}; drop one"
                 if key in self._keys
                 else f"expected an image's name, found {found}; write it",
@@ -255,56 +266,80 @@ class _Gathered:
             )
             return
         self._keys[key] = place
-        captions = []
-        for number, text in enumerate(raw[:CAPTIONS_PER_IMAGE]):
+        image = _Image(file, place, name.strip(), [], {})
+        for number, text in enumerate(raw):
             try:
-                captions.append(clean_caption(text))
+                image.captions.append(clean_caption(text))
             except ValueError as error:
-                where = f"{place}, caption {number}"
-                self._findings.add("empty-caption", self._file, str(error), place=where)
-        self._numbers.setdefault(split, Counter())[len(raw)] += 1
-        if len(raw) < CAPTIONS_PER_IMAGE:
-            self._short.setdefault(split, []).append((place, len(raw)))
-        self._more += max(0, len(raw) - CAPTIONS_PER_IMAGE)
-        images = self._splits.setdefault(split, Captioned())
-        images.names.append(name.strip())
-        images.captions.append(captions)
+                image.faults[number] = str(error)
+                image.captions.append("")
+        self._splits.setdefault(split, []).append(image)
 
-    def finish(self, path: Path, *, refuse: bool = True) -> dict[str, Captioned]:
-        for split, short in self._short.items():
-            self._tell_short(split, short)
-        if refuse:
-            self._findings.refuse(path)
+    def finish(self, source: Path, *, each: Each) -> dict[str, Captioned]:
+        """The images of each split.
+
+        Args:
+            source: what errors are about.
+            each: as in `read_karpathy`.
+        """
         if not self._splits and not self._findings:
-            raise DataError(f"{path}: expected images with captions, found none; is it complete?")
-        if self._more:
-            logger.info(
-                "%s: %d captions beyond the fifth of their image were dropped",
-                self._file,
-                self._more,
+            raise DataError(f"{source}: expected images with captions, found none; is it complete?")
+        images = [image for split in self._splits.values() for image in split]
+        numbers = Counter(len(image.captions) for image in images)
+        most_have_five = 2 * numbers[PER_IMAGE] > numbers.total()
+        kept = each
+        if each is None:
+            kept = PER_IMAGE if most_have_five else "all"
+        most = None if kept == "all" else kept
+        self._check(images, most, by_majority=each is None)
+        self._findings.refuse(source)
+        self._tell(numbers, most)
+        return {
+            split: Captioned(
+                names=[image.name for image in self._splits[split]],
+                captions=[image.captions[:most] for image in self._splits[split]],
             )
-        return {split: self._splits[split] for split in SPLITS if split in self._splits}
+            for split in SPLITS
+            if split in self._splits
+        }
 
-    def _tell_short(self, split: str, short: Sequence[tuple[str, int]]) -> None:
-        """Each image with fewer than five captions, or in one line that most have fewer."""
-        numbers = self._numbers[split]
-        total = numbers.total()
-        if 2 * len(short) > total:
-            found = ", ".join(f"{images:,} with {n}" for n, images in numbers.most_common(4))
-            self._findings.add(
-                "caption-count",
-                self._file,
-                f"expected {CAPTIONS_PER_IMAGE} captions an image, the number that is supported, "
-                f"found of {total:,} images of {split} {found}"
-                f"{', and others' if len(numbers) > 4 else ''}",
-            )
-            return
-        self._findings.add_rows(
-            "caption-count",
-            self._file,
-            range(len(short)),
-            lambda i: (
-                short[i][0],
-                f"expected {CAPTIONS_PER_IMAGE} captions, found {short[i][1]}; drop the image",
-            ),
-        )
+    def _check(self, images: Sequence[_Image], most: int | None, *, by_majority: bool) -> None:
+        """Findings for captions that are none, and for images with too few.
+
+        Args:
+            most: captions of an image that are kept; None keeps all.
+            by_majority: whether that is so because most images have as many.
+        """
+        wanted, advice = "at least one caption", "drop the image"
+        if most is not None:
+            wanted = f"{most} captions{', as most images have' if by_majority else ''}"
+            advice += ", or keep what each image has with --captions-each all"
+        for image in images:
+            for number, fault in image.faults.items():
+                if most is None or number < most:
+                    where = f"{image.place}, caption {number}"
+                    self._findings.add("empty-caption", image.file, fault, place=where)
+            found = len(image.captions)
+            if found < (most or 1):
+                self._findings.add(
+                    "caption-count",
+                    image.file,
+                    f"expected {wanted}, found {found or 'none'}; {advice}",
+                    place=image.place,
+                )
+
+    def _tell(self, numbers: Counter[int], most: int | None) -> None:
+        """Says what was dropped, or that images have other than the usual five."""
+        if most is not None:
+            more = sum((n - most) * images for n, images in numbers.items() if n > most)
+            if more:
+                logger.info(
+                    "%d captions beyond the first %d of their image were dropped; "
+                    "--captions-each all keeps them",
+                    more,
+                    most,
+                )
+        elif set(numbers) != {PER_IMAGE}:
+            told = ", ".join(f"{images:,} with {n}" for n, images in sorted(numbers.items())[:8])
+            others = ", and others" if len(numbers) > 8 else ""
+            logger.info("all captions are kept; of the images are %s%s", told, others)

@@ -22,6 +22,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from jaxtyping import Float, Int
 
+from cpfean.data.caption_groups import IMAGE_OF_CAPTION, CaptionGroups
 from cpfean.data.convert.captions import Captioned
 from cpfean.data.split import SPLITS, VOCABULARY, check_folder
 from cpfean.errors import DataError
@@ -204,8 +205,12 @@ class NativeWriter:
         if self._vocabulary is not None:
             _write_lines(self._unfinished / VOCABULARY, self._vocabulary)
         for split, images in self._images.items():
-            captions = [caption for five in images.captions for caption in five]
+            captions = [caption for own in images.captions for caption in own]
             _write_lines(self._unfinished / f"{split}_caps.txt", captions)
+            groups = CaptionGroups.of_sizes([len(own) for own in images.captions])
+            if not groups.is_default:
+                path = self._unfinished / f"{split}_{IMAGE_OF_CAPTION}"
+                np.save(path, groups.image_of_caption.astype(np.int32), allow_pickle=False)
             _write_lines(self._unfinished / f"{split}_ids.txt", images.names)
             shape = (len(images.names), self._regions, self._dim)
             # Written and not mapped: on a full disk a mapped file ends the process by a signal.

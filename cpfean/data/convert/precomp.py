@@ -1,7 +1,8 @@
 """Folders of arrays and texts: SCAN's data release with the boxes of GSMN's, or our own format.
 
     S_ims.npy         SCAN   floats (N, R, D), or five equal rows for each image
-    S_caps.txt        SCAN   five captions an image, one a line
+    S_caps.txt        SCAN   five captions an image, one a line; other numbers with our own
+                             S_image_of_caption.npy, and then a row and a name an image
     S_ids.txt         SCAN   an image's name in one line, or in five
     S_ims_bbx.npy     GSMN   (N, R, 4): x1, y1, x2, y2 in pixels
     S_ims_size.json   GSMN   a list of {"image_w": ..., "image_h": ...}
@@ -19,14 +20,17 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from cpfean import commands
+from cpfean.data.agreement import agree, read_texts
 from cpfean.data.arrays import map_array
 from cpfean.data.boxes import NATIVE, Layout
-from cpfean.data.convert.captions import CAPTIONS_PER_IMAGE, Captioned, clean_caption, read_json
+from cpfean.data.caption_groups import CaptionGroups
+from cpfean.data.convert.captions import Captioned, clean_caption, read_json
 from cpfean.data.convert.native import LARGEST_HALF, NativeWriter, Regions, check_target
 from cpfean.data.findings import Findings
 from cpfean.data.regions import Annotations, RegionFiles
@@ -35,10 +39,7 @@ from cpfean.data.split import (
     SPLITS,
     WHOLE_TEST,
     absent,
-    agree,
     is_folder,
-    read_captions,
-    read_ids,
     read_label_names,
     split_stem,
 )
@@ -232,10 +233,7 @@ def _open(
     if len(findings) > before:
         return None
     features = map_array(source / file, findings)
-    captions = read_captions(source / f"{stem}_caps.txt", findings, CAPTIONS_PER_IMAGE)
-    num_captions = len(captions or [])
-    fitting = (num_captions // CAPTIONS_PER_IMAGE, num_captions)
-    ids = read_ids(source / f"{stem}_ids.txt", findings, fitting)
+    texts = read_texts(source, stem, findings)
     if features is None:
         return None
     if features.ndim != 3 or features.dtype.kind != "f":
@@ -249,17 +247,11 @@ def _open(
     if features.dtype not in (np.dtype("<f2"), np.dtype("<f4")):
         order = ", big-endian" if features.dtype.str[0] == ">" else ""
         logger.info("%s: read as %s%s, stored as float32", file, features.dtype.name, order)
-    agreed = agree(
-        stem,
-        findings,
-        rows=len(features),
-        captions=captions,
-        ids=ids,
-        per_image=CAPTIONS_PER_IMAGE,
-    )
-    if agreed is None or len(findings) > before or captions is None:
+    agreed = agree(source, stem, texts, findings, rows=len(features))
+    if agreed is None or len(findings) > before or texts.captions is None:
         return None
-    stride, names = agreed
+    stride, names, groups = agreed
+    assert groups is not None  # there was no finding
     num_images = len(features) // stride
     files = RegionFiles(
         source,
@@ -270,14 +262,17 @@ def _open(
         labels_from=labels_from,
         converting=True,
         boxes_file=None if boxes is None else f"{stem}_ims_bbx.npy",
+        rows_each=texts.rows_each,
     )
     corners = sizes = None
     if boxes is not None:
-        corners = _boxes(boxes, stem, features.shape[1], num_images, findings)
-        sizes = _sizes(boxes, stem, num_images, findings)
+        each = texts.rows_each
+        corners = _boxes(boxes, stem, features.shape[1], num_images, findings, rows_each=each)
+        sizes = _sizes(boxes, stem, num_images, findings, rows_each=each)
         if corners is None or sizes is None:
             return None
-    images = Captioned(names=names, captions=_fives(f"{stem}_caps.txt", captions, findings))
+    captions = _by_image(f"{stem}_caps.txt", texts.captions, groups, findings)
+    images = Captioned(names=names, captions=captions)
     told = files.annotations(
         num_images, features.shape[1], num_labels=num_labels, boxes=corners, sizes=sizes
     )
@@ -286,7 +281,9 @@ def _open(
     return _Source(stem=stem, features=features, stride=stride, images=images, told=told)
 
 
-def _fives(file: str, captions: list[str], findings: Findings) -> list[list[str]]:
+def _by_image(
+    file: str, captions: list[str], groups: CaptionGroups, findings: Findings
+) -> list[list[str]]:
     cleaned = []
     for number, caption in enumerate(captions, start=1):
         try:
@@ -294,12 +291,11 @@ def _fives(file: str, captions: list[str], findings: Findings) -> list[list[str]
         except ValueError as error:
             findings.add("empty-caption", file, str(error), place=f"line {number}")
             cleaned.append("")
-    step = CAPTIONS_PER_IMAGE
-    return [cleaned[i : i + step] for i in range(0, len(cleaned), step)]
+    return [cleaned[start:stop] for start, stop in pairwise(groups.edges.tolist())]
 
 
 def _boxes(
-    folder: Path, name: str, regions: int, num_images: int, findings: Findings
+    folder: Path, name: str, regions: int, num_images: int, findings: Findings, *, rows_each: int
 ) -> np.ndarray | None:
     file = f"{name}_ims_bbx.npy"
     if not is_there(folder / file):
@@ -308,8 +304,8 @@ def _boxes(
     boxes = map_array(folder / file, findings)
     if boxes is None:
         return None
-    if boxes.shape == (num_images * CAPTIONS_PER_IMAGE, regions, 4):
-        fives = boxes.reshape(num_images, CAPTIONS_PER_IMAGE, regions, 4)
+    if boxes.shape == (num_images * rows_each, regions, 4):
+        fives = boxes.reshape(num_images, rows_each, regions, 4)
         if (fives == fives[:, :1]).all():
             return fives[:, 0]
     if boxes.shape != (num_images, regions, 4):
@@ -323,7 +319,9 @@ def _boxes(
     return boxes
 
 
-def _sizes(folder: Path, name: str, num_images: int, findings: Findings) -> np.ndarray | None:
+def _sizes(
+    folder: Path, name: str, num_images: int, findings: Findings, *, rows_each: int
+) -> np.ndarray | None:
     """Widths and heights, "image 2"."""
     file, pickled = f"{name}_ims_size.json", f"{name}_ims_size.npy"
     if not is_there(folder / file):
@@ -350,8 +348,8 @@ def _sizes(folder: Path, name: str, num_images: int, findings: Findings) -> np.n
             f"({error!r}); write it so",
         )
         return None
-    if len(sizes) == num_images * CAPTIONS_PER_IMAGE:
-        sizes = sizes[::CAPTIONS_PER_IMAGE]
+    if len(sizes) == num_images * rows_each:
+        sizes = sizes[::rows_each]
     if len(sizes) != num_images:
         findings.add(
             "shape", file, f"expected {num_images:,} sizes, one an image, found {len(sizes):,}"
