@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.budget import OTHER
 from orchestration.study.conclusion import StudyResult, conclude, keep_model
 from orchestration.study.failures import known_failure
+from orchestration.study.follower import Follower
 from orchestration.study.plan import (
     StudyPlan,
     check_room_for_checkpoints,
@@ -28,14 +28,14 @@ from orchestration.study.plan import (
     resume_line,
 )
 from orchestration.study.records import RunFolder, State, TrialRecord
+from orchestration.study.sinks import follower_of
 from orchestration.study.stopping import (
     SAVE_SECONDS,
     Interrupted,
     seconds_to_stop,
     stopped_by_signals,
 )
-from orchestration.study.study import follow_places, opened_folder, reopen_failed, tracked_run
-from orchestration.tracking.tracker import Tracker
+from orchestration.study.study import follow_places, opened_folder, reopen_failed
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint
@@ -66,21 +66,10 @@ def run_here(
         follow_places(plan, folder, say)
         drift = since_start(folder, allowed=plan.allow_drift)
         reopen_failed(plan, folder, say)
-        tracker = _tracker(plan, settings, folder, say)
+        tracker = follower_of(plan, settings, folder, say=say, needs_mlflow=False)
+        tracker.start()
+        tracker.meet(seconds=_MEET_SECONDS)
         return _Here(plan, settings, folder, tracker, say, stop=stop, drift=drift).run()
-
-
-def _tracker(
-    plan: StudyPlan, settings: Settings, folder: RunFolder, say: Callable[[str], None]
-) -> Tracker | _NoTracker:
-    """MLflow; without it the records alone tell, which is enough for a report."""
-    if importlib.util.find_spec("mlflow") is None:
-        say("MLflow is not installed: nothing is tracked, records and results are kept.")
-        return _NoTracker()
-    tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-    tracker.start()
-    tracker.meet(seconds=_MEET_SECONDS)
-    return tracker
 
 
 class _Stop:
@@ -136,23 +125,6 @@ class _Stop:
             self._checkpoints.save(checkpoint)
 
 
-class _NoTracker:
-    """Takes note of nothing."""
-
-    first = ""
-
-    def update(self, record: TrialRecord) -> None: ...
-
-    def update_parent(
-        self, state: str, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
-    ) -> None: ...
-
-    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
-
-    def close(self, *, seconds: float = 0.0) -> bool:
-        return True
-
-
 class _Here:
     """The study while it runs."""
 
@@ -161,7 +133,7 @@ class _Here:
         plan: StudyPlan,
         settings: Settings,
         folder: RunFolder,
-        tracker: Tracker | _NoTracker,
+        tracker: Follower,
         say: Callable[[str], None],
         *,
         stop: _Stop,
@@ -188,7 +160,7 @@ class _Here:
 
     def run(self) -> StudyResult:
         outcome: State = "failed"
-        self._tracker.update_parent("running", {})
+        self._tracker.update_study("running", {})
         try:
             for record in self._records:
                 self._bring_to_end(record)
@@ -204,7 +176,7 @@ class _Here:
             tags = {"cpfean.used_up": self._used_up or "no"}
             if self._drift:
                 tags["cpfean.drift"] = self._drift
-            self._tracker.update_parent(outcome, self._meter.metrics(), tags)
+            self._tracker.update_study(outcome, self._meter.metrics(), tags)
             seconds = seconds_to_stop(self._stop.told) if outcome == "interrupted" else 60.0
             if not self._tracker.close(seconds=seconds):
                 self._say(

@@ -26,7 +26,7 @@ from orchestration.proposals.search import Proposals
 from orchestration.runners.guard import Guarded
 from orchestration.runners.worker import test_metrics, this_device
 from orchestration.settings import ServiceError, Settings
-from orchestration.storage.records_copy import Mirror
+from orchestration.storage.records_copy import copy_of
 from orchestration.study.budget import (
     OTHER,
     eta,
@@ -37,6 +37,7 @@ from orchestration.study.conclusion import (
     conclude,
     keep_model,
 )
+from orchestration.study.follower import Follower
 from orchestration.study.plan import (
     StudyPlan,
     TrialPlan,
@@ -47,6 +48,7 @@ from orchestration.study.plan import (
 )
 from orchestration.study.records import RunFolder, State, TrialRecord
 from orchestration.study.results import encoder_fingerprint
+from orchestration.study.sinks import follower_of
 from orchestration.study.stopping import (
     _STOP_SECONDS,
     SAVE_SECONDS,
@@ -55,7 +57,7 @@ from orchestration.study.stopping import (
     seconds_to_stop,
     stopped_by_signals,
 )
-from orchestration.tracking.tracker import TrackedRun, Tracker, git_commit
+from orchestration.tracking.versions import git_commit
 
 if TYPE_CHECKING:
     from orchestration.cluster.capacity import Cluster
@@ -94,18 +96,16 @@ def run_study(
     if settings.address is None:
         plan.budget.check_prices([OTHER])
     check_room_for_checkpoints(plan, settings)
-    mirror = None
-    if settings.storage is not None:
-        folder = RunFolder(settings.output / plan.name)
-        mirror = Mirror(folder, settings.storage, say=say, resume=resume_line(plan))
-        mirror.check()
+    copy = copy_of(RunFolder(settings.output / plan.name), settings, resume=resume_line(plan))
+    if copy is not None:
+        copy.check()
     folder = opened_folder(plan, settings, resume=resume)
     with folder.lock():
         follow_places(plan, folder, say)
         drift = since_start(folder, allowed=plan.allow_drift)
         reopen_failed(plan, folder, say)
-        tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        study = _Study(plan, settings, folder, tracker, say, drift=drift, mirror=mirror)
+        tracker = follower_of(plan, settings, folder, say=say, copy=copy)
+        study = _Study(plan, settings, folder, tracker, say, drift=drift)
         return study.run()
 
 
@@ -155,26 +155,6 @@ def reopen_failed(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]
         say(f"{number} trial(s) that failed are run once more.")
 
 
-def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
-    """How the tracker knows a study."""
-    parameters = {
-        "study.trials": plan.trials,
-        "study.workers": plan.workers,
-        "study.space": plan.space.name if plan.space else "",
-    }
-    return TrackedRun(
-        id=folder.id,
-        name=plan.name,
-        kind=plan.kind,
-        tags={
-            "cpfean.data": plan.data_fingerprint,
-            "cpfean.data_path": plan.base.data.path,
-            **plan.tags,
-        },
-        parameters=parameters | plan.base.flat(),
-    )
-
-
 class _Study:
     """The state of a study while it runs; `orchestration.runners.tuner` calls its hooks."""
 
@@ -183,17 +163,15 @@ class _Study:
         plan: StudyPlan,
         settings: Settings,
         folder: RunFolder,
-        tracker: Tracker,
+        tracker: Follower,
         say: Callable[[str], None],
         *,
         drift: str = "",
-        mirror: Mirror | None = None,
     ) -> None:
         self._plan = plan
         self._settings = settings
         self._folder = folder
         self._tracker = tracker
-        self._mirror = mirror
         self._say = say
         self._records = {record.number: record for record in folder.records()}
         self._waiting = [record for record in self._records.values() if not record.settled]
@@ -234,9 +212,7 @@ class _Study:
 
             connection.wait_for_start()  # importing MLflow beside it can deadlock
         self._tracker.start()
-        self._tracker.update_parent("running", {})
-        if self._mirror is not None:
-            self._mirror.start()
+        self._tracker.update_study("running", {})
         for record in self._records.values():
             # An interrupted trial may not be begun again, and MLflow may be another, empty one.
             if record.settled or record.state == "interrupted":
@@ -647,14 +623,10 @@ class _Study:
         tags = {"cpfean.used_up": self._used_up or "no"}
         if self._drift:
             tags["cpfean.drift"] = self._drift
-        self._tracker.update_parent(outcome, metrics | self._meter.metrics(), tags)
+        self._tracker.update_study(outcome, metrics | self._meter.metrics(), tags)
         if outcome == "interrupted":
             seconds = seconds_to_stop(self._told_to_stop)
-        end = time.monotonic() + seconds
-        if self._mirror is not None:
-            # First, and half of the time at most: MLflow can be filled from the records.
-            self._mirror.close(seconds=seconds / 2)
-        if not self._tracker.close(seconds=max(0.0, end - time.monotonic())):
+        if not self._tracker.close(seconds=seconds):
             self._say(
                 f"tracking: not everything is sent; {self._tracker.first}the rest is sent by:\n"
                 f"{self._resume_line()}"

@@ -70,11 +70,14 @@ class FilesElsewhereError(ServiceError):
         super().__init__(f"{self.wrong}. What helps: {self.fix}")
 
 
-def open_store(uri: str) -> tuple[MlflowClient, str]:
+def open_store(uri: str, *, lock_seconds: float = _LOCK_SECONDS) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment; makes database and experiment when they are new.
 
     Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
     lets them in one by one.
+
+    Args:
+        lock_seconds: that another process may take to open a sqlite file.
 
     Raises:
         ServiceError: an address that MLflow cannot use, or a file that cannot be written or is no
@@ -90,7 +93,7 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
         return client, _experiment(client, uri, artifacts=None)
     # By whatever link it is called, there is one file, and one lock.
     real = Path(os.path.realpath(file))
-    with _alone(real):
+    with _alone(real, seconds=lock_seconds):
         artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
         try:
             if not real.exists():
@@ -184,9 +187,9 @@ def _remove_old_mark(file: Path) -> None:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def _alone(file: Path, *, seconds: float) -> Iterator[None]:
     """Keeps other processes from opening a database at the same time."""
-    end = time.monotonic() + _LOCK_SECONDS
+    end = time.monotonic() + seconds
     beside = file.with_name(f".{file.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +205,7 @@ def _alone(file: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise ServiceError(
-                        f"{file}: another process has been opening it for {_LOCK_SECONDS:.0f} s; "
+                        f"{file}: another process has been opening it for {seconds:.0f} s; "
                         f"see `{commands.holders(beside)}`."
                     ) from None
                 time.sleep(0.05)

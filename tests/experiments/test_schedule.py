@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.schedule import Schedule
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.experiments.test_command_line import call
 from tests.orchestration.samples import TINY
 

@@ -46,7 +46,7 @@ class NoTracker:
 
     def update(self, record: Any) -> None: ...
 
-    def update_parent(
+    def update_study(
         self, state: str, metrics: dict[str, float], tags: dict[str, str] | None = None
     ) -> None:
         self.parent.append((state, metrics, tags or {}))
