@@ -61,7 +61,11 @@ ROOMS = {
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=frozenset({"cpfean"})),
-    "orchestration": Room(ours=frozenset({"cpfean"}), never=frozenset()),
+    "orchestration": Room(
+        ours=frozenset({"cpfean", "orchestration.study.follower"}), never=frozenset()
+    ),
+    # What it brings up to date comes to it, and not the other way round.
+    "orchestration.study.follower": Room(ours=frozenset({"orchestration.study.records"})),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
 }
 
@@ -150,6 +154,9 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("cpfean.training.loop", "from mlflow import log_metric"),
         ("cpfean.training.loop", "def report():\n    import optuna as study"),
         ("cpfean.training.loop", "import orchestration.study.study"),
+        ("orchestration.study.follower", "def send():\n    import mlflow"),
+        ("orchestration.study.follower", "from orchestration.tracking.runs import Runs"),
+        ("orchestration.study.follower", "from orchestration.storage import records_copy"),
         ("orchestration.study.study", "from experiments.baselines import BASELINES"),
         ("experiments.sweep", "import ray"),
         ("experiments.sweep", "from optuna.samplers import TPESampler"),

@@ -99,13 +99,10 @@ class RecordsCopy:
             raise GivenUpError(f"the records are not copied: {error}") from None
 
     def send_study(self, news: StudyNews) -> None:
-        """Copies all files that have changed; the identity first: with it the name is taken."""
-        for name, seen in self._changed():
-            self._copy.put(self._folder.path / name, name)
-            self._copied[name] = seen
+        self._copy_changes()
 
     def send_trial(self, record: TrialRecord) -> None:
-        self.send_study(StudyNews("running"))
+        self._copy_changes()
 
     def send_files(self, paths: Sequence[Path], record: TrialRecord | None) -> None:
         """They stay where they are."""
@@ -128,9 +125,15 @@ class RecordsCopy:
             f"rest is copied by\n  {self._resume}"
         )
 
+    def _copy_changes(self) -> None:
+        for name, seen in self._changed():
+            self._copy.put(self._folder.path / name, name)
+            self._copied[name] = seen
+
     def _changed(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """The names of files that are not copied as they are now, and by what that is seen."""
         folder = self._folder.path
+        # The identity first: with it the name is taken.
         for name in (_IDENTITY, *_FILES, *_records(folder)):
             try:
                 stat = (folder / name).stat()

@@ -33,24 +33,28 @@ class StudyNews:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-class RefusedError(Exception):
-    """A sink takes all but this subject, which is asked again later; the text is told once."""
+class SinkError(Exception):
+    """What a sink answers instead of taking something; the text is told once."""
 
 
-class ShutError(Exception):
-    """A sink takes nothing until somebody has mended it; the text is told once."""
+class RefusedError(SinkError):
+    """It takes all but this subject, which is asked again later."""
 
 
-class GivenUpError(Exception):
-    """A sink will never take anything; the text is told."""
+class ShutError(SinkError):
+    """It takes nothing until somebody has mended it."""
+
+
+class GivenUpError(SinkError):
+    """It will never take anything."""
 
 
 class Sink(Protocol):
     """What follows the records.
 
-    Each `send_...` finds out what the sink has and sends what is missing. All but `load`, `away`
-    and `lacks` are called by the sink's own thread. What they raise, beside the errors above, says
-    that the sink is away.
+    Each `send_...` finds out what the sink has and sends what is missing. All but `load` and
+    `lacks` are called by the thread of the sink. What they raise says that the sink is away,
+    unless it is a `SinkError`.
 
     Attributes:
         name: of its thread.
@@ -246,12 +250,14 @@ class _Delivery:
         self._current: _Subject | None = _Subject("greeting")
         self._refused: dict[_Subject, float] = {}  # until when
         self._told: set[object] = set()
-        self._away = self._is_shut = self._given_up = self._ended = False
+        self._away = self._is_shut = self._given_up = False
+        self._ended = True
         self._retry_at = 0.0
         self._is_last_try = self._asked_again = False
         self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
 
     def start(self) -> None:
+        self._ended = False
         self._thread.start()
 
     def mark(self, subject: _Subject) -> None:
@@ -270,7 +276,7 @@ class _Delivery:
         end = time.monotonic() + seconds
         with self._changed:
             # A beat that hangs is not waited for.
-            while self._thread.is_alive() and not self._ended and not self.done:
+            while not self._ended and not self.done:
                 until = min(end, began + self._pauses.away) if self._away else end
                 if (left := until - time.monotonic()) <= 0:
                     break
@@ -279,11 +285,9 @@ class _Delivery:
             records = [self._known.records[one.number] for one in held if one.kind == "trial"]
             named = [one.number for one in held if one.kind == "files"]
             files = {number: self._known.files.get(number, ()) for number in named}
-        if not held or self._given_up:
-            return not held or self.sink.names_resume
-        if line := self.sink.lacks(records, files):
+        if held and not self._given_up and (line := self.sink.lacks(records, files)):
             self._say(line)
-        return self.sink.names_resume
+        return not held or self.sink.names_resume
 
     def _work(self) -> None:
         subject = self._current
@@ -291,25 +295,16 @@ class _Delivery:
             try:
                 self.sink.open()
                 self._send(subject)
-            except RefusedError as error:
-                self._put_aside(subject, error)
-            except GivenUpError as error:
-                self._given_up = True
-                self._say(str(error))
-                break
             # Whatever a sink or the network raises must not end the training.
             except Exception as error:
-                self._put_off(subject, error)
+                self._keep(subject, error)
             else:
                 with self._changed:
                     self._refused.pop(subject, None)
                     self._is_shut = self._away = False
             subject = self._next()
         with self._changed:
-            if self._given_up and subject is not None:
-                self._put_back(subject)
-            self._ended = self.has_met = True
-            self._current = None
+            self._ended = True
             self._changed.notify_all()
 
     def _send(self, subject: _Subject) -> None:
@@ -333,7 +328,7 @@ class _Delivery:
             with self._changed:
                 closing = self._known.closing
                 paused = not closing and time.monotonic() < self._retry_at
-                if self._away and self._is_last_try:
+                if self._given_up or (self._away and self._is_last_try):
                     return None
                 if not paused and (subject := self._pick()) is not None:
                     del self._dirty[subject]
@@ -375,35 +370,26 @@ class _Delivery:
                 self.mark(_Subject("study"))
             self._changed.notify_all()
 
-    def _put_back(self, subject: _Subject) -> None:
-        if subject.kind != "greeting":  # what comes next connects
-            self.mark(subject)
-
-    def _put_aside(self, subject: _Subject, error: RefusedError) -> None:
-        """Keeps what is refused, tells of it once, and goes on with the rest."""
-        pause = self._pauses.retry if subject.kind == "files" else self._pauses.refused
+    def _keep(self, subject: _Subject, error: Exception) -> None:
+        """Leaves dirty what was not taken, and tells of it once."""
+        now, is_refused = time.monotonic(), isinstance(error, RefusedError)
         with self._changed:
-            self._refused[subject] = time.monotonic() + pause
-            self._away = False
-            self._put_back(subject)
-        self._tell(subject, str(error))
-
-    def _put_off(self, subject: _Subject, error: Exception) -> None:
-        """Keeps what could not be sent, and tells of it once."""
-        is_shut = isinstance(error, ShutError)
-        with self._changed:
-            self._put_back(subject)
-            self._is_shut, self._away = is_shut, True
-            self._retry_at = time.monotonic() + self._pauses.retry
-        if is_shut:
-            self._tell("shut", str(error))
-        else:
-            self._tell("away", self.sink.away(error))
-
-    def _tell(self, what: object, line: str) -> None:
+            if subject.kind != "greeting":  # what comes next connects
+                self.mark(subject)
+            self._is_shut = isinstance(error, ShutError)
+            self._given_up = isinstance(error, GivenUpError)
+            self._away = not is_refused
+            if is_refused:
+                is_file = subject.kind == "files"
+                pause = self._pauses.retry if is_file else self._pauses.refused
+                self._refused[subject] = now + pause
+            else:
+                self._retry_at = now + self._pauses.retry
+        answered = isinstance(error, SinkError)
+        what = subject if is_refused else type(error) if answered else None
         if what not in self._told:
             self._told.add(what)
-            self._say(line)
+            self._say(str(error) if answered else self.sink.away(error))
 
 
 def _copy(record: TrialRecord) -> TrialRecord:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -26,6 +25,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from cpfean import commands
 from cpfean.errors import message_of
+from cpfean.writing import link_first
 from orchestration.settings import ServiceError
 from orchestration.tracking.address import is_web, shown, sqlite_file
 
@@ -122,30 +122,11 @@ def _make(file: Path, *, artifacts: str) -> None:
     try:
         _experiment(MlflowClient(f"sqlite:///{new}"), "", artifacts=artifacts)
         with suppress(FileExistsError):
-            _put_in_place(new, file)
+            link_first(new, file)
+    except OSError as error:
+        raise ServiceError(f"{file}: cannot be written: {error}") from None
     finally:
         new.unlink(missing_ok=True)
-
-
-def _put_in_place(new: Path, file: Path) -> None:
-    """Gives a file its name.
-
-    Raises:
-        FileExistsError: the name is taken; whose it is stays as it is.
-        ServiceError: it cannot be written.
-    """
-    try:
-        os.link(new, file)
-    except FileExistsError:
-        raise
-    except OSError:  # a disk without hard links
-        try:
-            with new.open("rb") as source, file.open("xb") as copy:
-                shutil.copyfileobj(source, copy)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise ServiceError(f"{file}: cannot be written: {error}") from None
 
 
 def check_is_store(file: Path) -> None:

@@ -258,8 +258,9 @@ def tracked(where: Settings) -> dict[str, tuple[str, list[tuple[int, float]]]]:
 
 
 def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
-    where: Settings,
+    where: Settings, uri: str, empty_store: bytes
 ) -> None:
+    assert where.tracking_uri == uri
     plan = used_up_plan(where)
     folder = RunFolder(where.output / "s")
     folder.create(plan.identity())
@@ -276,7 +277,9 @@ def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
     }
 
     shutil.rmtree(where.output)
-    Path(where.tracking_uri.removeprefix("sqlite:///")).unlink()
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.unlink()
+    database.write_bytes(empty_store)
     fetch_records("s", where, say=print)
     for _ in range(2):
         result = run_study(plan, where, resume=True, say=print)

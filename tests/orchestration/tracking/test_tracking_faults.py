@@ -2,7 +2,6 @@
 
 import fcntl
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -346,11 +345,10 @@ def test_a_locked_database_is_named_and_stalls_nobody(tmp_path: Path) -> None:
     assert steps(uri, child) == [1, 2]
 
 
-def test_a_database_that_is_read_only_is_named(tmp_path: Path) -> None:
+def test_a_database_that_is_read_only_is_named(tmp_path: Path, empty_store: bytes) -> None:
     with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
         uri = f"sqlite:///{disk / 'mlflow.db'}"
-        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        shutil.copy(tmp_path / "mlflow.db", disk)
+        (disk / "mlflow.db").write_bytes(empty_store)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         study = follow(uri, "read-only")
         study.update(record(0, 1.0, state="finished"))
@@ -472,10 +470,9 @@ def test_the_doctor_says_what_helps_a_tracker_that_does_not_take_what_it_sends(
     assert helps in ill.value.fix
 
 
-def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path) -> None:
+def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path, empty_store: bytes) -> None:
     with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
-        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        shutil.copy(tmp_path / "mlflow.db", disk)
+        (disk / "mlflow.db").write_bytes(empty_store)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         uri = f"sqlite:///{disk / 'mlflow.db'}"
         where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=uri)
