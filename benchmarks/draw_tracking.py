@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from orchestration.settings import prepare_environment
 from orchestration.study.records import RunFolder, TrialRecord
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 
 FLAGS = (
     "--headless",

@@ -68,14 +68,19 @@ def write_first(file: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     with _written(file, text) as temporary:
-        try:
-            os.link(temporary, file)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            # A file system without hard links: the name is taken first, and filled then.
-            with file.open("x", encoding="utf-8") as stream:
-                stream.write(text)
+        link_first(temporary, file)
+
+
+def link_first(made: Path, file: Path) -> None:
+    """Gives a file that is whole a name that nobody has taken yet; raises as `write_first` does."""
+    try:
+        os.link(made, file)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A file system without hard links: the name is taken first, and filled then.
+        with made.open("rb") as source, file.open("xb") as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def as_json(data: Any) -> str:

@@ -208,7 +208,7 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
     from orchestration.settings import ServiceError
     from orchestration.study.ablations import seed_runs
     from orchestration.study.records import RunFolder
-    from orchestration.tracking.tracker import tag_parent
+    from orchestration.tracking.runs import tag_parent
 
     before = _round_before(folder.path, suite)
     if before is None:

@@ -72,7 +72,8 @@ ROOMS = {
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=ABOVE_TRAINING),
     "orchestration": Room(
-        ours=frozenset({"cpfean", "orchestration.proposals"}), never=frozenset({"optuna"})
+        ours=frozenset({"cpfean", "orchestration.proposals", "orchestration.study.follower"}),
+        never=frozenset({"optuna"}),
     ),
     "orchestration.proposals": Room(
         ours=frozenset({"cpfean", "orchestration"}), never=frozenset({"ray", "mlflow"})
@@ -81,6 +82,8 @@ ROOMS = {
     "orchestration.schedule": Room(
         ours=frozenset({"cpfean"}), never=frozenset({"optuna", "mlflow", "torch"})
     ),
+    # What it brings up to date comes to it, and not the other way round.
+    "orchestration.study.follower": Room(ours=frozenset({"orchestration.study.records"})),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
 }
 
@@ -173,6 +176,9 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("cpfean.model.cpfean", "from cpfean.analysis import views"),
         ("cpfean.analysis.report", "from orchestration.study.records import TrialRecord"),
         ("cpfean.analysis.report", "def write():\n    import mlflow"),
+        ("orchestration.study.follower", "def send():\n    import mlflow"),
+        ("orchestration.study.follower", "from orchestration.tracking.runs import Runs"),
+        ("orchestration.study.follower", "from orchestration.storage import records_copy"),
         ("orchestration.study.study", "from experiments.baselines import BASELINES"),
         ("orchestration.study.study", "import optuna"),
         ("orchestration.proposals.search_space", "import optuna"),

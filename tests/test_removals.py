@@ -50,8 +50,8 @@ PLACES = {
     "orchestration.storage.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
     "folder of a trial",
     "orchestration.storage.check_file:check_file": NEW,
-    "orchestration.storage.records_copy:_Copy.get": RUN,
-    "orchestration.storage.records_copy:_Copy.put": "under studies/NAME of the storage, once `check` has found "
+    "orchestration.storage.records_copy:CopyFolder.get": RUN,
+    "orchestration.storage.records_copy:CopyFolder.put": "under studies/NAME of the storage, once `check` has found "
     "no other study there",
     "orchestration.storage.records_copy:fetch_records": "a run's folder that is not on this machine",
     "cpfean.analysis.probe_report:write_results": "in a folder of results that `own_folder` has taken",
@@ -76,7 +76,7 @@ PLACES = {
     "orchestration.tracking.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
     "orchestration.tracking.stores:try_out": "the run that it has made to try writing with",
     "orchestration.study.conclusion:keep_model": f"{RUN}: best_model, or a model of a trial",
-    "orchestration.tracking.tracker:Tracker._sole_run": "a twin of our run, with its key and no numbers",
+    "orchestration.tracking.runs:Runs._sole": "a twin of our run, with its key and no numbers",
 }  # fmt: skip
 
 

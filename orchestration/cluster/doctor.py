@@ -256,8 +256,8 @@ def check_runs(
         say: shows the user a line.
         wait: for so many seconds.
     """
+    from orchestration.tracking.runs import HEARTBEAT_SECONDS, HEARTBEAT_TAG
     from orchestration.tracking.stores import experiments_of_ours, open_store
-    from orchestration.tracking.tracker import HEARTBEAT_SECONDS, HEARTBEAT_TAG
 
     client, experiment = open_store(settings.tracking_uri)
     experiments = list(experiments_of_ours(client, experiment))
@@ -322,7 +322,7 @@ def _running_studies(client: MlflowClient, experiments: list[str]) -> dict[str, 
 
 def _heartbeats(runs: Sequence[Run]) -> dict[str, str]:
     """Those that there are, by run."""
-    from orchestration.tracking.tracker import HEARTBEAT_TAG
+    from orchestration.tracking.runs import HEARTBEAT_TAG
 
     return {
         run.info.run_id: run.data.tags[HEARTBEAT_TAG]

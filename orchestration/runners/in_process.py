@@ -29,6 +29,7 @@ class InProcess:
     """
 
     meet_seconds = 5.0
+    needs_mlflow = False
 
     def check(self, plan: StudyPlan) -> None:
         plan.budget.check_prices(self.node_types())

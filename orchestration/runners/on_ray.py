@@ -31,6 +31,7 @@ class OnRay:
     """
 
     meet_seconds = 0.0
+    needs_mlflow = True
 
     def __init__(
         self,

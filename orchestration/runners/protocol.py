@@ -64,9 +64,11 @@ class Runner(Protocol):
     Attributes:
         meet_seconds: that a study waits for its tracker's first answer; what is wrong with it is
             told by then.
+        needs_mlflow: a study without MLflow is refused.
     """
 
     meet_seconds: float
+    needs_mlflow: bool
 
     def check(self, plan: StudyPlan) -> None:
         """Finds what can be wrong before anything is made.

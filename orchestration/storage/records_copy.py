@@ -2,17 +2,17 @@
 
     <storage>/studies/<name>/    the small files of <output>/<name>, under the same names
 
-The folder on the driver's machine is the truth. One background thread copies what has changed in
-it, a file at a time and each as a whole, so that the copy is some seconds behind; a storage that is
-away neither stalls nor stops the training. Checkpoints are on the storage anyway, and the search's
-database is rebuilt from the records.
+The folder on the driver's machine is the truth. What has changed in it is copied, a file at a time
+and each as a whole, so that the copy is some seconds behind. Checkpoints are on the storage anyway,
+and the search's database is rebuilt from the records.
 """
 
 from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cpfean.errors import ConfigError, message_of
@@ -22,41 +22,46 @@ from cpfean.writing import write_text
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage.object_store import Storage
 from orchestration.study.budget import SPENT
-from orchestration.study.records import RunFolder
+from orchestration.study.follower import GivenUpError, StudyNews
+from orchestration.study.records import RunFolder, TrialRecord
 
 _IDENTITY = "sweep.json"
 _FILES = (SPENT, "summary.json", "best_config.toml")
 _ANSWER_SECONDS = 10.0  # that a study waits at its start for a storage to answer
 _LOOK_SECONDS = 2.0  # between two looks at what has changed
-_RETRY_SECONDS = 15.0
-_AWAY_SECONDS = 5.0  # the end of a study waits no longer for a storage that has not answered
 
 
-class Mirror:
-    """Keeps the copy of a study's records up to date, in the background.
+class RecordsCopy:
+    """Brings the copy of a study's records up to date; a `Sink`.
 
     Args:
         folder: of the study; it need not be there yet.
-        storage: URL or folder, as in the settings.
-        say: shows the user a line.
+        copy: where it goes.
         resume: the command that goes on with the study.
+        answer_seconds: that `check` waits for the storage to answer.
+        look_seconds: between two looks at what has changed without news.
     """
 
+    name = "records-copy"
+    names_resume = True
+
     def __init__(
-        self, folder: RunFolder, storage: str, *, say: Callable[[str], None], resume: str = ""
+        self,
+        folder: RunFolder,
+        copy: CopyFolder,
+        *,
+        resume: str = "",
+        answer_seconds: float = _ANSWER_SECONDS,
+        look_seconds: float = _LOOK_SECONDS,
     ) -> None:
+        self.beat_due = 0.0
         self._folder = folder
+        self._copy = copy
         self._resume = resume
-        self._copy = _Copy(storage, folder.name, patience=0.0)
-        self._say = say
+        self._answer_seconds = answer_seconds
+        self._look_seconds = look_seconds
         self._agrees = False
-        self._refusal: ConfigError | None = None
         self._copied: dict[str, tuple[int, int, int]] = {}
-        self._closing = threading.Event()
-        self._away = False
-        self._warned = False
-        self._complete = False
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def check(self) -> None:
         """Looks whether the copy, if there is one, is of this study and no further than it.
@@ -67,34 +72,76 @@ class Mirror:
         Raises:
             ConfigError: it is another study's, or it is further.
         """
-        asking = threading.Thread(target=self._ask, name="mirror-check", daemon=True)
+        refusals: list[ConfigError] = []
+
+        def ask() -> None:
+            try:
+                self._compare()
+            except ConfigError as error:
+                refusals.append(error)
+            # The copying asks again, and tells.
+            except Exception:
+                return
+
+        asking = threading.Thread(target=ask, name="records-copy-check", daemon=True)
         asking.start()
-        asking.join(_ANSWER_SECONDS)
-        if self._refusal is not None:
-            raise self._refusal
+        asking.join(self._answer_seconds)
+        if refusals:
+            raise refusals[0]
 
-    def start(self) -> None:
-        """Starts the copying."""
-        self._thread.start()
+    def load(self) -> None: ...
 
-    def close(self, *, seconds: float = 60.0) -> None:
-        """Waits until all is copied, but no longer than this; not for a storage that is away."""
-        self._closing.set()
-        self._thread.join(min(seconds, _AWAY_SECONDS) if self._away else seconds)
-        if not self._complete and self._refusal is None:
-            self._say(
-                f"{self._copy.uri} has not got all records; they are in {self._folder.path}, and "
-                f"the rest is copied by\n  {self._resume}"
-            )
-
-    def _ask(self) -> None:
+    def open(self) -> None:
         try:
-            self._compare()
+            if not self._agrees:
+                self._compare()
         except ConfigError as error:
-            self._refusal = error
-        # The copying asks again, and tells.
-        except Exception:
-            return
+            raise GivenUpError(f"the records are not copied: {error}") from None
+
+    def send_study(self, news: StudyNews) -> None:
+        self._copy_changes()
+
+    def send_trial(self, record: TrialRecord) -> None:
+        self._copy_changes()
+
+    def send_files(self, paths: Sequence[Path], record: TrialRecord | None) -> None:
+        """They stay where they are."""
+
+    def beat(self) -> bool:
+        self.beat_due = time.monotonic() + self._look_seconds
+        return any(True for _ in self._changed())
+
+    def away(self, error: Exception) -> str:
+        return (
+            f"the records are not copied to {self._copy.uri} ({message_of(error)}); training goes "
+            "on, and they are when it answers."
+        )
+
+    def lacks(
+        self, records: Sequence[TrialRecord], files: Mapping[int | None, Sequence[Path]]
+    ) -> str:
+        return (
+            f"{self._copy.uri} has not got all records; they are in {self._folder.path}, and the "
+            f"rest is copied by\n  {self._resume}"
+        )
+
+    def _copy_changes(self) -> None:
+        for name, seen in self._changed():
+            self._copy.put(self._folder.path / name, name)
+            self._copied[name] = seen
+
+    def _changed(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
+        """The names of files that are not copied as they are now, and by what that is seen."""
+        folder = self._folder.path
+        # The identity first: with it the name is taken.
+        for name in (_IDENTITY, *_FILES, *_records(folder)):
+            try:
+                stat = (folder / name).stat()
+            except FileNotFoundError:
+                continue
+            seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if self._copied.get(name) != seen:
+                yield name, seen
 
     def _compare(self) -> None:
         here, uri = self._folder, self._copy.uri
@@ -130,48 +177,13 @@ class Mirror:
                     )
         self._agrees = True
 
-    def _work(self) -> None:
-        while True:
-            last = self._closing.is_set()
-            try:
-                if not self._agrees:
-                    self._compare()
-                self._copy_changes()
-                self._away = False
-            except ConfigError as error:
-                self._refusal = error
-                self._say(f"the records are not copied: {error}")
-                return
-            # Whatever a storage or the network raises must not end the training.
-            except Exception as error:
-                self._tell_away(error)
-            if last:
-                self._complete = not self._away
-                return
-            self._closing.wait(_RETRY_SECONDS if self._away else _LOOK_SECONDS)
 
-    def _copy_changes(self) -> None:
-        folder = self._folder.path
-        # The identity first: with it the name is taken.
-        names = (_IDENTITY, *_FILES, *_records(folder))
-        for name in names:
-            try:
-                stat = (folder / name).stat()
-            except FileNotFoundError:
-                continue
-            seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if self._copied.get(name) != seen:
-                self._copy.put(folder / name, name)
-                self._copied[name] = seen
-
-    def _tell_away(self, error: Exception) -> None:
-        self._away = True
-        if not self._warned:
-            self._warned = True
-            self._say(
-                f"the records are not copied to {self._copy.uri} ({message_of(error)}); training "
-                "goes on, and they are when it answers."
-            )
+def copy_of(folder: RunFolder, settings: Settings, *, resume: str) -> RecordsCopy | None:
+    """The copy of a study's records, if they are to be copied; arguments as `RecordsCopy`."""
+    if settings.storage is None:
+        return None
+    copy = CopyFolder(settings.storage, folder.name, patience=0.0)
+    return RecordsCopy(folder, copy, resume=resume)
 
 
 def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) -> None:
@@ -183,7 +195,7 @@ def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) 
     folder = RunFolder(settings.output / name)
     if settings.storage is None or is_there(folder.identity_file):
         return
-    copy = _Copy(settings.storage, name)
+    copy = CopyFolder(settings.storage, name)
     try:
         with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
             identity = Path(temporary) / _IDENTITY
@@ -201,7 +213,7 @@ def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) 
     )
 
 
-class _Copy:
+class CopyFolder:
     """The copy of one study, in a folder or in an object store.
 
     Args:

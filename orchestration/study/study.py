@@ -27,8 +27,9 @@ from orchestration.runners.messages import (
 )
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
-from orchestration.storage.records_copy import Mirror
+from orchestration.storage.records_copy import copy_of
 from orchestration.study.conclusion import StudyResult, best_of, conclude, keep_model
+from orchestration.study.follower import Follower
 from orchestration.study.plan import (
     StudyPlan,
     check_room_for_checkpoints,
@@ -39,10 +40,11 @@ from orchestration.study.plan import (
 from orchestration.study.progress import Progress
 from orchestration.study.records import RunFolder, State, TrialRecord
 from orchestration.study.results import encoder_fingerprint
+from orchestration.study.sinks import follower_of
 from orchestration.study.spending import Spending
 from orchestration.study.stopping import Interrupted, Stop
 from orchestration.study.trials import MAX_LOSSES, StudyError, Trials
-from orchestration.tracking.tracker import TrackedRun, Tracker, git_commit
+from orchestration.tracking.versions import git_commit
 
 
 def run_study(
@@ -71,10 +73,8 @@ def run_study(
     """
     runner.check(plan)
     check_room_for_checkpoints(plan, settings)
-    copy = None
-    if settings.storage is not None:
-        folder = RunFolder(settings.output / plan.name)
-        copy = Mirror(folder, settings.storage, say=say, resume=resume_line(plan))
+    copy = copy_of(RunFolder(settings.output / plan.name), settings, resume=resume_line(plan))
+    if copy is not None:
         copy.check()
     folder = opened_folder(plan, settings, resume=resume)
     stop = Stop(say)
@@ -83,10 +83,10 @@ def run_study(
         drift = since_start(folder, allowed=plan.allow_drift)
         if plan.retry_failed and (number := folder.reopen_failed()):
             say(f"{number} trial(s) that failed are run once more.")
-        tracker = Tracker(settings.tracking_uri, tracked_run(plan, folder), say=say)
-        study = Study(
-            plan, settings, folder, runner, tracker, stop=stop, say=say, drift=drift, copy=copy
+        follower = follower_of(
+            plan, settings, folder, say=say, copy=copy, needs_mlflow=runner.needs_mlflow
         )
+        study = Study(plan, settings, folder, runner, follower, stop=stop, say=say, drift=drift)
         return study.run()
 
 
@@ -130,35 +130,14 @@ def follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]
             say(f"the {what} is now read from {now[path]}; it was in {', '.join(sorted(moved))}.")
 
 
-def tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
-    """How the tracker knows a study."""
-    parameters = {
-        "study.trials": plan.trials,
-        "study.workers": plan.workers,
-        "study.space": plan.space.name if plan.space else "",
-    }
-    return TrackedRun(
-        id=folder.id,
-        name=plan.name,
-        kind=plan.kind,
-        tags={
-            "cpfean.data": plan.data_fingerprint,
-            "cpfean.data_path": plan.base.data.path,
-            **plan.tags,
-        },
-        parameters=parameters | plan.base.flat(),
-    )
-
-
 class Study:
     """A study while it runs; to its runner, a `Driver`.
 
     Args:
         folder: of its records; locked.
-        tracker: follows the records.
+        follower: of the records.
         stop: asked and told by everybody.
         drift: how the versions here differ from those at the start, which is allowed.
-        copy: follows the records too.
         clock: seconds from any origin; never goes back.
     """
 
@@ -168,12 +147,11 @@ class Study:
         settings: Settings,
         folder: RunFolder,
         runner: Runner,
-        tracker: Tracker,
+        follower: Follower,
         *,
         stop: Stop,
         say: Callable[[str], None],
         drift: str = "",
-        copy: Mirror | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
@@ -182,10 +160,9 @@ class Study:
         self.stop = stop
         self.say = say
         self._runner = runner
-        self._tracker = tracker
-        self._copy = copy
+        self._follower = follower
         self._drift = drift
-        self._trials = Trials(plan, folder, changed=tracker.update, say=say, clock=clock)
+        self._trials = Trials(plan, folder, changed=follower.update, say=say, clock=clock)
         self._spending = Spending(
             plan.budget, meter_of(plan, folder, clock=clock), nodes=runner.node_types, say=say
         )
@@ -199,16 +176,14 @@ class Study:
         """Runs it to its end; raises as `run_study`."""
         if self.num_open > 0:
             self._runner.wait_for_start()
-        self._tracker.start()
-        self._tracker.update_parent("running", {})
+        self._follower.start()
+        self._follower.update_study("running", {})
         if self._runner.meet_seconds:
-            self._tracker.meet(seconds=self._runner.meet_seconds)
-        if self._copy is not None:
-            self._copy.start()
+            self._follower.meet(seconds=self._runner.meet_seconds)
         for record in self.records:
             # An interrupted trial may not be begun again, and MLflow may be another, empty one.
             if record.settled or record.state == "interrupted":
-                self._tracker.update(record)
+                self._follower.update(record)
         outcome: State = "failed"
         try:
             self.prepare()
@@ -379,7 +354,7 @@ class Study:
             self.plan,
             self.folder,
             tuple(self.records),
-            self._tracker,
+            self._follower,
             self._spending.meter,
             test=self._test,
             used_up=self._spending.used_up,
@@ -398,9 +373,9 @@ class Study:
                 device=default_device(),
             )
             self.folder.write(best)
-        self._tracker.update(best)
+        self._follower.update(best)
         if self.plan.of_kind.has_pictures:
-            self._tracker.keep_files(self._pictures(best), best)
+            self._follower.keep_files(self._pictures(best), best)
 
     def _pictures(self, best: TrialRecord) -> list[Path]:
         """Pictures of what the best model sees, of which a study can do without."""
@@ -435,15 +410,10 @@ class Study:
         tags = {"cpfean.used_up": self._spending.used_up or "no"}
         if self._drift:
             tags["cpfean.drift"] = self._drift
-        self._tracker.update_parent(outcome, metrics | meter.metrics(), tags)
-        seconds = self.stop.seconds_to_close
-        if self._copy is not None:
-            # First, and half of the time at most: MLflow can be filled from the records.
-            self._copy.close(seconds=seconds / 2)
-            seconds = min(seconds, self.stop.seconds_to_close)
-        if not self._tracker.close(seconds=seconds):
+        self._follower.update_study(outcome, metrics | meter.metrics(), tags)
+        if not self._follower.close(seconds=self.stop.seconds_to_close):
             self.say(
-                f"tracking: not everything is sent; {self._tracker.first}the rest is sent by:\n"
+                f"tracking: not everything is sent; {self._follower.first}the rest is sent by:\n"
                 f"{resume_line(self.plan)}"
             )
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -26,6 +25,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from cpfean import commands
 from cpfean.errors import message_of
+from cpfean.writing import link_first
 from orchestration.settings import ServiceError
 from orchestration.tracking.address import is_web, shown, sqlite_file
 
@@ -70,11 +70,14 @@ class FilesElsewhereError(ServiceError):
         super().__init__(f"{self.wrong}. What helps: {self.fix}")
 
 
-def open_store(uri: str) -> tuple[MlflowClient, str]:
+def open_store(uri: str, *, lock_seconds: float = _LOCK_SECONDS) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment; makes database and experiment when they are new.
 
     Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
     lets them in one by one.
+
+    Args:
+        lock_seconds: that another process may take to open a sqlite file.
 
     Raises:
         ServiceError: an address that MLflow cannot use, or a file that cannot be written or is no
@@ -90,7 +93,7 @@ def open_store(uri: str) -> tuple[MlflowClient, str]:
         return client, _experiment(client, uri, artifacts=None)
     # By whatever link it is called, there is one file, and one lock.
     real = Path(os.path.realpath(file))
-    with _alone(real):
+    with _alone(real, seconds=lock_seconds):
         artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
         try:
             if not real.exists():
@@ -119,30 +122,11 @@ def _make(file: Path, *, artifacts: str) -> None:
     try:
         _experiment(MlflowClient(f"sqlite:///{new}"), "", artifacts=artifacts)
         with suppress(FileExistsError):
-            _put_in_place(new, file)
+            link_first(new, file)
+    except OSError as error:
+        raise ServiceError(f"{file}: cannot be written: {error}") from None
     finally:
         new.unlink(missing_ok=True)
-
-
-def _put_in_place(new: Path, file: Path) -> None:
-    """Gives a file its name.
-
-    Raises:
-        FileExistsError: the name is taken; whose it is stays as it is.
-        ServiceError: it cannot be written.
-    """
-    try:
-        os.link(new, file)
-    except FileExistsError:
-        raise
-    except OSError:  # a disk without hard links
-        try:
-            with new.open("rb") as source, file.open("xb") as copy:
-                shutil.copyfileobj(source, copy)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise ServiceError(f"{file}: cannot be written: {error}") from None
 
 
 def check_is_store(file: Path) -> None:
@@ -184,9 +168,9 @@ def _remove_old_mark(file: Path) -> None:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def _alone(file: Path, *, seconds: float) -> Iterator[None]:
     """Keeps other processes from opening a database at the same time."""
-    end = time.monotonic() + _LOCK_SECONDS
+    end = time.monotonic() + seconds
     beside = file.with_name(f".{file.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +186,7 @@ def _alone(file: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise ServiceError(
-                        f"{file}: another process has been opening it for {_LOCK_SECONDS:.0f} s; "
+                        f"{file}: another process has been opening it for {seconds:.0f} s; "
                         f"see `{commands.holders(beside)}`."
                     ) from None
                 time.sleep(0.05)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import TrackedRun, Tracker
+from orchestration.tracking.runs import TrackedRun
 from tests.benchmarks.conftest import ROOT
 from tests.orchestration.samples import record
+from tests.orchestration.tracking.tracked import track
 
 SCRIPT = ROOT / "benchmarks" / "draw_tracking.py"
 TRIALS = (
@@ -31,17 +32,10 @@ def test_the_pages_show_every_trial_with_its_rsum(tmp_path: Path) -> None:
         pytest.skip("needs Chromium and its driver")
     folder = RunFolder(tmp_path / "a-sweep")
     folder.create({"kind": "sweep"})
-    tracker = Tracker(
-        f"sqlite:///{tmp_path / 'mlflow.db'}",
-        TrackedRun(id=folder.id, name="a-sweep", kind="sweep"),
-        say=print,
-    )
-    tracker.start()
+    run = TrackedRun(id=folder.id, name="a-sweep", kind="sweep")
     for trial in TRIALS:
         folder.write(trial)
-        tracker.update(trial)
-    tracker.update_parent("finished", {"best/val_rsum": 361.0})
-    assert tracker.close()
+    track(f"sqlite:///{tmp_path / 'mlflow.db'}", *TRIALS, end="finished", run=run)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder.path), str(tmp_path / "pictures")],
         cwd=ROOT,

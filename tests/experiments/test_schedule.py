@@ -16,7 +16,7 @@ import pytest
 
 from experiments import schedule as command
 from orchestration.schedule.rounds import Schedule
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.experiments.test_command_line import call
 from tests.orchestration.samples import TINY
 from tests.orchestration.tracking_store import new_store

@@ -25,7 +25,7 @@ import pytest
 
 from orchestration.schedule.rounds import Schedule
 from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.experiments.test_command_line import ROOT
 from tests.orchestration.samples import TINY
 

@@ -396,7 +396,7 @@ s3fs.S3FileSystem().put(f"{folder}/", "lab/data/", recursive=True)
         folder = RunFolder(self.shared / "runs" / name)
         look = f"""
 import json
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 client, experiment = open_store("{_SERVER}")
 runs = client.search_runs([experiment], "tags.`cpfean.id` = '{folder.id}'")
 print(json.dumps([{{

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 
 
 def new_store(file: Path) -> str:

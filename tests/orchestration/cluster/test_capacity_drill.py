@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]

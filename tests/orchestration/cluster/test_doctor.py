@@ -18,8 +18,10 @@ from orchestration.cluster.doctor import Ill, examine
 from orchestration.cluster.versions import Answer, versions
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import HEARTBEAT_TAG, TrackedRun, Tracker, open_store
+from orchestration.tracking.runs import HEARTBEAT_TAG, TrackedRun
+from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import record
+from tests.orchestration.tracking.tracked import track
 from tests.orchestration.tracking_store import new_store
 
 
@@ -186,10 +188,7 @@ def begin(where: Settings, name: str) -> RunFolder:
     folder = RunFolder(where.output / name)
     folder.create({"kind": "sweep"})
     run = TrackedRun(id=folder.id, name=name, kind="sweep")
-    tracker = Tracker(where.tracking_uri, run, say=print)
-    tracker.start()
-    tracker.update(record(0, 100.0, state="running"))
-    assert tracker.close()
+    track(where.tracking_uri, record(0, 100.0, state="running"), run=run)
     return folder
 
 
@@ -256,10 +255,8 @@ def test_a_run_elsewhere_is_lost_when_its_heartbeat_is_old_and_runs_again_when_i
         assert closed.data.tags["cpfean.state"] == "interrupted"
         assert closed.data.tags["cpfean.reaped"].startswith("last heartbeat: 20")
     assert client.get_run(foreign.info.run_id).info.status == "RUNNING"
-    tracker = Tracker(where.tracking_uri, TrackedRun(id=id, name="moved", kind="sweep"), say=print)
-    tracker.start()
-    tracker.update(record(0, 100.0, state="running"))
-    assert tracker.close()
+    run = TrackedRun(id=id, name="moved", kind="sweep")
+    track(where.tracking_uri, record(0, 100.0, state="running"), run=run)
     assert runs(where, "parent")["moved"].info.status == states(where)["moved"] == "RUNNING"
 
 

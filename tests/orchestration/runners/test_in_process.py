@@ -25,7 +25,7 @@ from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import RunFolder
 from orchestration.study.stopping import Interrupted
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY, run_here
 
 

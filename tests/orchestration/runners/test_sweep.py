@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from cpfean.config import ExperimentConfig
 from orchestration.study.records import RunFolder, TrialRecord
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.faults import actors
 from tests.orchestration.samples import TINY
 

@@ -19,9 +19,9 @@ from cpfean.training.checkpoint import Checkpoint, read_state
 from cpfean.training.loop import fit
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage import object_store as storage
-from orchestration.storage import records_copy as mirror
 from orchestration.storage.checkpoints import CheckpointFolder
-from orchestration.storage.records_copy import Mirror, fetch_records
+from orchestration.storage.records_copy import CopyFolder, RecordsCopy, fetch_records
+from orchestration.study.follower import Follower, Pauses
 from orchestration.study.records import RunFolder
 from tests.faults import Fault, ObjectStore, Proxy
 from tests.lab.hosts import wait_until
@@ -241,24 +241,27 @@ def in_bucket(bucket: str, where: Settings) -> Settings:
     return replace(where, storage=f"s3://{bucket}/runs")
 
 
-def mirrored(where: Settings) -> tuple[RunFolder, Mirror, list[str]]:
-    """A study with one record, what copies it, and what that says."""
+def copied(where: Settings) -> tuple[RunFolder, RecordsCopy]:
+    """A study with one record, and the copy of it."""
     folder = RunFolder(where.output / "s")
     folder.create({"kind": "sweep"})
     folder.write(record(0, 10.0, state="running"))
-    said: list[str] = []
     assert where.storage is not None
-    return folder, Mirror(folder, where.storage, say=said.append), said
+    place = CopyFolder(where.storage, "s", patience=0.0)
+    return folder, RecordsCopy(folder, place, answer_seconds=1.0)
 
 
 def test_records_are_copied_and_fetched_as_they_were(in_bucket: Settings) -> None:
     fetch_records("s", in_bucket, say=pytest.fail)
     assert not in_bucket.output.exists()
-    folder, copying, said = mirrored(in_bucket)
-    copying.check()
-    copying.start()
-    folder.write(record(1, 5.0, 6.0, state="running"))
-    copying.close()
+    folder, copy = copied(in_bucket)
+    said: list[str] = []
+    copy.check()
+    follower = Follower([copy], say=said.append)
+    follower.start()
+    folder.write(second := record(1, 5.0, 6.0, state="running"))
+    follower.update(second)
+    assert follower.close()
     records, number = folder.records(), folder.id
     shutil.rmtree(in_bucket.output)
     fetch_records("s", in_bucket, say=said.append)
@@ -271,23 +274,23 @@ def test_records_are_copied_and_fetched_as_they_were(in_bucket: Settings) -> Non
 def test_a_store_that_is_away_does_not_hold_a_study_up_and_gets_the_records_later(
     in_bucket: Settings,
     proxy: Proxy,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     fault: Fault,
 ) -> None:
     caplog.set_level(logging.WARNING, logger="cpfean")
-    monkeypatch.setattr(mirror, "_ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(mirror, "_RETRY_SECONDS", 0.1)
-    folder, copying, said = mirrored(in_bucket)
+    folder, copy = copied(in_bucket)
+    said: list[str] = []
+    follower = Follower([copy], say=said.append, pauses=Pauses(retry=0.1))
     proxy.fault, proxy.body = fault, b"<Error><Code>SlowDown</Code></Error>"
     began = time.monotonic()
-    copying.check()
-    copying.start()
+    copy.check()
+    follower.start()
     assert time.monotonic() - began < 4
     wait_until(lambda: len(said) > 0, seconds=60, what="the warning")
-    folder.write(record(0, 10.0, 20.0, state="running"))
+    folder.write(changed := record(0, 10.0, 20.0, state="running"))
+    follower.update(changed)
     proxy.fault = "none"
-    copying.close()
+    assert follower.close()
     assert len(said) == 1
     assert "training goes on" in said[0]
     assert caplog.messages == []  # nor does the store's own client say it again and again

@@ -16,23 +16,17 @@ from cpfean.json_files import RecordError
 from cpfean.writing import write_json
 from orchestration.runners.on_ray import OnRay
 from orchestration.settings import ServiceError, Settings
-from orchestration.storage import records_copy as mirror
-from orchestration.storage.records_copy import Mirror, fetch_records
+from orchestration.storage.records_copy import CopyFolder, RecordsCopy, fetch_records
 from orchestration.study.budget import SPENT, Budget
+from orchestration.study.follower import Follower, Pauses
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records import RunFolder
 from orchestration.study.study import run_study
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record
 
 IDENTITY = {"kind": "sweep"}
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "_LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(mirror, "_RETRY_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -50,9 +44,36 @@ def study(where: Settings, *, epochs: int = 2) -> RunFolder:
     return folder
 
 
-def mirror_of(folder: RunFolder, where: Settings, say: Callable[[str], None] = print) -> Mirror:
-    assert where.storage is not None
-    return Mirror(folder, where.storage, say=say)
+class Place(CopyFolder):
+    """Where a copy goes; notes what it is asked for and what it gets, and may hang."""
+
+    def __init__(self, where: Settings) -> None:
+        assert where.storage is not None
+        super().__init__(where.storage, "s", patience=0.0)
+        self.asked: list[str] = []
+        self.got: list[str] = []
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def get(self, name: str, file: Path) -> bool:
+        self.asked.append(name)
+        self.answers.wait(60)
+        return super().get(name, file)
+
+    def put(self, file: Path, name: str) -> None:
+        self.got.append(name)
+        super().put(file, name)
+
+
+def copy_to(place: Place, folder: RunFolder, *, resume: str = "") -> RecordsCopy:
+    return RecordsCopy(folder, place, resume=resume, answer_seconds=1.0, look_seconds=0.02)
+
+
+def follower_of(copy: RecordsCopy, say: Callable[[str], None] = print) -> Follower:
+    """It has been started."""
+    follower = Follower([copy], say=say, pauses=Pauses(retry=0.02))
+    follower.start()
+    return follower
 
 
 def copy_of(where: Settings) -> RunFolder:
@@ -62,10 +83,9 @@ def copy_of(where: Settings) -> RunFolder:
 def copied(folder: RunFolder, where: Settings) -> None:
     """Copies a folder, as a driver does that ends at once."""
     said: list[str] = []
-    one = mirror_of(folder, where, said.append)
-    one.check()
-    one.start()
-    one.close()
+    copy = copy_to(Place(where), folder)
+    copy.check()
+    assert follower_of(copy, said.append).close()
     assert said == []
 
 
@@ -99,53 +119,42 @@ def test_where_there_is_no_copy_nothing_is_made(where: Settings) -> None:
     assert not (where.output / "s").exists()
 
 
-def test_a_fetch_that_was_cut_off_is_done_again(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetch_that_was_cut_off_is_done_again(where: Settings) -> None:
     folder = study(where)
     copied(folder, where)
     shutil.rmtree(where.output)
-    get = mirror._Copy.get
-
-    def full_disk(self: mirror._Copy, name: str, file: Path) -> bool:
-        if name.startswith("trials/001"):
-            raise OSError(28, "No space left on device")
-        return get(self, name, file)
-
-    monkeypatch.setattr(mirror._Copy, "get", full_disk)
-    with pytest.raises(ServiceError, match="No space left"):
+    in_the_way = folder.path / "trials" / "001"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("no folder")
+    with pytest.raises(ServiceError, match="cannot be copied to"):
         fetch_records("s", where, say=pytest.fail)
-    monkeypatch.setattr(mirror._Copy, "get", get)
+    in_the_way.unlink()
     fetch_records("s", where, say=print)
     assert [found.epochs for found in folder.records()] == [2, 2]
 
 
-def test_what_changes_is_copied_while_the_study_runs_and_nothing_else_is(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put: list[str] = []
-    really = mirror._Copy.put
-
-    def noted(self: mirror._Copy, file: Path, name: str) -> None:
-        put.append(name)
-        really(self, file, name)
-
-    monkeypatch.setattr(mirror._Copy, "put", noted)
+def test_what_changes_is_copied_while_the_study_runs_and_nothing_else_is(where: Settings) -> None:
     folder = study(where)
     (folder.path / "best_model").mkdir()
     (folder.path / "best_model" / "model.safetensors").write_bytes(b"large")
-    one = mirror_of(folder, where)
-    one.start()
+    place = Place(where)
+    follower = follower_of(copy_to(place, folder))
     wait_until(lambda: len(copy_of(where).records()) == 2, seconds=30, what="the first copies")
-    folder.write(record(1, 1.0, 2.0, 3.0, state="finished"))
+    # Whether it is told of, or found.
+    changed = record(1, 1.0, 2.0, 3.0, state="finished")
+    folder.write(changed)
+    follower.update(changed)
     wait_until(lambda: copy_of(where).records()[1].settled, seconds=30, what="the change")
-    one.close()
-    assert put == [
+    write_json(folder.path / SPENT, {"seconds": 6.0})
+    wait_until(lambda: place.got.count(SPENT) == 2, seconds=30, what="the hours that were spent")
+    assert follower.close()
+    assert place.got == [
         "sweep.json",
         SPENT,
         "trials/000/record.json",
         "trials/001/record.json",
         "trials/001/record.json",
+        SPENT,
     ]
 
 
@@ -153,20 +162,16 @@ def test_a_name_that_another_study_has_taken_is_refused_and_its_copy_stays(where
     copied(study(where), where)
     first = copy_of(where).id
     elsewhere = replace(where, output=where.output.with_name("elsewhere"))
+    mine = RunFolder(elsewhere.output / "s")
     with pytest.raises(ConfigError, match=r"studies/s holds a run already.*\n  goes on with s\n"):
-        Mirror(
-            RunFolder(elsewhere.output / "s"),
-            elsewhere.storage or "",
-            say=print,
-            resume="goes on with s",
-        ).check()
+        copy_to(Place(elsewhere), mine, resume="goes on with s").check()
     other = study(elsewhere)
     with pytest.raises(ConfigError, match=f"another run than .*{first}, and {other.id} here"):
-        mirror_of(other, elsewhere).check()
+        copy_to(Place(elsewhere), other).check()
     # One that learns it late, as the storage was away at its start, writes nothing either.
     said: list[str] = []
-    late = mirror_of(other, elsewhere, said.append)
-    late.start()
+    late = follower_of(copy_to(Place(elsewhere), other), said.append)
+    late.meet(seconds=30)
     late.close()
     assert len(said) == 1
     assert "the records are not copied: " in said[0]
@@ -180,56 +185,45 @@ def test_a_copy_that_is_further_than_the_folder_is_told_and_neither_is_chosen(
     copied(folder, where)
     folder.write(record(1, 1.0, state="running"))
     with pytest.raises(ConfigError, match=r"further than .*: 7 epoch\(s\), and 3 here"):
-        mirror_of(folder, where).check()
+        copy_to(Place(where), folder).check()
     assert copy_of(where).records()[1].epochs == 5
 
 
-def test_a_storage_that_is_away_is_told_once_and_copied_to_when_it_is_back(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    get = mirror._Copy.get
-
-    def noted(self: mirror._Copy, name: str, file: Path) -> bool:
-        asked.append(name)
-        return get(self, name, file)
-
-    monkeypatch.setattr(mirror._Copy, "get", noted)
+def test_a_storage_that_is_away_is_told_once_and_copied_to_when_it_is_back(where: Settings) -> None:
     folder = study(where)
     in_the_way = Path(where.storage or "")
     in_the_way.write_text("no folder")
     said: list[str] = []
-    one = mirror_of(folder, where, said.append)
-    one.check()
-    one.start()
+    place = Place(where)
+    copy = copy_to(place, folder, resume="goes on with s")
+    copy.check()
+    follower = follower_of(copy, said.append)
     wait_until(lambda: len(said) > 0, seconds=30, what="the warning")
     folder.write(record(1, 1.0, 2.0, 3.0, state="running"))
-    wait_until(lambda: len(asked) > 4, seconds=30, what="some tries")
+    wait_until(lambda: len(place.asked) > 4, seconds=30, what="some tries")
     in_the_way.unlink()
     wait_until(lambda: len(copy_of(where).records()) == 2, seconds=30, what="the copies")
     in_the_way.rename(in_the_way.with_name("taken away"))
     in_the_way.write_text("no folder")
-    folder.write(record(1, 1.0, 2.0, 3.0, 4.0, state="running"))
-    one.close()
+    folder.write(last := record(1, 1.0, 2.0, 3.0, 4.0, state="running"))
+    follower.update(last)
+    assert follower.close()  # it says itself how the rest is copied
     assert len(said) == 2
     assert "training goes on" in said[0]
     assert "has not got all records" in said[1]
+    assert said[1].endswith("\n  goes on with s")
 
 
-def test_a_storage_that_hangs_holds_neither_the_start_nor_the_end_up(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mirror, "_ANSWER_SECONDS", 0.1)
-    goes_on = threading.Event()
-    monkeypatch.setattr(mirror._Copy, "get", lambda *_: goes_on.wait(60))
+def test_a_storage_that_hangs_holds_neither_the_start_nor_the_end_up(where: Settings) -> None:
     said: list[str] = []
-    one = mirror_of(study(where), where, said.append)
+    place = Place(where)
+    place.answers.clear()
+    copy = RecordsCopy(study(where), place, answer_seconds=0.1)
     began = time.monotonic()
-    one.check()
-    one.start()
-    one.close(seconds=0.1)
-    assert time.monotonic() - began < 30
-    goes_on.set()
+    copy.check()
+    follower_of(copy, said.append).close(seconds=0.1)
+    assert time.monotonic() - began < 5
+    place.answers.set()
     assert len(said) == 1
     assert "has not got all records" in said[0]
 
@@ -265,8 +259,9 @@ def tracked(where: Settings) -> dict[str, tuple[str, list[tuple[int, float]]]]:
 
 
 def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
-    where: Settings,
+    where: Settings, uri: str, empty_store: bytes
 ) -> None:
+    assert where.tracking_uri == uri
     plan = used_up_plan(where)
     folder = RunFolder(where.output / "s")
     folder.create(plan.identity())
@@ -283,7 +278,9 @@ def test_a_study_that_lost_folder_and_mlflow_has_both_again_and_each_point_once(
     }
 
     shutil.rmtree(where.output)
-    Path(where.tracking_uri.removeprefix("sqlite:///")).unlink()
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.unlink()
+    database.write_bytes(empty_store)
     fetch_records("s", where, say=print)
     for _ in range(2):
         result = run_study(plan, where, runner=OnRay(where), resume=True, say=print)
@@ -310,7 +307,7 @@ def test_a_copy_that_cannot_be_read_is_told_and_left(
     file = copy_of(where).path / name
     file.write_text(content)
     with pytest.raises(ConfigError, match="is made anew from") as told:
-        mirror_of(folder, where).check()
+        copy_to(Place(where), folder).check()
     assert str(told.value).startswith(f"{file}: ")
     assert f"Move {copy_of(where).path} away" in str(told.value)
     assert file.read_text() == content

@@ -34,7 +34,7 @@ class Tracker:
 
     def update(self, record: TrialRecord) -> None: ...
 
-    def update_parent(
+    def update_study(
         self, state: str, metrics: dict[str, float], tags: dict[str, str] | None = None
     ) -> None:
         self.parent.append((state, metrics, tags or {}))
@@ -50,6 +50,7 @@ class Runner:
     """Does with the trials what a test says."""
 
     meet_seconds = 0.0
+    needs_mlflow = True
 
     def __init__(self, script: Callable[[Any], None] = lambda study: None) -> None:
         self.script = script

@@ -35,7 +35,7 @@ from orchestration.study.comparison import (
 from orchestration.study.conclusion import closing_lines
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING, RunFolder
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY, record
 
 COMMON = {"optim.learning_rate": Range(1e-4, 1e-2, log=True)}

@@ -10,7 +10,7 @@ import pytest
 
 from orchestration.study.budget import SPENT
 from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]

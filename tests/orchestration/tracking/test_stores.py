@@ -1,11 +1,14 @@
 """Stores on sqlite: what is made, and what of other programs stays as it is."""
 
+import errno
 import hashlib
+import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -23,36 +26,69 @@ from orchestration.tracking.stores import (
     open_store,
 )
 
-# Opens a store, and does something at the NUMBERth statement that has the WORD in it.
-_OPENS = """
-import os, shutil, signal, sys
-from pathlib import Path
-import sqlalchemy
+# For each line "URI, WORD, NUMBER, DEED" a fork of this process, which has imported MLflow once,
+# opens a store, and does something at the NUMBERth statement that has the WORD in it.
+_OPENER = """
+import json, os, shutil, signal, sys
+import mlflow, sqlalchemy
 from orchestration.tracking.stores import open_store
 
-uri, word, number, deed = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-seen = 0
+def opens(uri, word, number, deed):
+    seen = 0
 
-@sqlalchemy.event.listens_for(sqlalchemy.Engine, "after_cursor_execute")
-def act(connection, cursor, statement, *_):
-    global seen
-    if word not in statement:
-        return
-    seen += 1
-    if seen == number and deed == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif seen == number:
-        shutil.copy(deed, uri.removeprefix("sqlite:///"))
+    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "after_cursor_execute")
+    def act(connection, cursor, statement, *_):
+        nonlocal seen
+        if word not in statement:
+            return
+        seen += 1
+        if seen == number and deed == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif seen == number:
+            shutil.copy(deed, uri.removeprefix("sqlite:///"))
 
-open_store(uri)
+    open_store(uri)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            opens(*json.loads(line))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def opens(uri: str, word: str, number: int, deed: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", _OPENS, uri, word, str(number), deed], capture_output=True
-    )
-    return done.returncode
+class Opener:
+    """Another process that opens stores, and may be killed while it does."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _OPENER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def opens(self, uri: str, word: str, number: int, deed: str) -> int:
+        """How it ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([uri, word, number, deed]), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def opener() -> Iterator[Opener]:
+    opener = Opener()
+    yield opener
+    opener.end()
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +123,10 @@ def digest(file: Path) -> str:
     ],
 )
 def test_whoever_is_killed_while_making_a_store_leaves_nothing_under_its_name(
-    word: str, number: int, tmp_path: Path, thesis: Path
+    word: str, number: int, tmp_path: Path, thesis: Path, opener: Opener
 ) -> None:
     file = tmp_path / "mlflow.db"
-    assert opens(f"sqlite:///{file}", word, number, "die") == -signal.SIGKILL
+    assert opener.opens(f"sqlite:///{file}", word, number, "die") == -signal.SIGKILL
     assert not file.exists()
     # Whatever another program puts there meanwhile is used and stays.
     file.write_bytes(thesis.read_bytes())
@@ -99,9 +135,11 @@ def test_whoever_is_killed_while_making_a_store_leaves_nothing_under_its_name(
     assert work_of(file) == ["a month of work"]
 
 
-def test_what_a_killed_maker_has_left_is_tidied_up_and_nothing_else(tmp_path: Path) -> None:
+def test_what_a_killed_maker_has_left_is_tidied_up_and_nothing_else(
+    tmp_path: Path, opener: Opener
+) -> None:
     file = tmp_path / "mlflow.db"
-    assert opens(f"sqlite:///{file}", "CREATE TABLE", 3, "die") == -signal.SIGKILL
+    assert opener.opens(f"sqlite:///{file}", "CREATE TABLE", 3, "die") == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] != []
     others = [".mlflow.db.unfinished", ".mlflow.db.new", ".other.db.new", "mlflow.db-journal.old"]
     for name in others:
@@ -112,9 +150,11 @@ def test_what_a_killed_maker_has_left_is_tidied_up_and_nothing_else(tmp_path: Pa
     assert all((tmp_path / name).read_text() == name for name in others)
 
 
-def test_a_store_that_appears_while_ours_is_made_is_used(tmp_path: Path, thesis: Path) -> None:
+def test_a_store_that_appears_while_ours_is_made_is_used(
+    tmp_path: Path, thesis: Path, opener: Opener
+) -> None:
     file = tmp_path / "mlflow.db"
-    assert opens(f"sqlite:///{file}", "INSERT INTO experiments", 1, str(thesis)) == 0
+    assert opener.opens(f"sqlite:///{file}", "INSERT INTO experiments", 1, str(thesis)) == 0
     assert work_of(file) == ["a month of work"]
     client, experiment = open_store(f"sqlite:///{file}")
     client.create_run(experiment)
@@ -194,7 +234,7 @@ def test_a_disk_without_hard_links_gets_a_store_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def link(*_: object) -> None:
-        raise PermissionError("no hard links here")
+        raise PermissionError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", link)
     client, experiment = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -202,9 +242,8 @@ def test_a_disk_without_hard_links_gets_a_store_too(
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
 
 
-@pytest.mark.parametrize("name", ["my runs.db", "100% done.db", "Ümläute #1.db", "it's `x`.db"])
-def test_a_store_may_have_any_name(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "a folder's 5%" / name
+def test_a_store_may_have_any_name(tmp_path: Path) -> None:
+    file = tmp_path / "a folder's 5%" / "my runs, 100% done: it's `x` of Ümläut #1.db"
     client, experiment = open_store(f"sqlite:///{file}")
     client.create_run(experiment)
     assert file.is_file()
@@ -221,7 +260,10 @@ def test_a_relative_store_is_one_of_the_folder_that_we_stand_in(
     assert (tmp_path / "mlflow.db").is_file()
 
 
-def test_a_deleted_experiment_is_brought_back_by_the_line_that_is_told(tmp_path: Path) -> None:
+def test_a_deleted_experiment_is_brought_back_by_the_line_that_is_told(
+    tmp_path: Path, empty_store: bytes
+) -> None:
+    (tmp_path / "my runs.db").write_bytes(empty_store)
     uri = f"sqlite:///{tmp_path / 'my runs.db'}"
     client, experiment = open_store(uri)
     run = client.create_run(experiment)
@@ -236,10 +278,7 @@ def test_a_deleted_experiment_is_brought_back_by_the_line_that_is_told(tmp_path:
     assert [found.info.run_id for found in client.search_runs([again])] == [run.info.run_id]
 
 
-def test_the_runs_of_a_study_are_found_under_another_name_of_their_experiment(
-    tmp_path: Path,
-) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_the_runs_of_a_study_are_found_under_another_name_of_their_experiment(uri: str) -> None:
     client, first = open_store(uri)
     client.create_run(first, tags={"cpfean.id": "4711"})
     assert experiment_of(client, first, "4711") is None

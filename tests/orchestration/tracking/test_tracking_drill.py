@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestration.study.records import RunFolder
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 from tests.faults import ObjectStore, TrackingServer, small_disk
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY

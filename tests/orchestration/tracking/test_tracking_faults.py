@@ -1,7 +1,7 @@
 """A real MLflow server that goes away, comes back, and answers wrongly; a store that is locked."""
 
+import fcntl
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,24 +10,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from orchestration.cluster import doctor
 from orchestration.runners.on_ray import OnRay
 from orchestration.settings import ServiceError, Settings
+from orchestration.study.follower import Pauses
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import RunFolder
 from orchestration.study.study import run_study
-from orchestration.tracking.tracker import TrackedRun, Tracker, open_store
+from orchestration.tracking.stores import open_store
 from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
 from tests.lab.hosts import wait_until
 from tests.orchestration.runners.test_in_process import plan_of
 from tests.orchestration.samples import TINY, record, run_here
 from tests.orchestration.study.test_study import SPACE
+from tests.orchestration.tracking.tracked import Tracked, named, points, runs, steps, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -52,42 +53,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    monkeypatch.setattr("orchestration.tracking.tracker._RETRY_SECONDS", 0.2)
 
 
-class Tracked:
-    """A study of the test's own, handed to a tracker record by record."""
-
-    def __init__(self, uri: str, id: str) -> None:
-        self.said: list[str] = []
-        self.slowest = 0.0
-        self.run = TrackedRun(id=id, name=f"s-{id}", kind="sweep", parameters={"study.trials": 2})
-        self.tracker = Tracker(uri, self.run, say=self.said.append)
-        self.tracker.start()
-
-    def update(self, given: TrialRecord) -> None:
-        began = time.monotonic()
-        self.tracker.update(given)
-        self.slowest = max(self.slowest, time.monotonic() - began)
-
-    def end(self) -> bool:
-        self.tracker.update_parent("finished", {"best/val_rsum": 42.0})
-        return self.tracker.close()
-
-    def runs(self, uri: str, **tags: str) -> list[Run]:
-        return runs(uri, **tags | {"id": self.run.id})
+SOON = Pauses(retry=0.2, away=2.0)
 
 
-def runs(uri: str, **tags: str) -> list[Run]:
-    client, experiment = open_store(uri)
-    query = " and ".join(f"tags.`cpfean.{name}` = '{value}'" for name, value in tags.items())
-    return list(client.search_runs([experiment], query))
-
-
-def steps(uri: str, run: Run) -> list[int]:
-    """The steps of every point, sorted as they were sent."""
-    points = MlflowClient(uri).get_metric_history(run.info.run_id, "val/rsum")
-    return [point.step for point in points]
+def follow(uri: str, id: str) -> Tracked:
+    return Tracked(uri, named(id), pauses=SOON)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +77,18 @@ def test_whatever_a_server_does_nothing_waits_for_it_and_every_point_is_there_on
     proxy: Proxy, server: TrackingServer, fault: Fault
 ) -> None:
     proxy.fault = fault
-    study = Tracked(proxy.url, f"whole-{fault}")
+    study = follow(proxy.url, f"whole-{fault}")
     for epochs in range(1, 6):
         study.update(record(0, *range(epochs), state="running"))
-    study.update(record(1, 1.0, 2.0, state="finished", test={"rsum": 3.0}))
+    second_record = record(1, 1.0, 2.0, state="finished", test={"rsum": 3.0})
+    study.update(second_record)
     if fault == "refuse":
         wait_until(lambda: study.said != [], seconds=20, what="the warning")
     else:
         wait_until(lambda: proxy.met >= 2, seconds=20, what="two tries")
     proxy.fault = "none"
-    wait_until(study.tracker._done, seconds=30, what="what was waiting is sent")
+    for waiting in (record(0, *range(5), state="running"), second_record):
+        wait_for(server.url, waiting, id=study.run.id)
     study.update(record(0, *range(6), state="finished"))
     assert study.end(), study.said
     assert study.slowest < 0.05
@@ -136,7 +110,7 @@ def test_whatever_a_server_does_nothing_waits_for_it_and_every_point_is_there_on
 def test_a_request_whose_answer_is_lost_counts_once(
     proxy: Proxy, server: TrackingServer, verb: bytes
 ) -> None:
-    study = Tracked(proxy.url, f"lost-{verb.decode().replace('/', '-')}")
+    study = follow(proxy.url, f"lost-{verb.decode().replace('/', '-')}")
     proxy.only = lambda head: verb in head.split(b"\r\n")[0]
     proxy.fault = "lose"
     study.update(record(0, 1.0, 2.0, 3.0, state="running"))
@@ -146,14 +120,13 @@ def test_a_request_whose_answer_is_lost_counts_once(
     assert study.end(), study.said
     (parent,) = study.runs(server.url, role="parent")
     (child,) = study.runs(server.url, role="trial")
-    points = MlflowClient(server.url).get_metric_history(child.info.run_id, "val/rsum")
-    assert [(point.step, point.value) for point in points] == [(n, float(n)) for n in range(1, 5)]
+    assert points(server.url, child) == [(n, float(n)) for n in range(1, 5)]
     assert {run.info.status for run in (parent, child)} == {"FINISHED"}
 
 
 def test_a_slow_server_slows_nobody_down(proxy: Proxy, server: TrackingServer) -> None:
     proxy.delay = 0.1
-    study = Tracked(proxy.url, "slow")
+    study = follow(proxy.url, "slow")
     for epochs in range(1, 40):
         study.update(record(0, *range(epochs), state="running"))
     assert study.slowest < 0.05
@@ -164,11 +137,10 @@ def test_a_slow_server_slows_nobody_down(proxy: Proxy, server: TrackingServer) -
 
 @pytest.mark.parametrize("fault", ["refuse", "hang"])
 def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
-    proxy: Proxy, server: TrackingServer, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, server: TrackingServer, fault: Fault
 ) -> None:
-    monkeypatch.setattr("orchestration.tracking.tracker._AWAY_SECONDS", 2.0)
     proxy.fault = fault
-    study = Tracked(proxy.url, f"end-{fault}")
+    study = follow(proxy.url, f"end-{fault}")
     study.update(record(0, 1.0, 2.0, state="finished"))
     wait_until(lambda: study.said != [], seconds=20, what="the warning")
     began = time.monotonic()
@@ -176,7 +148,7 @@ def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
     assert time.monotonic() - began < 4.0
     assert study.said[1:] == ["tracking: 2 epoch(s) are not sent; they are kept in the records."]
     proxy.fault = "none"
-    again = Tracked(proxy.url, f"end-{fault}")
+    again = follow(proxy.url, f"end-{fault}")
     again.update(record(0, 1.0, 2.0, state="finished"))
     assert again.end()
     assert again.said == []
@@ -187,11 +159,11 @@ def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
 def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
     proxy: Proxy, server: TrackingServer
 ) -> None:
-    study = Tracked(proxy.url, "deleted")
-    study.update(record(0, 1.0, state="running"))
-    study.update(record(1, 1.0, state="running"))
-    wait_until(lambda: len(study.runs(server.url, role="trial")) == 2, seconds=30, what="two runs")
-    wait_until(study.tracker._done, seconds=30, what="all sent")
+    study = follow(proxy.url, "deleted")
+    begun = [record(number, 1.0, state="running") for number in (0, 1)]
+    study.update(*begun)
+    for trial in begun:
+        wait_for(server.url, trial, id="deleted")
     (gone,) = study.runs(server.url, trial="0")
     MlflowClient(server.url).delete_run(gone.info.run_id)
     requests = 0
@@ -202,11 +174,15 @@ def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
         return False
 
     proxy.only, proxy.fault = counted, 500
-    for epochs in range(2, 30):
+    study.update(record(0, 1.0, 2.0, state="running"))
+    wait_until(lambda: study.said != [], seconds=30, what="the refusal")
+    for epochs in range(3, 30):
         study.update(record(0, *range(epochs), state="running"))
-        wait_until(lambda: not study.tracker._pending, seconds=30, what="the record taken")
-    assert requests <= 2  # it is asked once, and not again for every epoch
-    study.update(record(1, 1.0, 2.0, state="finished"))
+        time.sleep(0.02)
+    study.update(other_record := record(1, 1.0, 2.0, state="finished"))
+    wait_for(server.url, other_record, id="deleted")
+    # It is asked once, and not again for every epoch; the other's epoch and state are two more.
+    assert requests <= 4
     study.update(record(0, *range(30), state="finished"))
     assert not study.end()
     assert len(study.said) == 2
@@ -216,7 +192,7 @@ def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
     (other,) = study.runs(server.url, role="trial")
     assert (other.info.status, steps(server.url, other)) == ("FINISHED", [1, 2])
     # Who asks for the rest gets a new run with all of it.
-    again = Tracked(proxy.url, "deleted")
+    again = follow(proxy.url, "deleted")
     again.update(record(0, *range(30), state="finished"))
     assert again.end()
     (new,) = again.runs(server.url, trial="0")
@@ -230,7 +206,7 @@ def test_a_parameter_that_somebody_else_has_set_costs_no_number(
     tags = {"cpfean.id": "conflict", "cpfean.trial": "0", "cpfean.role": "trial"}
     run = client.create_run(experiment, tags=tags)
     client.log_param(run.info.run_id, "loss.margin", "17")
-    study = Tracked(proxy.url, "conflict")
+    study = follow(proxy.url, "conflict")
     study.update(record(0, 1.0, 2.0, state="finished"))
     study.update(record(1, 1.0, state="finished"))
     assert not study.end()
@@ -244,11 +220,9 @@ def test_a_parameter_that_somebody_else_has_set_costs_no_number(
 
 
 def test_a_server_that_is_killed_and_started_again_has_all_of_a_training(
-    where: Settings, tmp_path: Path
+    where: Settings, server: TrackingServer
 ) -> None:
-    own = TrackingServer(tmp_path)
-    own.start()
-    where = Settings(output=where.output, cache_dir=where.cache_dir, tracking_uri=own.url)
+    where = replace(where, tracking_uri=server.url)
     said: list[str] = []
     back: list[threading.Thread] = []
 
@@ -256,21 +230,17 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_a_training(
         """Called between epochs: the server is away for the middle third."""
         said.append(line)
         if line.startswith("epoch 2/"):
-            own.kill()
+            server.kill()
         elif line.startswith("epoch 4/"):
-            back.append(threading.Thread(target=own.start))
+            back.append(threading.Thread(target=server.start))
             back[0].start()
         elif line.startswith("epoch 6/"):
             back[0].join()
 
     config = TINY.with_overrides({"optim.epochs": 6})
-    try:
-        result = run_here(plan_of(config, where, "t"), where, resume=False, say=disturb)
-        (run,) = runs(own.url, kind="train")
-        points = MlflowClient(own.url).get_metric_history(run.info.run_id, "val/rsum")
-    finally:
-        own.kill()
-    assert [(point.step, point.value) for point in points] == [
+    result = run_here(plan_of(config, where, "killed"), where, resume=False, say=disturb)
+    (run,) = [run for run in runs(server.url, kind="train") if run.info.run_name == "killed"]
+    assert points(server.url, run) == [
         (row["epoch"], row["val/rsum"]) for row in result.records[0].history
     ]
     assert run.info.status == "FINISHED"
@@ -297,12 +267,9 @@ def test_what_was_not_sent_is_sent_by_a_resume_that_trains_nothing(
 
 
 def test_a_sweep_that_is_settled_is_sent_by_a_resume_without_ray(
-    where: Settings, proxy: Proxy, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+    where: Settings, proxy: Proxy, server: TrackingServer
 ) -> None:
-    def no_ray(*_: Any, **__: Any) -> NoReturn:
-        raise AssertionError("Ray is not needed")
-
-    monkeypatch.setattr("orchestration.cluster.connection.connect", no_ray)
+    where = replace(where, address="127.0.0.1:1")  # whoever asked for a cluster would get none
     plan = StudyPlan(
         kind="sweep",
         name="settled",
@@ -341,7 +308,7 @@ def test_a_server_may_keep_its_runs_in_postgresql(tmp_path: Path) -> None:
     try:
         own.start()
         for id in ("first", "second"):
-            study = Tracked(own.url, id)
+            study = follow(own.url, id)
             study.update(record(0, 1.0, 2.0, state="running"))
             study.update(record(0, 1.0, 2.0, 3.0, state="finished", test={"rsum": 2.5}))
             study.update(record(1, 1.0, state="pruned"))
@@ -357,15 +324,13 @@ def test_a_server_may_keep_its_runs_in_postgresql(tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
-def test_a_locked_database_is_named_and_stalls_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_locked_database_is_named_and_stalls_nobody(tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
     uri = f"sqlite:///{file}"
     open_store(uri)
     held = sqlite3.connect(file, isolation_level=None, timeout=30)
     held.execute("BEGIN EXCLUSIVE")
-    study = Tracked(uri, "locked")
+    study = follow(uri, "locked")
     study.update(record(0, 1.0, 2.0, state="finished"))
     wait_until(lambda: study.said != [], seconds=40, what="the warning")
     assert study.slowest < 0.05
@@ -380,41 +345,35 @@ def test_a_locked_database_is_named_and_stalls_nobody(
     assert steps(uri, child) == [1, 2]
 
 
-def test_a_database_that_is_read_only_is_named(tmp_path: Path) -> None:
+def test_a_database_that_is_read_only_is_named(tmp_path: Path, empty_store: bytes) -> None:
     with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
         uri = f"sqlite:///{disk / 'mlflow.db'}"
-        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        shutil.copy(tmp_path / "mlflow.db", disk)
+        (disk / "mlflow.db").write_bytes(empty_store)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        study = Tracked(uri, "read-only")
+        study = follow(uri, "read-only")
         study.update(record(0, 1.0, state="finished"))
         assert not study.end()
     assert "mlflow.db: cannot be written" in study.said[0]
     assert "Read-only file system" in study.said[0]
 
 
-def test_who_opens_a_database_for_too_long_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fcntl
-
-    monkeypatch.setattr("orchestration.tracking.stores._LOCK_SECONDS", 0.3)
+def test_who_opens_a_database_for_too_long_is_not_waited_for(tmp_path: Path) -> None:
     with (tmp_path / ".mlflow.db.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ServiceError, match=r"mlflow\.db: another process has been opening"):
-            open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+            open_store(f"sqlite:///{tmp_path / 'mlflow.db'}", lock_seconds=0.3)
 
 
 _OPEN_TOGETHER = """
 import multiprocessing, sys, tempfile
 from pathlib import Path
 import mlflow
-from orchestration.tracking.tracker import open_store
+from orchestration.tracking.stores import open_store
 
 def open_one(barrier, uri, failures):
     barrier.wait()
     try:
-        client, experiment = open_store(uri)
+        client, experiment = open_store(uri, lock_seconds=300)
         run = client.create_run(experiment)
         client.log_metric(run.info.run_id, "x", 1.0)
     except Exception as error:
@@ -459,9 +418,9 @@ def test_files_of_a_server_that_has_them_on_its_own_disk_are_not_written_to_ours
     report.write_text("a report")
 
     def send(id: str) -> Tracked:
-        study = Tracked(own.url, id)
+        study = follow(own.url, id)
         study.update(record(0, 1.0, 2.0, state="finished"))
-        study.tracker.keep_files([report])
+        study.follower.keep_files([report])
         assert study.end()
         return study
 
@@ -511,10 +470,9 @@ def test_the_doctor_says_what_helps_a_tracker_that_does_not_take_what_it_sends(
     assert helps in ill.value.fix
 
 
-def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path) -> None:
+def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path, empty_store: bytes) -> None:
     with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
-        open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        shutil.copy(tmp_path / "mlflow.db", disk)
+        (disk / "mlflow.db").write_bytes(empty_store)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         uri = f"sqlite:///{disk / 'mlflow.db'}"
         where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=uri)
