@@ -241,7 +241,7 @@ def _read_captions(path: Path, findings: Findings, fits: Callable[[int], bool]) 
     Args:
         fits: whether there may be so many; another number may come of blank lines at the end.
     """
-    captions = read_text(path, findings)
+    captions = read_split_text(path, findings)
     if captions is None:
         return None
     # A last caption that is empty and one line too many are both blank; the number tells.
@@ -261,7 +261,7 @@ def _read_captions(path: Path, findings: Findings, fits: Callable[[int], bool]) 
 
 def _read_ids(path: Path, findings: Findings, fits: Callable[[int], bool]) -> list[str] | None:
     """The names of a split's images, as `_read_captions`."""
-    ids = read_text(path, findings)
+    ids = read_split_text(path, findings)
     if ids is None or (not fits(len(ids)) and blank_end(path, ids, findings)):
         return None
     ids = [line.strip() for line in ids]
@@ -274,7 +274,7 @@ def _read_ids(path: Path, findings: Findings, fits: Callable[[int], bool]) -> li
     return ids
 
 
-def read_text(path: Path, findings: Findings) -> list[str] | None:
+def read_split_text(path: Path, findings: Findings) -> list[str] | None:
     """As `read_lines`; a link that leads nowhere is a finding too."""
     if is_there(path) and not os.path.exists(path):
         findings.add("missing", path.name, f"a link that leads nowhere, to {os.readlink(path)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cpfean import folders
-from cpfean.data.agreement import agree, read_text, read_texts
+from cpfean.data.agreement import agree, read_split_text, read_texts
 from cpfean.data.caption_groups import IMAGE_OF_CAPTION, PER_IMAGE, Caption, CaptionGroups
 from cpfean.data.findings import Finding, Findings
 from cpfean.data.regions import RegionFiles, RegionStore
@@ -405,7 +405,7 @@ def read_label_names(folder: Path, findings: Findings) -> list[str] | None:
         )
         return None
     before = len(findings)
-    names = read_text(path, findings)
+    names = read_split_text(path, findings)
     if names is None or blank_end(path, names, findings):
         return None
     names = [name.strip() for name in names]
