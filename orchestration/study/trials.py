@@ -110,11 +110,11 @@ class Trials:
             )
             if self._records:
                 self.export_search()
-        for record in list(self._waiting):
-            # Its driver was lost between its last epoch and its end.
-            if record.complete and (record.test or not self._plan.tests_all):
-                self._waiting.remove(record)
-                self.settle(record.number, "finished")
+        # The driver of these was lost between their last epoch and their end.
+        ended = [r for r in self._waiting if r.complete and (r.test or not self._plan.tests_all)]
+        for record in ended:
+            self.settle(record.number, "finished")
+        self._waiting = [record for record in self._waiting if not record.settled]
         reused = self._reuse()
         self._failures = [_kind_of_failure(r) for r in self.settled if r.state == "failed"]
         if reused:
