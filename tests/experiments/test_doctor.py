@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ServiceError
 from experiments import command_line
 from experiments import doctor as command
 from orchestration.cluster import connection, doctor
 from orchestration.cluster.capacity import Cluster
+from tests.experiments.conftest import Run
+from tests.orchestration.samples import TINY
 
 LINES = ("token", "cluster", "nodes", "storage", "disk", "data", "tracking", "runs")
 
@@ -136,3 +139,26 @@ def test_each_line_turns_red_alone(
     assert red == {name} | follows, lines
     assert says in lines[name]
     assert code == 5
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://127.0.0.1:8265", "job server"),
+        ("ray://127.0.0.1:10001", "client server"),
+        ("127.0.0.1", "127.0.0.1:6379"),
+        ("auto", 'is "auto"'),
+    ],
+)
+def test_an_address_that_is_none_is_named_and_the_rest_is_looked_at(
+    address: str, told: str, run: Run, tmp_path: Path
+) -> None:
+    write_synthetic(tmp_path / "data", TINY.data.synthetic)
+    answer = run("doctor.py", "--data", "data", environment={"RAY_ADDRESS": address})
+    assert answer.returncode == 5
+    lines = answer.stdout.splitlines()
+    (failed,) = [line for line in lines if line.startswith("FAIL")]
+    assert "RAY_ADDRESS" in failed
+    assert told in failed
+    looked_at = [line[6:16].strip() for line in lines if line.startswith("ok")]
+    assert looked_at == ["storage", "disk", "data", "tracking", "runs"]

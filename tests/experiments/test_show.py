@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ from matplotlib.image import imsave
 from cpfean.data.synthetic import write_synthetic
 from cpfean.training.evaluation import evaluate
 from cpfean.training.setup import open_checkpoint
-from experiments import command_line, show
 from orchestration.pictures import queries
 from orchestration.pictures.pairs import Panel
+from tests.experiments.conftest import Answer, Run
 from tests.training.conftest import TINY
 from tests.training.tiny import save_untrained, tiny_experiment
-
-Show = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +35,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    home: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Show:
-    """Runs the command; gives its exit code and what it wrote to standard output and error."""
-    # What it sets for its own process would stay in this one.
-    monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
-    monkeypatch.setenv("CPFEAN_CACHE", str(home / "cache"))
-    monkeypatch.chdir(home)
+def called(home: Path, tmp_path: Path, run: Run) -> Run:
+    """Runs the command there; its pictures are the test's own."""
 
-    def call(*words: str) -> tuple[int, str, str]:
-        given = ["show.py", *words, "--output", str(tmp_path / "pictures")]
-        monkeypatch.setattr(sys, "argv", given)
-        with pytest.raises(SystemExit) as stopped:
-            show.main()
-        said = capsys.readouterr()
-        return stopped.value.code, said.out, said.err  # type: ignore[return-value]
+    def call(*words: str) -> Answer:
+        return run("show.py", *words, "--output", str(tmp_path / "pictures"), cwd=home)
 
     return call
 
@@ -77,9 +59,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[Panel]]:
 
 
 def test_a_caption_is_drawn_with_its_image_and_the_best_wrong_one(
-    run: Show, drawn: list[list[Panel]], home: Path, tmp_path: Path
+    called: Run, drawn: list[list[Panel]], home: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run("one", "--caption", "12")
+    code, out, _ = called("one", "--caption", "12")
     assert code == 0
     ((own, wrong),) = drawn
     assert (own.view.caption, own.view.image, own.view.is_match) == (12, 2, True)
@@ -97,9 +79,9 @@ def test_a_caption_is_drawn_with_its_image_and_the_best_wrong_one(
 
 
 def test_an_image_is_drawn_with_its_best_caption_and_the_best_wrong_one(
-    run: Show, drawn: list[list[Panel]], tmp_path: Path
+    called: Run, drawn: list[list[Panel]], tmp_path: Path
 ) -> None:
-    code, _, _ = run("one", "--image", "test-000004")
+    code, _, _ = called("one", "--image", "test-000004")
     assert code == 0
     ((own, wrong),) = drawn
     assert own.view.image == wrong.view.image == 4
@@ -109,9 +91,9 @@ def test_an_image_is_drawn_with_its_best_caption_and_the_best_wrong_one(
 
 
 def test_without_a_query_some_are_picked_and_named(
-    run: Show, drawn: list[list[Panel]], tmp_path: Path
+    called: Run, drawn: list[list[Panel]], tmp_path: Path
 ) -> None:
-    code, out, _ = run("one", "--count", "3")
+    code, out, _ = called("one", "--count", "3")
     assert code == 0
     lines = out.splitlines()
     assert len(lines) == len(drawn) == len(list((tmp_path / "pictures").glob("caption-*.png"))) == 3
@@ -122,9 +104,9 @@ def test_without_a_query_some_are_picked_and_named(
 
 
 def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
-    run: Show, drawn: list[list[Panel]], home: Path, tmp_path: Path
+    called: Run, drawn: list[list[Panel]], home: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run("one", "--against", "two", "--count", "2")
+    code, out, _ = called("one", "--against", "two", "--count", "2")
     assert code == 0
     with (tmp_path / "pictures" / "ranks.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -179,27 +161,27 @@ def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
 
 
 def test_a_model_without_gates_can_be_compared_and_leaves_its_panel_out(
-    run: Show, drawn: list[list[Panel]], tmp_path: Path
+    called: Run, drawn: list[list[Panel]], tmp_path: Path
 ) -> None:
-    code, _, _ = run("pooled", "--against", "one", "--count", "1")
+    code, _, _ = called("pooled", "--against", "one", "--count", "1")
     assert code == 0
     assert [panel.title.split(":")[0] for panels in drawn for panel in panels] == ["by one"] * len(
         drawn
     )
     drawn.clear()
-    code, out, _ = run("pooled", "--against", "pooled")
+    code, out, _ = called("pooled", "--against", "pooled")
     assert code == 0
     assert "neither model has gates" in out
     assert not drawn
 
 
 def test_photographs_are_found_by_the_images_names(
-    run: Show, drawn: list[list[Panel]], home: Path, tmp_path: Path
+    called: Run, drawn: list[list[Panel]], home: Path, tmp_path: Path
 ) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     imsave(photos / "test-000002.png", np.zeros((4, 6, 3)))
-    code, out, _ = run("one", "--caption", "12", "--photos", str(photos))
+    code, out, _ = called("one", "--caption", "12", "--photos", str(photos))
     assert code == 0
     assert "1 of 6 images" in out
     ((own, wrong),) = drawn
@@ -224,8 +206,8 @@ def test_photographs_are_found_by_the_images_names(
         ("one --data nowhere", 3, "nowhere"),
     ],
 )
-def test_a_mistake_is_refused_in_a_line(run: Show, words: str, code: int, said: str) -> None:
-    stopped, _, error = run(*words.split(" "))
+def test_a_mistake_is_refused_in_a_line(called: Run, words: str, code: int, said: str) -> None:
+    stopped, _, error = called(*words.split(" "))
     assert stopped == code
     assert said in error
     assert "Traceback" not in error
