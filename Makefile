@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install sweep test lint moto clean
+.PHONY: help install sweep test test-all lint moto clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':|  ## ' '{printf "  make %-9s%s\n", $$1, $$NF}'
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':|  ## ' '{printf "  make %-9s%s\n", $$1, $$NF}'
 	@echo
 	@echo '  ARGS="..." hands options on: make sweep ARGS="--help", make test ARGS="-m '"'not slow'"'"'
 	@echo '  PYTHON=python3.12 picks the interpreter that .venv is made with.'
@@ -23,8 +23,14 @@ install: $(STAMP)  ## Make .venv and install the tested versions (once; again wh
 sweep: $(STAMP)  ## Search the model's settings on the built-in data and record the trials in MLflow
 	$(BIN)/python experiments/sweep.py $(ARGS)
 
-test: $(STAMP)  ## Run the whole test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+# Two files at a time, those that take longest first, as tests/conftest.py sorts them.
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP)  ## Run the tests, without what takes long beside quicker tests of the same
+	$(TEST) $(ARGS)
+
+test-all: $(STAMP)  ## Run all tests but the drills, as continuous integration does
+	$(TEST) --long $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .

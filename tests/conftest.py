@@ -8,6 +8,7 @@ out: their own messages are what users see.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,16 +52,31 @@ def where(tmp_path: Path) -> Settings:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--long", action="store_true", help="run what takes long too, as `make test-all` does"
+    )
+    parser.addoption(
         "--drill",
         action="store_true",
         help="run the drills too: long fault tests on a cluster of hosts or on many sweeps",
     )
 
 
+_LEFT_OUT = {
+    "drill": "a drill takes minutes; run it with --drill",
+    "long": "takes long, beside quicker tests of the same; make test-all runs it",
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--drill"):
-        return
-    skipped = pytest.mark.skip(reason="a drill takes minutes; run it with --drill")
     for item in items:
-        if item.get_closest_marker("drill"):
-            item.add_marker(skipped)
+        for name, reason in _LEFT_OUT.items():
+            if item.get_closest_marker(name) and not config.getoption(f"--{name}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    # Files are handed out whole, in this order: those that take longest first, so that the quick
+    # ones fill the gaps at the end.
+    weights = Counter(item.path for item in items if _takes_time(item))
+    items.sort(key=lambda item: -weights[item.path])
+
+
+def _takes_time(item: pytest.Item) -> bool:
+    return bool(item.get_closest_marker("slow")) and not item.get_closest_marker("skip")

@@ -394,6 +394,7 @@ END
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_head_started_by_the_file_answers_nobody_without_the_token(tmp_path: Path) -> None:
     """In namespaces of its own, where it meets no other Ray and ends with the test."""
     apart = ["unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]

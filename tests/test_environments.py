@@ -107,7 +107,7 @@ class Row:
         says: texts that are printed.
         trains: a training comes to the same as in an ordinary place.
         lists: so many findings, as JSON.
-        slow: it is one of many that train, or needs Ray.
+        long: it is one of many that train, or needs Ray.
     """
 
     place: str
@@ -116,7 +116,7 @@ class Row:
     says: tuple[str, ...] = ()
     trains: bool = False
     lists: int = 0
-    slow: bool = False
+    long: bool = False
 
 
 TRAIN = "train.py --data {data} --config {tiny} --epochs 1 --output {out}/runs --name a"
@@ -131,9 +131,9 @@ ROWS = [
         for place in ("no home", "home is /", "home is nowhere", "home of somebody else")
     ),
     Row(place="no home", command=TRAIN, trains=True, says=("CPFEAN_CACHE names another",)),
-    Row(place="no home, own cache", command=TRAIN, trains=True, slow=True),
+    Row(place="no home, own cache", command=TRAIN, trains=True, long=True),
     Row(
-        place="no place for a cache", command=TRAIN, trains=True, says=("CPFEAN_CACHE",), slow=True
+        place="no place for a cache", command=TRAIN, trains=True, says=("CPFEAN_CACHE",), long=True
     ),
     Row(
         place="no place for a cache",
@@ -160,9 +160,9 @@ ROWS = [
         command=TRAIN,
         trains=True,
         says=("CPFEAN_CACHE names another",),
-        slow=True,
+        long=True,
     ),
-    Row(place="checkout read-only", command=TRAIN, trains=True, slow=True),
+    Row(place="checkout read-only", command=TRAIN, trains=True, long=True),
     *(
         Row(place=place, command=FAULTY, code=3, says=("[bad-text]",))
         for place in ("ASCII", "Latin 1", "Windows 1252", "C", "C, not UTF-8", "ordinary")
@@ -172,7 +172,7 @@ ROWS = [
         for place in ("ASCII", "Latin 1", "Windows 1252", "C", "C, not UTF-8")
     ),
     Row(place="ASCII", command=ODDLY, trains=True),
-    Row(place="C", command=ODDLY, trains=True, slow=True),
+    Row(place="C", command=ODDLY, trains=True, long=True),
     Row(place="C, not UTF-8", command=ODDLY, code=2, says=("PYTHONUTF8=1", "--data")),
     Row(place="reader has gone", command=FAULTY, code=3),
     Row(place="reader has gone", command="validate.py --help"),
@@ -180,18 +180,11 @@ ROWS = [
     Row(place="reader has gone", command=TRAIN, trains=True),
     Row(place="no output", command=FAULTY, code=3),
     Row(place="no output", command="validate.py --no-such-flag", code=2),
-    Row(place="no output", command=TRAIN, trains=True, slow=True),
+    Row(place="no output", command=TRAIN, trains=True, long=True),
     Row(place="no temporary files", command=DOCTOR, says=("ok    tracking",)),
     # with Ray: what its processes need of a user
-    Row(place="no home", command=SWEEP, trains=True, slow=True),
+    Row(place="no home", command=SWEEP, trains=True, long=True),
 ]
-ADDRESSES = {
-    # RAY_ADDRESS, and what doctor.py says of it while it looks at the rest
-    "http://127.0.0.1:8265": "job server",
-    "ray://127.0.0.1:10001": "client server",
-    "127.0.0.1": "127.0.0.1:6379",
-    "auto": 'is "auto"',
-}
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +280,9 @@ def identity(row: Row) -> str:
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=identity(row), marks=[pytest.mark.slow] if row.slow else [])
+        pytest.param(
+            row, id=identity(row), marks=[pytest.mark.slow, pytest.mark.long] if row.long else []
+        )
         for row in ROWS
     ],
 )
@@ -323,24 +318,8 @@ def ordinary_rsum(files: dict[str, Path], out: Path) -> float:
     return _ORDINARY[files["data"]]
 
 
-@pytest.mark.parametrize("address", ADDRESSES)
-def test_the_doctor_names_an_address_that_is_none_and_looks_at_the_rest(
-    address: str, files: dict[str, Path], out: Path
-) -> None:
-    named = names(files, out)
-    place = Place(environment=("HOME={out}", f"RAY_ADDRESS={address}"))
-    answer = run(place, DOCTOR.removesuffix(" --address local").split(" "), named)
-    lines = answer.stdout.decode().splitlines()
-    assert answer.returncode == 5
-    (failed,) = [line for line in lines if line.startswith("FAIL")]
-    assert "RAY_ADDRESS" in failed
-    assert ADDRESSES[address] in failed
-    assert [line[6:16].strip() for line in lines if line.startswith("ok")] == [
-        *("storage", "disk", "data", "tracking", "runs")
-    ]
-
-
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["64m", "1m"])
 def test_a_sweep_runs_with_the_shared_memory_of_a_container(
     size: str, files: dict[str, Path], out: Path

@@ -27,6 +27,7 @@ TRIALS = (
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_pages_show_every_trial_with_its_rsum(tmp_path: Path) -> None:
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs Chromium and its driver")

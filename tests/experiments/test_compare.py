@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.experiments.conftest import Run
 from tests.experiments.test_command_line import ROOT, call
 from tests.orchestration.samples import TINY
 
@@ -24,19 +25,21 @@ def table(folder: Path) -> str:
     return (folder / "report" / "table.md").read_text()
 
 
-def test_the_same_command_twice_gives_the_same_table_and_trains_nothing_again(tiny: Path) -> None:
+def test_the_same_command_twice_gives_the_same_table_and_trains_nothing_again(
+    run: Run, tiny: Path
+) -> None:
     command = ["--config", "tiny.toml", "--in-process", *CHOICE]
-    first = call("compare.py", *command, "--name", "first", cwd=tiny)
+    first = run("compare.py", *command, "--name", "first")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("epoch 1/1") == 2 * 2 + 2 * 2
     assert "| **full** | 2 |" in first.stdout
-    second = call("compare.py", *command, "--name", "second", cwd=tiny)
+    second = run("compare.py", *command, "--name", "second")
     assert second.returncode == 0, second.stderr
     assert "epoch 1/1" not in second.stdout
     assert table(tiny / "runs/second") == table(tiny / "runs/first")
 
 
-def test_results_of_two_machines_merge_and_one_of_them_has_only_torch(tiny: Path) -> None:
+def test_results_of_two_machines_merge_and_one_of_them_has_only_torch(run: Run, tiny: Path) -> None:
     (tiny / "bare.py").write_text(
         "import runpy, sys\n"
         "for name in ('ray', 'optuna', 'mlflow', 'pyarrow'): sys.modules[name] = None\n"
@@ -50,9 +53,7 @@ def test_results_of_two_machines_merge_and_one_of_them_has_only_torch(tiny: Path
     assert "MLflow is not installed" in bare.stdout
 
     shutil.copytree(tiny / "there/results", tiny / "here/results")
-    both = call(
-        "compare.py", *options, "--methods", "full", *_as_it_stands("scan", "here"), cwd=tiny
-    )
+    both = run("compare.py", *options, "--methods", "full", *_as_it_stands("scan", "here"))
     assert both.returncode == 0, both.stderr
     assert "full/seed-1: run" in both.stdout
     assert "scan/seed-1: run" not in both.stdout
@@ -66,6 +67,7 @@ def _as_it_stands(method: str, output: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_on_ray_the_runs_come_to_what_they_come_to_here(tiny: Path) -> None:
     options = ["--config", "tiny.toml", "--seeds", "1", "--methods", "full"]

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ServiceError
 from experiments import doctor as command
 from orchestration.cluster.capacity import Cluster
 from orchestration.cluster.versions import Answer, versions
 from orchestration.settings import Settings
+from tests.experiments.conftest import Run
 from tests.orchestration.cluster.test_doctor import begin
+from tests.orchestration.samples import TINY
 from tests.orchestration.tracking_store import new_store
 
 Connect = Callable[[Settings], Cluster]
@@ -158,3 +161,26 @@ def test_each_line_turns_red_alone(
     assert red == {name} | fault.follows, lines
     assert fault.says in lines[name]
     assert code == 5
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://127.0.0.1:8265", "job server"),
+        ("ray://127.0.0.1:10001", "client server"),
+        ("127.0.0.1", "127.0.0.1:6379"),
+        ("auto", 'is "auto"'),
+    ],
+)
+def test_an_address_that_is_none_is_named_and_the_rest_is_looked_at(
+    address: str, told: str, run: Run, tmp_path: Path
+) -> None:
+    write_synthetic(tmp_path / "data", TINY.data.synthetic)
+    answer = run("doctor.py", "--data", "data", environment={"RAY_ADDRESS": address})
+    assert answer.returncode == 5
+    lines = answer.stdout.splitlines()
+    (failed,) = [line for line in lines if line.startswith("FAIL")]
+    assert "RAY_ADDRESS" in failed
+    assert told in failed
+    looked_at = [line[6:16].strip() for line in lines if line.startswith("ok")]
+    assert looked_at == ["storage", "disk", "data", "tracking", "runs"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments import command_line
-from tests.experiments.test_command_line import ROOT, call
+from tests.experiments.conftest import Run
+from tests.experiments.test_command_line import ROOT
 
 SCRIPTS = sorted(
     path.stem
@@ -123,7 +124,7 @@ def test_a_folder_that_is_a_file_is_refused(
     ids=lambda given: ascii(given)[:60],
 )
 def test_what_is_typed_is_refused_before_anything_is_made(
-    words: list[str], said: str, tmp_path: Path
+    words: list[str | bytes], said: str, run: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "a-folder.toml").mkdir()
     os.mkfifo(tmp_path / "pipe.toml")
@@ -131,7 +132,7 @@ def test_what_is_typed_is_refused_before_anything_is_made(
     (tmp_path / "binary.toml").write_bytes(bytes(range(256)))
     (tmp_path / "deep.toml").write_text("a = " + "[" * 3000 + "]" * 3000)
     (tmp_path / "nowhere.toml").symlink_to(tmp_path / "nothing")
-    answer = call("train.py", *words, cwd=tmp_path)
+    answer = run("train.py", *words)
     assert answer.returncode == 2, answer.stderr
     assert said in answer.stderr
     assert "Traceback" not in answer.stderr

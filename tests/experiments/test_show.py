@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,9 @@ from cpfean.analysis.pictures.sheet import PANEL
 from cpfean.data.synthetic import write_synthetic
 from cpfean.training.evaluation import evaluate
 from cpfean.training.setup import open_checkpoint
-from experiments import command_line, show
+from tests.experiments.conftest import Answer, Run
 from tests.training.conftest import TINY
 from tests.training.tiny import save_untrained, tiny_experiment
-
-Show = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +33,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    home: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Show:
-    """Runs the command; gives its exit code and what it wrote to standard output and error."""
-    # What it sets for its own process would stay in this one.
-    monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
-    monkeypatch.setenv("CPFEAN_CACHE", str(home / "cache"))
-    monkeypatch.chdir(home)
+def called(home: Path, tmp_path: Path, run: Run) -> Run:
+    """Runs the command there; its pictures are the test's own."""
 
-    def call(*words: str) -> tuple[int, str, str]:
-        given = ["show.py", *words, "--output", str(tmp_path / "pictures")]
-        monkeypatch.setattr(sys, "argv", given)
-        with pytest.raises(SystemExit) as stopped:
-            show.main()
-        said = capsys.readouterr()
-        return stopped.value.code, said.out, said.err  # type: ignore[return-value]
+    def call(*words: str) -> Answer:
+        return run("show.py", *words, "--output", str(tmp_path / "pictures"), cwd=home)
 
     return call
 
@@ -70,8 +52,8 @@ def panels_in(file: Path) -> int:
     return round(imread(file).shape[1] / (100 * PANEL))
 
 
-def test_a_caption_is_drawn_and_said(run: Show, home: Path, tmp_path: Path) -> None:
-    code, out, _ = run("one", "--caption", "12")
+def test_a_caption_is_drawn_and_said(called: Run, home: Path, tmp_path: Path) -> None:
+    code, out, _ = called("one", "--caption", "12")
     assert code == 0
     captions = (home / "data" / "test_caps.txt").read_text().split("\n")
     assert captions[12] in out
@@ -80,14 +62,14 @@ def test_a_caption_is_drawn_and_said(run: Show, home: Path, tmp_path: Path) -> N
     assert file.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_an_image_is_drawn(run: Show, tmp_path: Path) -> None:
-    code, _, _ = run("one", "--image", "test-000004")
+def test_an_image_is_drawn(called: Run, tmp_path: Path) -> None:
+    code, _, _ = called("one", "--image", "test-000004")
     assert code == 0
     assert (tmp_path / "pictures" / "image-test-000004.png").exists()
 
 
-def test_without_a_query_some_are_picked_and_named(run: Show, tmp_path: Path) -> None:
-    code, out, _ = run("one", "--count", "3")
+def test_without_a_query_some_are_picked_and_named(called: Run, tmp_path: Path) -> None:
+    code, out, _ = called("one", "--count", "3")
     assert code == 0
     lines = out.splitlines()
     files = {str(file) for file in (tmp_path / "pictures").glob("caption-*.png")}
@@ -99,9 +81,9 @@ def test_without_a_query_some_are_picked_and_named(run: Show, tmp_path: Path) ->
 
 
 def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
-    run: Show, home: Path, tmp_path: Path
+    called: Run, home: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run("one", "--against", "two", "--count", "2")
+    code, out, _ = called("one", "--against", "two", "--count", "2")
     assert code == 0
     with (tmp_path / "pictures" / "ranks.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -157,29 +139,29 @@ def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
 
 
 def test_a_model_without_gates_can_be_compared_and_leaves_its_panel_out(
-    run: Show, tmp_path: Path
+    called: Run, tmp_path: Path
 ) -> None:
-    code, _, _ = run("pooled", "--against", "one", "--count", "1")
+    code, _, _ = called("pooled", "--against", "one", "--count", "1")
     assert code == 0
     files = changed(tmp_path)
     assert files
     assert all(panels_in(file) == 1 for file in files)
     for file in files:
         file.unlink()
-    code, out, _ = run("pooled", "--against", "pooled")
+    code, out, _ = called("pooled", "--against", "pooled")
     assert code == 0
     assert "neither model has gates" in out
     assert not changed(tmp_path)
 
 
-def test_photographs_are_counted_and_drawn(run: Show, tmp_path: Path) -> None:
-    run("one", "--caption", "12")
+def test_photographs_are_counted_and_drawn(called: Run, tmp_path: Path) -> None:
+    called("one", "--caption", "12")
     file = tmp_path / "pictures" / "caption-00012.png"
     plain = file.read_bytes()
     photos = tmp_path / "photos"
     photos.mkdir()
     imsave(photos / "test-000002.png", np.zeros((4, 6, 3)))
-    code, out, _ = run("one", "--caption", "12", "--photos", str(photos))
+    code, out, _ = called("one", "--caption", "12", "--photos", str(photos))
     assert code == 0
     assert "1 of 6 images" in out
     assert file.read_bytes() != plain
@@ -202,8 +184,8 @@ def test_photographs_are_counted_and_drawn(run: Show, tmp_path: Path) -> None:
         ("one --data nowhere", 3, "nowhere"),
     ],
 )
-def test_a_mistake_is_refused_in_a_line(run: Show, words: str, code: int, said: str) -> None:
-    stopped, _, error = run(*words.split(" "))
+def test_a_mistake_is_refused_in_a_line(called: Run, words: str, code: int, said: str) -> None:
+    stopped, _, error = called(*words.split(" "))
     assert stopped == code
     assert said in error
     assert "Traceback" not in error

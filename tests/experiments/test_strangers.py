@@ -15,12 +15,11 @@ import pytest
 from mlflow import MlflowClient
 
 from cpfean.data.sources import resolve_data
+from tests.experiments.conftest import Run
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = 6  # of killed commands
-
-pytestmark = pytest.mark.slow
+ROUNDS, QUICK = 6, 2  # of killed commands: in all, and of them those that are always run
 
 # Files of somebody else where ours would be looked for: names that ours have, had, or could have.
 STRANGERS = (
@@ -96,8 +95,8 @@ def theirs(desk: Path) -> dict[str, str]:
     return found | {"thesis": str(rows)}
 
 
-def command(desk: Path, words: list[str], *, folder: str = ".") -> subprocess.Popen[str]:
-    """A command of ours, started in a folder of the desk."""
+def command(desk: Path, words: list[str]) -> subprocess.Popen[str]:
+    """A command of ours, started at the desk."""
     script, *rest = words
     environment = {
         **os.environ,
@@ -107,7 +106,7 @@ def command(desk: Path, words: list[str], *, folder: str = ".") -> subprocess.Po
     }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / script), *rest],
-        cwd=desk / folder,
+        cwd=desk,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -119,7 +118,7 @@ def command(desk: Path, words: list[str], *, folder: str = ".") -> subprocess.Po
 TRAIN = ["train.py", "--config", "tiny.toml", "--address", "local"]
 
 
-def test_no_command_touches_what_is_not_ours(desk: Path) -> None:
+def test_no_command_touches_what_is_not_ours(run: Run, desk: Path) -> None:
     before = theirs(desk)
     asked: list[tuple[list[str], str, set[int]]] = [
         ([*TRAIN, "--name", "a"], ".", {0}),
@@ -137,15 +136,22 @@ def test_no_command_touches_what_is_not_ours(desk: Path) -> None:
         ([*TRAIN, "--resume", "--name", "other"], ".", {2}),
         ([*TRAIN, "--resume"], ".", {2}),
     ]  # fmt: skip
+    cache = {"CPFEAN_CACHE": str(desk / "cache")}
     for words, folder, codes in asked:
-        process = command(desk, words, folder=folder)
-        said, _ = process.communicate(timeout=300)
-        assert "Traceback" not in said, said
-        assert process.returncode in codes, (words, said)
+        answer = run(*words, cwd=desk / folder, environment=cache)
+        assert "Traceback" not in answer.stdout + answer.stderr
+        assert answer.returncode in codes, (words, answer)
         assert theirs(desk) == before, words
 
 
-@pytest.mark.parametrize("seed", range(ROUNDS))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=[pytest.mark.long] if seed >= QUICK else [])
+        for seed in range(ROUNDS)
+    ],
+)
 def test_nor_does_one_that_is_killed_or_the_one_after_it(desk: Path, seed: int) -> None:
     before = theirs(desk)
     draw = random.Random(seed)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from torch import Tensor
 
 from cpfean.data.synthetic import write_synthetic
-from experiments import command_line, evaluate, show, train, validate
+from tests.experiments.conftest import Run
 from tests.model.encoders import (
     NESTED,
     Damage,
@@ -29,7 +27,7 @@ from tests.model.encoders import (
 from tests.training.conftest import TINY
 from tests.training.tiny import save_untrained, tiny_experiment
 
-Run = Callable[..., tuple[int, str]]
+Called = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +43,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command; gives its exit code and what it said."""
-    monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
-    monkeypatch.setenv("CPFEAN_CACHE", str(home / "cache"))
+def called(home: Path, run: Run) -> Called:
+    """Runs a command there; gives its exit code and what it said."""
 
-    def call(script: ModuleType, *words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__.rpartition('.')[2]}.py", *words])
-        with pytest.raises(SystemExit) as stopped:
-            script.main()
-        said = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, said.out + said.err
+    def call(script: str, *words: str) -> tuple[int, str]:
+        answer = run(script, *words, cwd=home)
+        return answer.returncode, answer.stdout + answer.stderr
 
     return call
 
@@ -76,7 +68,7 @@ def not_finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v / 0 if v.is_floating_point() else v for k, v in tensors.items()}
 
 
-@pytest.mark.parametrize("script", [evaluate, show])
+@pytest.mark.parametrize("script", ["evaluate.py", "show.py"])
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -92,11 +84,11 @@ def not_finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_a_model_that_does_not_do_is_refused(
-    script: ModuleType, damage: Damage, told: str, run: Run, home: Path, tmp_path: Path
+    script: str, damage: Damage, told: str, called: Called, home: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(home / "model", tmp_path / "model"))
     damage(model)
-    code, said = run(script, str(model), "--data", str(home / "data"))
+    code, said = called(script, str(model), "--data", str(home / "data"))
     assert (code, "Traceback" in said) == (5, False)
     assert told in said
 
@@ -111,11 +103,11 @@ def test_a_model_that_does_not_do_is_refused(
     ],
 )
 def test_an_encoder_that_does_not_do_is_refused_before_a_run_is_begun(
-    damage: Damage, told: str, run: Run, home: Path, tmp_path: Path
+    damage: Damage, told: str, called: Called, home: Path, tmp_path: Path
 ) -> None:
     encoder = Path(shutil.copytree(home / "bert", tmp_path / "bert"))
     damage(encoder)
-    code, said = run(train, *begun(home, tmp_path, home / "data", encoder=encoder))
+    code, said = called("train.py", *begun(home, tmp_path, home / "data", encoder=encoder))
     assert (code, "Traceback" in said) == (2, False)
     assert told in said
     assert not (tmp_path / "runs").exists()
@@ -123,42 +115,42 @@ def test_an_encoder_that_does_not_do_is_refused_before_a_run_is_begun(
 
 @pytest.mark.parametrize("max_tokens", [64, 65])
 def test_an_encoder_has_to_have_a_place_for_every_piece(
-    max_tokens: int, run: Run, home: Path, tmp_path: Path
+    max_tokens: int, called: Called, home: Path, tmp_path: Path
 ) -> None:
     words = begun(home, tmp_path, home / "data", encoder=home / "bert")
-    code, said = run(train, *words, "--set", f"data.max_tokens={max_tokens}", "--dry-run")
+    code, said = called("train.py", *words, "--set", f"data.max_tokens={max_tokens}", "--dry-run")
     assert code == (0 if max_tokens == 64 else 2)
     assert ("has places for 64" in said) == (max_tokens == 65)
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_captions_of_another_script_are_refused_before_a_run_is_begun(
-    split: str, run: Run, home: Path, tmp_path: Path
+    split: str, called: Called, home: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(home / "data", tmp_path / "data"))
     captions = data / f"{split}_caps.txt"
     foreign = "\u0441\u043e\u0431\u0430\u043a\u0430\n" * len(captions.read_text().splitlines())
     captions.write_text(foreign, encoding="utf-8")
-    code, said = run(train, *begun(home, tmp_path, data))
+    code, said = called("train.py", *begun(home, tmp_path, data))
     assert (code, "Traceback" in said) == (3, False)
     assert f"{split}: the vocabulary knows no word of 30 of 30 captions (100 %)" in said
     assert not (tmp_path / "runs").exists()
-    code, said = run(evaluate, str(home / "model"), "--data", str(data), "--split", split)
+    code, said = called("evaluate.py", str(home / "model"), "--data", str(data), "--split", split)
     assert (code, "Traceback" in said) == (3, False)
     assert "another language" in said
-    code, said = run(validate, str(data))
+    code, said = called("validate.py", str(data))
     assert code == 0  # a pretrained encoder may know them
     assert f"{split}: the vocabulary knows no word of 30 of 30" in said
 
 
 def test_very_long_captions_are_trained_on(
-    run: Run, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    called: Called, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = Path(shutil.copytree(home / "data", tmp_path / "data"))
     lines = (data / "train_caps.txt").read_text(encoding="utf-8").splitlines()
     lines[0], lines[7] = "a" * 900_000, "a dog " * 150_000
     (data / "train_caps.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    code, said = run(train, *begun(home, tmp_path, data))
+    code, said = called("train.py", *begun(home, tmp_path, data))
     assert code == 0, said
     assert "1 of 80 captions were cut to 64 pieces" in caplog.text
     assert "knows no word of 1 of 80 captions (1.25 %): line 1 'aaa" in caplog.text

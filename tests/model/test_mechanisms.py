@@ -48,7 +48,7 @@ def test_the_prominent_word_of_a_region_is_the_one_that_names_it(measured: Measu
     assert measured("clear", 0).word_accuracy > 0.75
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_priors_help_and_more_so_where_features_are_noisy(measured: Measured) -> None:
     effects = PriorEffects(lambda name: measured(name, 0).rsum)
     # Six seeds: 84 to 121, and 91 to 169 more.
@@ -56,7 +56,7 @@ def test_priors_help_and_more_so_where_features_are_noisy(measured: Measured) ->
     assert effects.gain_noisy > effects.gain_clear + 40
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wrong_labels_hurt_less_where_their_confidence_is_known(measured: Measured) -> None:
     # Six seeds: less by 7 to 66, 37 in the mean, of about 190; hence two of them.
     effects = [PriorEffects(lambda name, seed=seed: measured(name, seed).rsum) for seed in (0, 1)]
