@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from orchestration.runners.guard import Guarded
 
 from cpfean.writing import cannot_write, is_disk_error
 from orchestration.settings import ServiceError
 from orchestration.study.records import RunFolder
 from tests.faults import small_disk
 from tests.orchestration.samples import record
-from tests.orchestration.study.test_study import begin, report, study
+from tests.orchestration.study.scripted import Driven
 
 
 @pytest.fixture
@@ -62,23 +61,22 @@ def test_a_disk_that_is_read_only_is_named(disk: Path, use: Callable[[RunFolder]
 
 
 def test_a_study_whose_disk_is_full_is_stopped_in_good_order(disk: Path) -> None:
-    driven, _ = study(disk)
-    hooks = Guarded(driven, folder=disk, give_up=driven._give_up)
-    number = begin(driven)
-    report(driven, number, 10.0)
+    driven = Driven(disk)
+    number = driven.begin()
+    driven.report(number, 10.0)
     fill(disk)
-    assert not driven.interrupted
-    hooks.reported(number, {"history": record(0, *range(300)).history, "ended": False})
-    assert driven.interrupted
-    assert isinstance(driven.error, ServiceError)
-    assert "disk full" in str(driven.error)
-    assert hooks.next_trial() is None
-    hooks.ended(number, pruned=False)  # Tune still tells what it stops
+    assert not driven.stop.is_asked
+    with driven.stop.errors_of(disk):
+        driven.report(number, *range(300))
+    assert isinstance(driven.stop.error, ServiceError)
+    assert "disk full" in str(driven.stop.error)
+    assert driven.next_trial() is None
+    driven.end(number)  # Tune still tells what it stops
     (disk / "filler").unlink()
-    resumed, said = study(disk)
+    resumed = Driven(disk)
     assert [known.epochs for known in RunFolder(disk / "s").records()] == [1]
-    assert "cut off: trial-000" in said[-1]
-    assert begin(resumed) == number
+    assert "cut off: trial-000" in resumed.said[-1]
+    assert resumed.begin() == number
 
 
 def test_a_defect_is_no_disk_error() -> None:

@@ -27,7 +27,7 @@ from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
 from tests.lab.hosts import wait_until
 from tests.orchestration.runners.test_in_process import plan_of
 from tests.orchestration.samples import TINY, record, run_here
-from tests.orchestration.study.test_study import SPACE
+from tests.orchestration.study.scripted import SPACE
 from tests.orchestration.tracking.tracked import Tracked, named, points, runs, steps, wait_for
 
 pytestmark = pytest.mark.slow
