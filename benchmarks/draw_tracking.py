@@ -29,7 +29,8 @@ from typing import Any
 from urllib.parse import quote
 
 from orchestration.settings import prepare_environment
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 
 FLAGS = (

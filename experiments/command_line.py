@@ -30,7 +30,8 @@ from orchestration.storage.records_copy import fetch_records
 from orchestration.study.budget import Budget, Prices
 from orchestration.study.conclusion import StudyResult, closing_lines
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TUNING, RunFolder
+from orchestration.study.records import TUNING
+from orchestration.study.run_folder import newest_unfinished
 from orchestration.study.stopping import Interrupted
 
 # A setting -> the file that data must have for it to make a difference, and what is in it.
@@ -496,7 +497,7 @@ def run_name(arguments: argparse.Namespace, kind: str, where: Settings) -> str:
         return name
     if arguments.resume:
         kinds = (kind, "tuning") if kind == "comparison" else (kind,)
-        newest = RunFolder.newest_unfinished(
+        newest = newest_unfinished(
             where.output, *kinds, with_failed=arguments.retry_failed, say=say
         )
         name = newest.name.removesuffix(TUNING)

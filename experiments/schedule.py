@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cpfean.analysis.statistics import Change
     from orchestration.schedule.journal import Row
     from orchestration.schedule.rounds import Schedule
-    from orchestration.study.records import RunFolder
+    from orchestration.study.run_folder import RunFolder
 
 CHANGED = 6  # exit code
 
@@ -179,7 +179,7 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
 
 
 def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> int:
-    from orchestration.study.records import RunFolder
+    from orchestration.study.run_folder import RunFolder
 
     name = f"{suite}-{slot}"
     folder = RunFolder(schedule.folder / name)
@@ -207,7 +207,7 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
     from cpfean.writing import write_text
     from orchestration.settings import ServiceError
     from orchestration.study.ablations import seed_runs
-    from orchestration.study.records import RunFolder
+    from orchestration.study.run_folder import RunFolder
     from orchestration.tracking.runs import tag_parent
 
     before = _round_before(folder.path, suite)

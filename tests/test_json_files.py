@@ -15,8 +15,8 @@ from cpfean.writing import write_json
 from orchestration.cluster.doctor import Ill, check_runs
 from orchestration.settings import Settings
 from orchestration.study.budget import SPENT, Meter
-from orchestration.study.records import RunFolder
 from orchestration.study.results import Results
+from orchestration.study.run_folder import RunFolder, newest_unfinished
 from tests.orchestration.samples import TINY, record
 
 DEEP = "[" * 1000 + "]" * 1000
@@ -254,13 +254,13 @@ def test_another_run_is_resumed_beside_one_that_cannot_be_read(tmp_path: Path) -
     (tmp_path / "c" / "trials" / "000" / "record.json").write_text("[]")
     (tmp_path / "c" / "summary.json").write_text("{}")
     said: list[str] = []
-    assert RunFolder.newest_unfinished(tmp_path, "sweep", say=said.append).name == "a"
+    assert newest_unfinished(tmp_path, "sweep", say=said.append).name == "a"
     assert len(said) == 2
     for name in ("b/sweep.json", "c/trials/000/record.json"):
         assert any(line.startswith(f"passed over: {tmp_path / name}: ") for line in said)
     (tmp_path / "a" / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"(?s)nothing to resume.*cannot be read.*b/sweep.json"):
-        RunFolder.newest_unfinished(tmp_path, "sweep")
+        newest_unfinished(tmp_path, "sweep")
 
 
 def test_the_doctor_names_a_run_that_cannot_be_read_and_closes_nothing(where: Settings) -> None:

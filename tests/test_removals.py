@@ -55,7 +55,7 @@ PLACES = {
     "no other study there",
     "orchestration.storage.records_copy:fetch_records": "a run's folder that is not on this machine",
     "cpfean.analysis.probe_report:write_results": "in a folder of results that `own_folder` has taken",
-    "orchestration.study.records:RunFolder.write": RUN,
+    "orchestration.study.run_folder:RunFolder.write": RUN,
     "cpfean.writing:write_json": "a file that is ours by its folder: see who calls it",
     "cpfean.analysis.report:write_report": RUN,
     "orchestration.study.results:Results.keep": "a result, named by a hash of all that it depends on",

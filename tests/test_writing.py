@@ -12,7 +12,7 @@ import pytest
 
 from cpfean.writing import cannot_write, is_disk_error
 from orchestration.settings import ServiceError
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from tests.faults import small_disk
 from tests.orchestration.samples import record
 from tests.orchestration.study.scripted import Driven

@@ -30,7 +30,7 @@ from orchestration.cluster.versions import (
 )
 from orchestration.settings import Settings, token_file
 from orchestration.storage.check_file import check_file, read_check_file
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import all_runs
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def check_runs(
     experiments = list(experiments_of_ours(client, experiment))
     patience = _BEATS * HEARTBEAT_SECONDS
     folders = {}
-    for folder in RunFolder.all_in(settings.output):
+    for folder in all_runs(settings.output):
         try:
             folders[folder.id] = folder
         except RecordError as error:  # for all that is known its study runs

@@ -18,7 +18,7 @@ from typing import Protocol
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.folders import expanded
 from orchestration.storage.check_file import check_file, read_check_file
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 
 _LIBRARIES = ("ray", "torch", "transformers", "numpy", "mlflow", "optuna")
 _NUMBERS = ("python", "torch", "transformers", "numpy", "code")  # what a training comes to

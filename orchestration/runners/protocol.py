@@ -9,7 +9,8 @@ from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Message
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.stopping import Stop
 
 

@@ -23,7 +23,8 @@ from orchestration.settings import ServiceError, Settings
 from orchestration.storage.object_store import Storage
 from orchestration.study.budget import SPENT
 from orchestration.study.follower import GivenUpError, StudyNews
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
 
 _IDENTITY = "sweep.json"
 _FILES = (SPENT, "summary.json", "best_config.toml")

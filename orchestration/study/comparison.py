@@ -25,7 +25,8 @@ from orchestration.settings import Settings
 from orchestration.study.ablations import Ablation, plan_trials, seed_runs
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
-from orchestration.study.records import TUNING, RunFolder, TrialRecord
+from orchestration.study.records import TUNING, TrialRecord
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.study import run_study
 
 

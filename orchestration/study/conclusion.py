@@ -10,22 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
 from cpfean.config import Plain
+from cpfean.errors import message_of
 from cpfean.writing import write_json, write_text
 from orchestration.settings import ServiceError, Settings
 from orchestration.storage.checkpoints import CheckpointFolder
-from orchestration.study.budget import (
-    Meter,
-)
+from orchestration.study.follower import Follower
 from orchestration.study.plan import (
     StudyPlan,
     resume_line,
     with_more,
 )
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
+from orchestration.study.spending import Spending
 from orchestration.tracking.address import is_web, shown
 
 if TYPE_CHECKING:
@@ -59,12 +60,6 @@ class StudyResult:
         return 4 if any(record.state == "failed" for record in self.records) else 0
 
 
-class KeepsFiles(Protocol):
-    """What reports are handed to."""
-
-    def keep_files(self, files: Sequence[Path], record: TrialRecord | None = None) -> None: ...
-
-
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
     """The finished trial with the highest rSum on dev; a stopped one only if none finished."""
     ranked = [record for record in records if math.isfinite(record.best_rsum)]
@@ -75,49 +70,109 @@ def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
 
 def conclude(
     plan: StudyPlan,
+    settings: Settings,
     folder: RunFolder,
     records: tuple[TrialRecord, ...],
-    tracker: KeepsFiles,
-    meter: Meter,
-    *,
-    test: Callable[[TrialRecord], None],
-    used_up: str = "",
+    follower: Follower,
+    spending: Spending,
+    say: Callable[[str], None],
 ) -> StudyResult:
-    """The result of a study whose trials are settled: best trial, reports and summary.
+    """The result of a study whose trials are settled: best trial, its test, reports and summary.
 
     Args:
-        tracker: gets the files of the plan's report.
-        meter: of the study.
-        test: shows a trial the test split; called for the best one, where that is all that is
-            tested.
-        used_up: the limit that kept further trials from being begun.
+        follower: gets what the best trial comes to on the test split, and files.
+        spending: what the study has taken.
+        say: shows the user a line.
     """
     best = best_of(records)
     if best is not None:
         write_text(folder.path / "best_config.toml", best.experiment.to_toml())
         if plan.of_kind.tested == "best":
-            test(best)
+            _test(best, plan, settings, folder, say=say)
+            follower.update(best)
+            if plan.of_kind.has_pictures:
+                follower.keep_files(_pictures(best, plan, settings, folder, say=say), best)
         elif plan.tests_all:
             # The checkpoint of a run that was known already may be on another machine.
             with suppress(ServiceError):
                 keep_model(best, folder.path / "best_model")
     if plan.report is not None:
-        tracker.keep_files(plan.report(records))
+        follower.keep_files(plan.report(records))
     metrics = {} if best is None else best.test
     failed = _failures(records)
-    meter.look()
+    used_up, more = spending.used_up, with_more(plan, spending.meter)
     result = StudyResult(
         folder=folder.path,
         records=records,
         best=best,
         test=metrics,
-        used_up=used_up and f"{used_up}; to go on with twice as much:\n{with_more(plan, meter)}",
+        used_up=used_up and f"{used_up}; to go on with twice as much:\n{more}",
         failed=failed
         and f"{failed}; to run them once more:\n{resume_line(plan, retry_failed=True)}",
-        spent=meter.spent,
+        spent=spending.spent,
     )
     write_json(folder.path / "summary.json", summary(result))
     return result
+
+
+def _test(
+    best: TrialRecord,
+    plan: StudyPlan,
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Shows the best trial the test split, unless that has been done, and keeps its model."""
+    from cpfean.training.setup import default_device, test_split_metrics
+
+    if best.test:
+        return
+    say(f"testing {best.name} ...")
+    best.test = test_split_metrics(
+        keep_model(best, folder.path / "best_model"),
+        best.experiment,
+        data_folder=plan.data_folder,
+        cache_dir=settings.cache_dir,
+        device=default_device(),
+    )
+    folder.write(best)
+
+
+def _pictures(
+    best: TrialRecord,
+    plan: StudyPlan,
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Pictures of what the best model sees, of which a study can do without."""
+    from cpfean.analysis.pictures.queries import draw_study_pictures
+
+    try:
+        return draw_study_pictures(
+            folder.path / "best_model",
+            best.experiment,
+            data_folder=plan.data_folder,
+            cache_dir=settings.cache_dir,
+            output=folder.path / "pictures" / best.name,
+        )
+    # Whatever is wrong with drawing, the result is there and has been tested.
+    except Exception as error:
+        say(f"no pictures of {best.name}: {message_of(error)}")
+        return []
+
+
+def outcome_metrics(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """What settled trials have come to, for the tracker: the tested one, else the best one."""
+    tested = next((record for record in records if record.test), None)
+    best = tested or best_of(records)
+    if best is None:
+        return {}
+    return {"best/val_rsum": best.best_rsum} | {
+        f"test/{name}": value for name, value in best.test.items()
+    }
 
 
 def keep_model(record: TrialRecord, folder: Path) -> Path:

@@ -21,8 +21,9 @@ from orchestration.study.budget import (
     check_disk,
     free_bytes,
 )
-from orchestration.study.records import TUNING, RunFolder, TrialRecord
+from orchestration.study.records import TUNING, TrialRecord
 from orchestration.study.results import Results, encoder_fingerprint
+from orchestration.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     pass

@@ -9,7 +9,7 @@ from orchestration.settings import Settings
 from orchestration.storage.records_copy import RecordsCopy
 from orchestration.study.follower import Follower, Sink
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.mlflow_sink import MlflowSink
 from orchestration.tracking.runs import TrackedRun
 

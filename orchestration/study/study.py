@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from cpfean import commands
-from cpfean.errors import CpfeanError, ServiceError, message_of
+from cpfean.errors import CpfeanError, ServiceError
 from orchestration.cluster.versions import since_start, versions
 from orchestration.runners.messages import (
     Begun,
@@ -28,7 +27,7 @@ from orchestration.runners.messages import (
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
 from orchestration.storage.records_copy import copy_of
-from orchestration.study.conclusion import StudyResult, best_of, conclude, keep_model
+from orchestration.study.conclusion import StudyResult, conclude, outcome_metrics
 from orchestration.study.follower import Follower
 from orchestration.study.plan import (
     StudyPlan,
@@ -38,8 +37,9 @@ from orchestration.study.plan import (
     resume_line,
 )
 from orchestration.study.progress import Progress
-from orchestration.study.records import RunFolder, State, TrialRecord
+from orchestration.study.records import State, TrialRecord
 from orchestration.study.results import encoder_fingerprint
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.sinks import follower_of
 from orchestration.study.spending import Spending
 from orchestration.study.stopping import Interrupted, Stop
@@ -333,15 +333,10 @@ class Study:
         self._team_sizes[record.number] = workers
 
     def _show(self, record: TrialRecord) -> None:
-        row = record.history[-1]
         done, running = len(self._trials.settled), len(self._trials.running)
         eta = self._progress.eta(self._trials.epochs_left)
-        self.say(
-            f"[{done}/{self.plan.trials} done, {running} running, {eta}; {self._spending.spent}] "
-            f"{record.name}  epoch {record.epochs}/{record.experiment.optim.epochs}  "
-            f"rSum {row['val/rsum']:.1f}  best {record.best_rsum:.1f}  "
-            f"loss {row['train/loss']:.4g}  {row['train/seconds']:.0f} s"
-        )
+        of_all = f"{done}/{self.plan.trials} done, {running} running, {eta}"
+        self.say(f"[{of_all}; {self._spending.spent}] {record.name}  {record.newest}")
 
     def _check_all_are_settled(self) -> None:
         left_out = {r.number for r in self._trials.waiting} if self._spending.used_up else set()
@@ -352,58 +347,18 @@ class Study:
         self._trials.export_search()
         return conclude(
             self.plan,
+            self.settings,
             self.folder,
             tuple(self.records),
             self._follower,
-            self._spending.meter,
-            test=self._test,
-            used_up=self._spending.used_up,
+            self._spending,
+            self.say,
         )
-
-    def _test(self, best: TrialRecord) -> None:
-        from cpfean.training.setup import default_device, test_split_metrics
-
-        if not best.test:
-            self.say(f"testing {best.name} ...")
-            best.test = test_split_metrics(
-                keep_model(best, self.folder.path / "best_model"),
-                best.experiment,
-                data_folder=self.plan.data_folder,
-                cache_dir=self.settings.cache_dir,
-                device=default_device(),
-            )
-            self.folder.write(best)
-        self._follower.update(best)
-        if self.plan.of_kind.has_pictures:
-            self._follower.keep_files(self._pictures(best), best)
-
-    def _pictures(self, best: TrialRecord) -> list[Path]:
-        """Pictures of what the best model sees, of which a study can do without."""
-        from cpfean.analysis.pictures.queries import draw_study_pictures
-
-        try:
-            return draw_study_pictures(
-                self.folder.path / "best_model",
-                best.experiment,
-                data_folder=self.plan.data_folder,
-                cache_dir=self.settings.cache_dir,
-                output=self.folder.path / "pictures" / best.name,
-            )
-        # Whatever is wrong with drawing, the result is there and has been tested.
-        except Exception as error:
-            self.say(f"no pictures of {best.name}: {message_of(error)}")
-            return []
 
     def _close(self, outcome: State) -> None:
         self._closing.acquire()  # for good: nothing may be written after it
         self._trials.cut_off_all()
-        metrics: dict[str, float] = {}
-        done = self._trials.settled
-        tested = next((record for record in done if record.test), None)
-        best = tested or best_of(done)
-        if best is not None:
-            metrics["best/val_rsum"] = best.best_rsum
-            metrics |= {f"test/{name}": value for name, value in best.test.items()}
+        metrics = outcome_metrics(self._trials.settled)
         meter = self._spending.meter
         meter.look()
         meter.save()

@@ -19,7 +19,8 @@ from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.baselines import BASELINES
 from orchestration.settings import Settings
-from orchestration.study.records import TUNING, RunFolder
+from orchestration.study.records import TUNING
+from orchestration.study.run_folder import RunFolder
 from tests.experiments.conftest import Run
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY

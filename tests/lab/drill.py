@@ -31,7 +31,8 @@ from typing import Any, Literal, get_args
 
 from orchestration.storage.checkpoint_names import MARKER
 from orchestration.storage.checkpoints import CheckpointFolder
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
 from tests.faults import moto_program, postgres_program
 from tests.lab.hosts import Lab, address, wait_until
 from tests.orchestration.samples import TINY

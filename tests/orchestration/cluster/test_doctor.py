@@ -17,7 +17,7 @@ from orchestration.cluster import doctor
 from orchestration.cluster.doctor import Ill, examine
 from orchestration.cluster.versions import Answer, versions
 from orchestration.settings import ServiceError, Settings
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.runs import HEARTBEAT_TAG, TrackedRun
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import record

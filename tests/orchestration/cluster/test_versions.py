@@ -16,7 +16,7 @@ from orchestration.cluster.versions import (
     versions,
 )
 from orchestration.settings import ServiceError
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("what", ["python", "torch", "transformers", "numpy", "code"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.settings import ENVIRONMENT
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from tests.orchestration.runners.test_sweep import (
     LONGER,
     SHORT,

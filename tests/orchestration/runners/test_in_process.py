@@ -23,7 +23,7 @@ from orchestration.settings import ServiceError, Settings
 from orchestration.study.budget import SPENT
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.stopping import Interrupted
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY, run_here

@@ -20,7 +20,8 @@ import pytest
 from mlflow import MlflowClient
 
 from cpfean.config import ExperimentConfig
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 from tests.faults import actors
 from tests.orchestration.samples import TINY

@@ -22,7 +22,7 @@ from orchestration.storage import object_store as storage
 from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.storage.records_copy import CopyFolder, RecordsCopy, fetch_records
 from orchestration.study.follower import Follower, Pauses
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from tests.faults import Fault, ObjectStore, Proxy
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record

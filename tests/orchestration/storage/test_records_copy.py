@@ -20,7 +20,7 @@ from orchestration.storage.records_copy import CopyFolder, RecordsCopy, fetch_re
 from orchestration.study.budget import SPENT, Budget
 from orchestration.study.follower import Follower, Pauses
 from orchestration.study.plan import StudyPlan, TrialPlan
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.study import run_study
 from orchestration.tracking.stores import open_store
 from tests.lab.hosts import wait_until

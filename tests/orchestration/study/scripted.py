@@ -11,7 +11,8 @@ from orchestration.runners.messages import Ended, Epoch, Failed
 from orchestration.settings import Settings
 from orchestration.study.budget import OTHER, Budget
 from orchestration.study.plan import StudyPlan, TrialPlan
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.stopping import Deadlines, Stop
 from orchestration.study.study import Study
 from tests.orchestration.samples import TINY, history

@@ -25,7 +25,8 @@ from orchestration.study.budget import (
     size,
 )
 from orchestration.study.plan import StudyPlan, check_room_for_checkpoints, meter_of
-from orchestration.study.records import TUNING, RunFolder
+from orchestration.study.records import TUNING
+from orchestration.study.run_folder import RunFolder
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[3]

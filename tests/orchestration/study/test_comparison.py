@@ -34,7 +34,8 @@ from orchestration.study.comparison import (
 )
 from orchestration.study.conclusion import closing_lines
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TUNING, RunFolder
+from orchestration.study.records import TUNING
+from orchestration.study.run_folder import RunFolder, newest_unfinished
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY, record
 
@@ -290,7 +291,7 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
     assert variants == []
     assert "--max-hours 2.5 is used up" in cut.used_up
     assert cut.used_up.endswith("compare.py --resume --max-hours 5.5 --name c")
-    assert RunFolder.newest_unfinished(where.output, "comparison", "tuning").name == "c-tuning"
+    assert newest_unfinished(where.output, "comparison", "tuning").name == "c-tuning"
     parent = runs_of(where, "c-tuning", "parent")[0]
     assert parent.data.tags["cpfean.used_up"].startswith("--max-hours 2.5")
     assert parent.data.metrics["study/hours"] == pytest.approx(3.0, abs=0.1)

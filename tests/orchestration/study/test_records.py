@@ -8,7 +8,8 @@ import pytest
 
 from cpfean.errors import ConfigError
 from orchestration.study.conclusion import table
-from orchestration.study.records import TUNING, RunFolder, TrialRecord, relocated
+from orchestration.study.records import TUNING, TrialRecord, relocated
+from orchestration.study.run_folder import RunFolder, newest_unfinished
 from tests.orchestration.samples import record
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +55,8 @@ def test_of_several_that_start_under_one_name_at_once_one_alone_has_it(tmp_path:
 import os, sys, time
 from pathlib import Path
 from cpfean.errors import ConfigError
-from orchestration.study.records import RunFolder, TrialRecord
+from orchestration.study.records import TrialRecord
+from orchestration.study.run_folder import RunFolder, newest_unfinished
 
 folder, go = RunFolder(Path(sys.argv[1]) / "runs" / "a"), Path(sys.argv[1]) / "go"
 children = []
@@ -138,28 +140,28 @@ def test_a_second_driver_is_kept_out_until_the_first_has_gone(folder: RunFolder)
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run_of_its_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to resume"):
-        RunFolder.newest_unfinished(tmp_path, "sweep")
+        newest_unfinished(tmp_path, "sweep")
     for name, kind in (("a", "sweep"), ("b", "sweep"), ("c", "train")):
         RunFolder(tmp_path / name).create({"kind": kind})
     (tmp_path / "b" / "summary.json").write_text("{}")
-    assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "a"
+    assert newest_unfinished(tmp_path, "sweep").name == "a"
     RunFolder(tmp_path / "b").write(record(0, state="failed", failure="oom"))
-    assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "a"
-    assert RunFolder.newest_unfinished(tmp_path, "sweep", with_failed=True).name == "b"
+    assert newest_unfinished(tmp_path, "sweep").name == "a"
+    assert newest_unfinished(tmp_path, "sweep", with_failed=True).name == "b"
     # Of which the driver was killed before the trial was run once more.
     assert RunFolder(tmp_path / "b").reopen_failed() == 1
-    assert RunFolder.newest_unfinished(tmp_path, "sweep").name == "b"
+    assert newest_unfinished(tmp_path, "sweep").name == "b"
 
 
 def test_a_comparison_is_resumed_after_its_tuning_too(tmp_path: Path) -> None:
     kinds = ("comparison", "tuning")
     RunFolder(tmp_path / f"a{TUNING}").create({"kind": "tuning"})
     (tmp_path / f"a{TUNING}" / "summary.json").write_text("{}")
-    assert RunFolder.newest_unfinished(tmp_path, *kinds).name == f"a{TUNING}"
+    assert newest_unfinished(tmp_path, *kinds).name == f"a{TUNING}"
     RunFolder(tmp_path / "a").create({"kind": "comparison"})
     (tmp_path / "a" / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="nothing to resume"):
-        RunFolder.newest_unfinished(tmp_path, *kinds)
+        newest_unfinished(tmp_path, *kinds)
 
 
 def test_the_table_shows_the_best_trial_first_and_what_each_one_varied() -> None:

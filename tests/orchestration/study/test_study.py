@@ -24,7 +24,7 @@ from orchestration.settings import Settings
 from orchestration.study.budget import SPENT, Budget, Price, Prices
 from orchestration.study.conclusion import StudyResult, best_of, closing_lines, summary
 from orchestration.study.plan import num_open
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder, newest_unfinished
 from orchestration.study.stopping import Deadlines, Interrupted
 from orchestration.study.trials import StudyError
 from tests.orchestration.proposals.spaces import FOUR
@@ -482,7 +482,7 @@ def test_a_budget_that_is_used_up_begins_no_new_trial_and_lets_the_running_ones_
     # The records and the tracker's parent tell of it; `--resume` without a name finds the study.
     summary = json.loads((tmp_path / "s" / "summary.json").read_text(encoding="utf-8"))
     assert summary["used_up"] == result.used_up
-    assert RunFolder.newest_unfinished(tmp_path, "ablations").name == "s"
+    assert newest_unfinished(tmp_path, "ablations").name == "s"
     (_, metrics, tags) = driven.tracker.parent[-1]
     assert metrics["study/hours"] == pytest.approx(0.101)
     assert metrics["study/cost"] == pytest.approx(0.101)
@@ -530,7 +530,7 @@ def test_a_used_up_study_goes_on_with_a_larger_limit_and_counts_what_came_before
     assert tags == {"cpfean.used_up": "no"}
     assert metrics["study/hours"] == pytest.approx(1.4)
     with pytest.raises(CpfeanError, match="nothing to resume"):
-        RunFolder.newest_unfinished(tmp_path, "ablations")
+        newest_unfinished(tmp_path, "ablations")
 
 
 @pytest.mark.parametrize(

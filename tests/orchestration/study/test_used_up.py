@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.study.budget import SPENT
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY
 

@@ -20,7 +20,7 @@ from orchestration.runners.on_ray import OnRay
 from orchestration.settings import ServiceError, Settings
 from orchestration.study.follower import Pauses
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import RunFolder
+from orchestration.study.run_folder import RunFolder
 from orchestration.study.study import run_study
 from orchestration.tracking.stores import open_store
 from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk
