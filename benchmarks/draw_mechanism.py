@@ -25,8 +25,8 @@ from matplotlib.axes import Axes
 
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.synthetic import SyntheticTruth
-from cpfean.model.alignment import Alignment
 from cpfean.model.cpfean import Cpfean
+from cpfean.model.scorers.prominent import Alignment
 from cpfean.training.mechanisms import align_pairs, train_on_synthetic
 from experiments.baselines import SYNTHETIC
 
