@@ -7,10 +7,10 @@ The full model, every ablation and every method that is compared, on random data
 text encoder is frozen and its word vectors are given, as from the cache: it is the same for all and
 left out, but for one line that says what a bert-base would add to a caption.
 
-    multiply-adds   of matrix products alone, as is usual; counted by torch for the encoders, from
-                    the formula in `pair_products` for a pair, as torch does not see into the
-                    compiled kernel. Gram matrices, made once an image and once a caption, are part
-                    of encoding.
+    multiply-adds   of matrix products alone, as is usual; counted by torch. Scores are counted as
+                    the scorer's `forward` makes them, as torch does not see into the compiled
+                    kernel. Gram matrices, made once an image and once a caption, are part of
+                    encoding.
     step            a batch of pairs: encoders, score, hardest negatives, backward, clipping, AdamW
     query           one caption, or one image, is encoded and scored with a gallery that is encoded
                     already
@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ from cpfean.data.split import open_split
 from cpfean.data.tokens import CaptionTokenizer
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
+from cpfean.model.scorers.pairs import every_pair
+from cpfean.model.scorers.scorer import scorer_class
 from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.setup import build_model
@@ -197,14 +200,12 @@ def counts_of(variant: Variant, folder: Path, arguments: argparse.Namespace) -> 
     alignment = model.config.alignment
     image_batch = dataset.image_batch([0])._asdict()
     caption_batch = dataset.caption_batch([caption])._asdict()
-    shapes = {"dim": arguments.dim, "regions": regions}
+    scores = score_products(alignment, dim=arguments.dim, regions=regions, words=words)
     return {
         "weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "image": products(lambda: model.encode_images(**image_batch))
-        + region_gram_products(alignment, **shapes),
-        "caption": products(lambda: model.encode_captions(**caption_batch))
-        + word_gram_products(alignment, dim=arguments.dim, words=words),
-        "pair": pair_products(alignment, words=words, **shapes),
+        "image": products(lambda: model.encode_images(**image_batch)) + scores.image,
+        "caption": products(lambda: model.encode_captions(**caption_batch)) + scores.caption,
+        "pair": scores.pair,
     }
 
 
@@ -219,47 +220,53 @@ def products(call: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2
 
 
-def pair_products(alignment: AlignmentConfig, *, dim: int, regions: int, words: int) -> int:
-    """Multiply-adds of the matrix products for the score of one pair.
+class ScoreProducts(NamedTuple):
+    """Multiply-adds of the matrix products that scores are made of.
 
-        global      D
-        S           R L D
-        |c_k|       L R^2         CPFEAN and cross-attention
-        |d_r|       L^2 R         CPFEAN
-        n_k         L R           with prominent words
-        a round     L^2 R         each after the first; and, if there is any, once
-                    2 L^2 R + L^3 for the contexts of regions that have taken words in
+    Sums and other work on the cosines of a pair are left out, as everywhere in such counts.
 
-    Sums and other work on the R L cosines of a pair are left out, as everywhere in such counts.
+    Attributes:
+        pair: once for each pair.
+        image, caption: once for each image and each caption: Gram matrices, where they are needed.
+    """
+
+    pair: int
+    image: int
+    caption: int
+
+
+def score_products(
+    alignment: AlignmentConfig, *, dim: int, regions: int, words: int
+) -> ScoreProducts:
+    """Counted on one pair, on an image more and on a caption more: n m pair + n image + m caption.
+
+    Args:
+        alignment: names the scorer.
+        dim: width of the joint space.
+        regions, words: of every image, of every caption.
     """
     pooled = dim if alignment.global_weight > 0 else 0
     if alignment.global_weight == 1:
-        return pooled
-    total = pooled + regions * words * dim
-    if alignment.kind == "hard_coding":
-        return total
-    total += words * regions**2
-    if alignment.kind == "cross_attention":
-        return total
-    total += words**2 * regions
-    if alignment.prominence and alignment.fusion:
-        total += words * regions
-    if alignment.rounds > 1:
-        total += (alignment.rounds - 1) * words**2 * regions
-        total += 2 * words**2 * regions + words**3
-    return total
+        return ScoreProducts(pooled, 0, 0)
+    scorer = scorer_class(alignment.kind).from_config(alignment, dim=dim)
 
+    def count(num_images: int, num_captions: int) -> int:
+        images = ImageEmbeddings(
+            torch.rand(num_images, regions, dim),
+            torch.ones(num_images, regions, dtype=torch.bool),
+            torch.rand(num_images, dim),
+            torch.zeros(num_images, regions),
+        )
+        captions = CaptionEmbeddings(
+            torch.rand(num_captions, words, dim),
+            torch.ones(num_captions, words, dtype=torch.bool),
+            torch.rand(num_captions, dim),
+        )
+        return products(lambda: scorer(every_pair(images, captions)))
 
-def region_gram_products(alignment: AlignmentConfig, *, dim: int, regions: int) -> int:
-    """Multiply-adds of K, once an image: all but pooling and hard coding need it."""
-    needed = alignment.global_weight < 1 and alignment.kind != "hard_coding"
-    return regions**2 * dim if needed else 0
-
-
-def word_gram_products(alignment: AlignmentConfig, *, dim: int, words: int) -> int:
-    """Multiply-adds of G, once a caption: CPFEAN alone needs it."""
-    needed = alignment.global_weight < 1 and alignment.kind == "prominent"
-    return words**2 * dim if needed else 0
+    one = count(1, 1)
+    pair = (count(2, 2) - 2 * one) // 2
+    return ScoreProducts(pair + pooled, count(2, 1) - one - pair, count(1, 2) - one - pair)
 
 
 def bert_products(pieces: int) -> int:

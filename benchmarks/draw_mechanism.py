@@ -26,8 +26,8 @@ from matplotlib.axes import Axes
 
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.synthetic import SyntheticTruth
-from cpfean.model.alignment import Alignment
 from cpfean.model.cpfean import Cpfean
+from cpfean.model.scorers.prominent import Alignment
 from experiments.baselines import SYNTHETIC
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:cyan")

@@ -34,8 +34,8 @@ from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import open_split
 from cpfean.data.synthetic import SyntheticTruth, load_truth
-from cpfean.model.alignment import Alignment
 from cpfean.model.cpfean import Cpfean
+from cpfean.model.scorers.prominent import Alignment
 from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.evaluation import evaluate
 from cpfean.training.loop import EpochReport, fit

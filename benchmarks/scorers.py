@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from cpfean.config import AlignmentConfig
-from cpfean.model.alignment import ProminentAlignment
-from cpfean.model.baselines import CrossAttention, HardCoding
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
+from cpfean.model.scorers.cross_attention import CrossAttention
+from cpfean.model.scorers.hard_coding import HardCoding
+from cpfean.model.scorers.prominent import ProminentAlignment
+from cpfean.model.scorers.scorer import Scorer
 from cpfean.model.scoring import local_scores
 
 Score = Callable[[ImageEmbeddings, CaptionEmbeddings], Tensor]
-# The bare product takes as much at a time as the blocks of `cpfean.model.scoring`.
+# The bare product takes as much at a time as the blocks of CPFEAN's kernel.
 _BLOCK_IMAGES, _BLOCK_WORDS = 16, 448
 
 
@@ -108,7 +110,7 @@ def bare_product(images: ImageEmbeddings, captions: CaptionEmbeddings) -> Tensor
     return last
 
 
-def in_bf16(scorer: nn.Module) -> Score:
+def in_bf16(scorer: Scorer) -> Score:
     """The scorer, matrix products made in bfloat16."""
 
     def score(images: ImageEmbeddings, captions: CaptionEmbeddings) -> Tensor:

@@ -18,10 +18,16 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cpfean.errors import ConfigError
 from cpfean.files import read_file
+from cpfean.model.scorers.registry import SCORERS
+
+if TYPE_CHECKING:
+    ScorerName = str
+else:
+    ScorerName = Literal[tuple(SCORERS)]
 
 Plain = bool | int | float | str
 
@@ -223,8 +229,7 @@ class AlignmentConfig(_Part):
     """From fragments to a score; symbols as in docs/model.md, section 4.
 
     Attributes:
-        kind: "prominent" is CPFEAN's own; "cross_attention" is SCAN's text-to-image attention;
-            "hard_coding" is CHAN's best region of each word.
+        kind: the scorer, one of `cpfean.model.scorers.registry`: "prominent" is CPFEAN's own.
         fusion: False sets every gate to 1 and weighs all words alike.
         gate: "soft" (a sigmoid), "hard" (0 or 1, straight-through gradient) or "off".
         gate_threshold: theta0 at the start, a cosine: relevance at which a gate is half open.
@@ -241,7 +246,7 @@ class AlignmentConfig(_Part):
 
     _prefix: typing.ClassVar[str] = "model.alignment"
 
-    kind: Literal["prominent", "cross_attention", "hard_coding"] = "prominent"
+    kind: ScorerName = "prominent"
     fusion: bool = True
     gate: Literal["soft", "hard", "off"] = "soft"
     gate_threshold: float = 0.2
@@ -267,7 +272,7 @@ class AlignmentConfig(_Part):
             "pooling",
             '"mean" where global_weight is 0: nothing is pooled',
         )
-        repeats = self.rounds == 1 or (self.fusion and self.kind == "prominent")
+        repeats = self.rounds == 1 or (self.fusion and SCORERS[self.kind].fuses)
         self._need(
             repeats, "rounds", "1 where fusion is off or replaced: there is nothing to repeat"
         )

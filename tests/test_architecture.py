@@ -59,7 +59,8 @@ ROOMS = {
     "cpfean.analysis": Room(ours=ABOVE_TRAINING | {"cpfean.training"}),
     "cpfean.commands": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.config": Room(
-        ours=frozenset({"cpfean.errors", "cpfean.files"}), only_standard_library=True
+        ours=frozenset({"cpfean.errors", "cpfean.files", "cpfean.model.scorers.registry"}),
+        only_standard_library=True,
     ),
     "cpfean.errors": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.files": Room(ours=frozenset(), only_standard_library=True),
@@ -68,7 +69,8 @@ ROOMS = {
     "cpfean.metrics": Room(ours=FOUNDATION),
     "cpfean.folders": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
     "cpfean.kernels": Room(ours=frozenset({"cpfean.folders"}), never=CLUSTER | {"torch"}),
-    "cpfean.model": Room(ours=FOUNDATION | {"cpfean.kernels"}),
+    "cpfean.model": Room(ours=FOUNDATION | {"cpfean.kernels", "cpfean.model.scorers.registry"}),
+    "cpfean.model.scorers.registry": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.training": Room(ours=ABOVE_TRAINING),
@@ -167,6 +169,8 @@ def test_every_package_of_the_science_has_its_row() -> None:
     [
         ("cpfean.config", "import torch"),
         ("cpfean.config", "from cpfean.data import split"),
+        ("cpfean.config", "from cpfean.model.scorers.scorer import scorer_class"),
+        ("cpfean.model.scorers.registry", "from cpfean.model.scorers.pairs import Pairs"),
         ("cpfean.errors", "from cpfean.config import ExperimentConfig"),
         ("cpfean.errors", "import numpy.linalg"),
         ("cpfean.data.split", "from cpfean.model.cpfean import Cpfean"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from cpfean.config import nearest
 from cpfean.errors import ConfigError, DataError
 from cpfean.metrics.retrieval import QueryRanks, query_ranks
-from cpfean.model.alignment import ProminentAlignment
+from cpfean.model.scorers.prominent import ProminentAlignment
 from cpfean.training.evaluation import score_matrix
 from cpfean.training.setup import TrainedModel
 

@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from cpfean.config import ExperimentConfig, ModelConfig
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.json_files import read_object
-from cpfean.model.alignment import (
-    Alignment,
-    ProminentAlignment,
-    every_pair,
-)
-from cpfean.model.baselines import CrossAttention, GeneralizedPooling, HardCoding
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
 from cpfean.model.image_encoder import ImageEncoder
+from cpfean.model.pooling import POOLINGS
 from cpfean.model.pretrained import config_of, skeleton_of
 from cpfean.model.reasoning import RegionReasoning, WordReasoning
+from cpfean.model.scorers.pairs import every_pair
+from cpfean.model.scorers.prominent import Alignment, ProminentAlignment
+from cpfean.model.scorers.scorer import Scorer, scorer_class
 from cpfean.model.scoring import local_scores
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.model.text_prior import TextPrior
@@ -148,19 +146,12 @@ class Cpfean(nn.Module):
         )
         self.word_reasoning = WordReasoning(config.words, dim=config.dim)
         self.global_weight = config.alignment.global_weight
-        generalized = config.alignment.pooling == "generalized"
-        self.region_pooling = GeneralizedPooling() if generalized else masked_mean
-        self.word_pooling = GeneralizedPooling() if generalized else masked_mean
-        self.scorer: nn.Module | None = None
+        self.region_pooling = POOLINGS[config.alignment.pooling]()
+        self.word_pooling = POOLINGS[config.alignment.pooling]()
+        self.scorer: Scorer | None = None
         if self.global_weight < 1:
-            if config.alignment.kind == "prominent":
-                self.scorer = ProminentAlignment(config.alignment, dim=config.dim)
-            elif config.alignment.kind == "cross_attention":
-                self.scorer = CrossAttention(
-                    inverse_temperature=config.alignment.region_temperature
-                )
-            else:
-                self.scorer = HardCoding(temperature=1 / config.alignment.word_temperature)
+            scorer = scorer_class(config.alignment.kind)
+            self.scorer = scorer.from_config(config.alignment, dim=config.dim)
 
     def encode_images(
         self,
@@ -192,12 +183,9 @@ class Cpfean(nn.Module):
         overlap = None if iou is None else iou.to(dtype)
         mask = self.region_reasoning.keep(region_mask, overlap)
         pooled = unit(self.region_pooling(regions, mask)).to(dtype)
-        thresholds = (
-            self.scorer.thresholds(regions).to(dtype)
-            if isinstance(self.scorer, ProminentAlignment)
-            else regions.new_zeros(regions.shape[:2], dtype=dtype)
-        )
+        thresholds = regions.new_zeros(regions.shape[:2], dtype=dtype)
         if self.scorer is not None:
+            thresholds = self.scorer.thresholds(regions).to(dtype)
             regions = unit(self.region_reasoning(regions, mask, overlap))
         return ImageEmbeddings(regions.to(dtype), mask, pooled, thresholds)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
 from torch import Tensor
 
-from cpfean.model.baselines import GeneralizedPooling
+from cpfean.config import ExperimentConfig, field_types
 from cpfean.model.embeddings import masked_mean
+from cpfean.model.pooling import POOLINGS, GeneralizedPooling
 
 COUNTS = (3, 1, 5, 3)
 DIM = 7
@@ -75,3 +77,8 @@ def test_equal_weights_are_the_mean(pooling: GeneralizedPooling) -> None:
     torch.nn.init.zeros_(pooling.score.weight)
     fragments, mask = sets(3)
     torch.testing.assert_close(pooling(fragments, mask), masked_mean(fragments, mask))
+
+
+def test_there_is_a_pooling_for_every_choice_of_the_configuration() -> None:
+    choices = dict(field_types(ExperimentConfig))["model.alignment.pooling"]
+    assert set(typing.get_args(choices)) == POOLINGS.keys()

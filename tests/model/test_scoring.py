@@ -1,4 +1,4 @@
-"""Scores in blocks, compiled or not, equal those of the alignment itself; so do their gradients."""
+"""Scores in blocks, compiled or not, equal those of the scorer itself; so do their gradients."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpfean.config import AlignmentConfig
-from cpfean.model import scoring
-from cpfean.model.alignment import ProminentAlignment, every_pair
-from cpfean.model.baselines import CrossAttention
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
+from cpfean.model.scorers.pairs import every_pair
+from cpfean.model.scorers.registry import SCORERS
+from cpfean.model.scorers.scorer import Scorer, scorer_class
 from cpfean.model.scoring import local_scores
 
 DIM = 24
-NUM_IMAGES, NUM_REGIONS = 7, 19  # more regions than one vector of either type holds
-NUM_CAPTIONS, NUM_WORDS = 11, 9
+NUM_REGIONS, NUM_WORDS = 19, 9  # more regions than one vector of either type holds
+FEW = (7, 11)  # images and captions
+# More than a block holds: of the kernel, and of what goes through `forward`.
+SEVERAL_BLOCKS, SEVERAL_PLAIN_BLOCKS = (66, 104), (20, 40)
 
 COMPILED = {
     "the default": {},
@@ -32,40 +34,45 @@ COMPILED = {
 }
 
 
-def scorer_of(name: str) -> nn.Module:
-    if name == "cross attention":
-        return CrossAttention(inverse_temperature=9.0)
-    options = {"rounds": 2} if name == "two rounds" else COMPILED[name]
-    return ProminentAlignment(AlignmentConfig(**options), dim=DIM).double()
+OTHERS = [kind.replace("_", " ") for kind in SCORERS if kind != "prominent"]
 
 
-def make_leaves(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def scorer_of(name: str) -> Scorer:
+    if name in OTHERS:
+        config = AlignmentConfig(kind=name.replace(" ", "_"))
+    else:
+        config = AlignmentConfig(**({"rounds": 2} if name == "two rounds" else COMPILED[name]))
+    return scorer_class(config.kind).from_config(config, dim=DIM).double()
+
+
+def make_leaves(
+    seed: int, dtype: torch.dtype = torch.float64, *, sizes: tuple[int, int] = FEW
+) -> list[Tensor]:
     """Unnormalized regions, words and thresholds. A common part makes the cosines positive."""
+    num_images, num_captions = sizes
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(DIM, generator=generator)
-    regions = torch.randn(NUM_IMAGES, NUM_REGIONS, DIM, generator=generator) + common
-    words = torch.randn(NUM_CAPTIONS, NUM_WORDS, DIM, generator=generator) + common
-    thresholds = 0.3 * torch.randn(NUM_IMAGES, NUM_REGIONS, generator=generator) + 0.4
+    regions = torch.randn(num_images, NUM_REGIONS, DIM, generator=generator) + common
+    words = torch.randn(num_captions, NUM_WORDS, DIM, generator=generator) + common
+    thresholds = 0.3 * torch.randn(num_images, NUM_REGIONS, generator=generator) + 0.4
     return [leaf.to(dtype).requires_grad_() for leaf in (regions, words, thresholds)]
 
 
-def masks(*, prefix: bool) -> tuple[Tensor, Tensor]:
-    """Real fragments: at least one of each; words come first, regions may be scattered."""
-    found = []
-    for count, most, seed in ((NUM_IMAGES, NUM_REGIONS, 1), (NUM_CAPTIONS, NUM_WORDS, 2)):
-        generator = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(1, most + 1, (count, 1), generator=generator)
-        lengths[0] = most
-        place = torch.arange(most).expand(count, most)
-        if not prefix and most == NUM_REGIONS:
-            place = torch.rand(count, most, generator=generator).argsort(dim=1)
-        found.append(place < lengths)
-    return found[0], found[1]
+def mask_of(count: int, most: int, *, seed: int, prefix: bool) -> Tensor:
+    """Real fragments, at least one each; the first ones, or scattered."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, most + 1, (count, 1), generator=generator)
+    lengths[0] = most
+    place = torch.arange(most).expand(count, most)
+    if not prefix:
+        place = torch.rand(count, most, generator=generator).argsort(dim=1)
+    return place < lengths
 
 
 def embed(leaves: list[Tensor], *, prefix: bool) -> tuple[ImageEmbeddings, CaptionEmbeddings]:
     regions, words, thresholds = leaves
-    region_mask, word_mask = masks(prefix=prefix)
+    region_mask = mask_of(len(regions), NUM_REGIONS, seed=1, prefix=prefix)
+    word_mask = mask_of(len(words), NUM_WORDS, seed=2, prefix=True)
     images = ImageEmbeddings(
         unit(regions), region_mask, unit(masked_mean(regions, region_mask)), thresholds
     )
@@ -83,26 +90,17 @@ def gradients(scores: Tensor, leaves: list[Tensor], *, share: float) -> list[Ten
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
 
-def learned(scorer: nn.Module) -> list[Tensor]:
+def learned(scorer: Scorer) -> list[Tensor]:
     """The scorer's own, without what makes the thresholds, which are leaves here."""
     return [p for name, p in scorer.named_parameters() if not name.startswith("threshold")]
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks each way, even of this little data."""
-    monkeypatch.setattr(scoring, "_BLOCK_REGIONS", 40)
-    monkeypatch.setattr(scoring, "_BLOCK_WORDS", 20)
-    monkeypatch.setattr(scoring, "_PLAIN_BLOCK", {False: (3, 4), True: (3, 4)})
-
-
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("share", [1.0, 0.1], ids=["all pairs", "few pairs"])
 @pytest.mark.parametrize("prefix", [True, False], ids=["padded", "scattered"])
-@pytest.mark.parametrize("name", [*COMPILED, "two rounds", "cross attention"])
-def test_blocks_equal_the_alignment_with_gradients(name: str, prefix: bool, share: float) -> None:
+@pytest.mark.parametrize("name", [*COMPILED, "two rounds", *OTHERS])
+def test_blocks_equal_the_scorer_with_gradients(name: str, prefix: bool, share: float) -> None:
     scorer = scorer_of(name)
-    leaves = make_leaves(0)
+    leaves = make_leaves(0, sizes=SEVERAL_BLOCKS if name in COMPILED else SEVERAL_PLAIN_BLOCKS)
     images, captions = embed(leaves, prefix=prefix)
     reference = scorer(every_pair(images, captions))
     scores = local_scores(scorer, images, captions)
@@ -116,14 +114,13 @@ def test_blocks_equal_the_alignment_with_gradients(name: str, prefix: bool, shar
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_threads_change_nothing_but_the_order_of_sums() -> None:
     scorer = scorer_of("the default")
     results = []
     for threads in (1, 1, 2, 3, 3):
         torch.set_num_threads(threads)
         try:
-            leaves = make_leaves(3)
+            leaves = make_leaves(3, sizes=SEVERAL_BLOCKS)
             scores = local_scores(scorer, *embed(leaves, prefix=True))
             results.append([scores.detach(), *gradients(scores, leaves, share=1.0)])
             assert torch.get_num_threads() == threads
@@ -134,7 +131,6 @@ def test_threads_change_nothing_but_the_order_of_sums() -> None:
             torch.testing.assert_close(found, expected, atol=1e-13, rtol=0)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_calls_are_equal_to_the_last_bit_wherever_their_scratch_lies(threads: int) -> None:
     scorer = scorer_of("the default")
@@ -181,7 +177,7 @@ def test_float32_is_close_to_float64(name: str) -> None:
     torch.testing.assert_close(single.double(), exact, atol=limit, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["the default", "cross attention"])
+@pytest.mark.parametrize("name", ["the default", *OTHERS])
 def test_products_follow_autocast_and_reductions_do_not(name: str) -> None:
     scorer = scorer_of(name).float()
     images, captions = embed(make_leaves(6, torch.float32), prefix=True)

@@ -1,17 +1,12 @@
-"""Fragments of both modalities to scores: gated fusion and prominent-fragment alignment.
+"""CPFEAN's own scorer: gated fusion and prominent-fragment alignment.
 
-Axes:  image, caption   in the batch        region, word   fragments of each, padded
-       dim              width of the joint embedding space
-
-Everything after the cosines S works on "image caption word region" numbers and on the Gram matrices
-of an image's regions and of a caption's words; no tensor has both a pair and a `dim` axis. Regions
-are the last axis, which is the longest one that is reduced over.
+Axes:  as in `cpfean.model.scorers.pairs`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,10 +15,12 @@ from torch.nn import functional
 
 from cpfean.config import AlignmentConfig
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
+from cpfean.model.scorers.pairs import TINY, Pairs, cosine_from, quadratic_form
+from cpfean.model.scorers.prominent_compiled import compiled_scores
+from cpfean.model.scorers.scorer import Scorer
 
 # log g of a closed hard gate. Not -inf: an image all of whose gates are closed must not give NaN.
 _CLOSED = math.log(1e-6)
-_TINY = 1e-12
 
 
 class Alignment(NamedTuple):
@@ -42,89 +39,7 @@ class Alignment(NamedTuple):
     word_weights: Float[Tensor, "image caption word"]
 
 
-class Pairs(NamedTuple):
-    """Pairs of images and captions, as all that their scores depend on.
-
-    The axes `image` and `caption` span either every pair of a batch of images with a batch of
-    captions, or a list of pairs, of length `image`, with a `caption` axis of length 1.
-
-    Attributes:
-        cosines: S, of every word with every region.
-        region_mask, word_mask: True where a fragment is real.
-        region_gram, word_gram: K and G, inner products within an image and within a caption.
-        thresholds: theta of each region.
-    """
-
-    cosines: Float[Tensor, "image caption word region"]
-    region_mask: Bool[Tensor, "image 1 1 region"]
-    word_mask: Bool[Tensor, "#image caption word 1"]
-    region_gram: Float[Tensor, "image region region"]
-    word_gram: Float[Tensor, "#image caption word word"]
-    thresholds: Float[Tensor, "image 1 region"]
-
-
-def every_pair(
-    images: ImageEmbeddings, captions: CaptionEmbeddings, *, product_type: torch.dtype | None = None
-) -> Pairs:
-    """All images with all captions.
-
-    Args:
-        images, captions: fragments.
-        product_type: S comes from a matrix product in this type; None for that of the embeddings.
-    """
-    num_captions, num_words, dim = captions.words.shape
-    flat = captions.words.reshape(1, num_captions * num_words, dim)
-    cosines = _cosines(flat, images.regions, product_type).unflatten(1, (num_captions, num_words))
-    return _pairs(images, captions, cosines, over=0)
-
-
-def listed_pairs(
-    images: ImageEmbeddings, captions: CaptionEmbeddings, *, product_type: torch.dtype | None = None
-) -> Pairs:
-    """Image k with caption k, for every k; otherwise as `every_pair`."""
-    cosines = _cosines(captions.words, images.regions, product_type)[:, None]
-    return _pairs(images, captions, cosines, over=1)
-
-
-def _cosines(words: Tensor, regions: Tensor, product_type: torch.dtype | None) -> Tensor:
-    kind = product_type or regions.dtype
-    return (words.to(kind) @ regions.to(kind).transpose(1, 2)).to(regions.dtype)
-
-
-def _pairs(
-    images: ImageEmbeddings, captions: CaptionEmbeddings, cosines: Tensor, *, over: int
-) -> Pairs:
-    return Pairs(
-        cosines=cosines,
-        region_mask=images.mask[:, None, None, :],
-        word_mask=captions.mask[:, :, None].unsqueeze(over),
-        region_gram=images.regions @ images.regions.transpose(1, 2),
-        word_gram=(captions.words @ captions.words.transpose(1, 2)).unsqueeze(over),
-        thresholds=images.thresholds[:, None, :],
-    )
-
-
-class Scorer(Protocol):
-    """The local part of the score; all alignments look like this."""
-
-    def __call__(self, pairs: Pairs) -> Float[Tensor, "image caption"]: ...
-
-
-def quadratic_form(
-    weights: Float[Tensor, "image caption word region"],
-    region_gram: Float[Tensor, "image region region"],
-) -> Float[Tensor, "image caption word"]:
-    """Squared length of sum_r weights_r v_r, from the Gram matrix K of the regions: w' K w."""
-    flat = weights.flatten(1, 2)
-    return ((flat @ region_gram) * flat).sum(dim=-1).unflatten(1, weights.shape[1:3])
-
-
-def cosine_from(inner: Tensor, squared_length: Tensor) -> Tensor:
-    """The cosine with a unit vector, given the inner product with it and one's squared length."""
-    return inner * squared_length.clamp(min=_TINY).rsqrt()
-
-
-class ProminentAlignment(nn.Module):
+class ProminentAlignment(Scorer):
     """Gates irrelevant regions and lets prominent words count for more.
 
     For unit vectors v_r (regions) and w_k (words), S_rk = <v_r, w_k>:
@@ -167,6 +82,11 @@ class ProminentAlignment(nn.Module):
             start = max(config.prominence_weight, 1e-3)
             self.raw_prominence_weight = nn.Parameter(torch.tensor(math.log(math.expm1(start))))
 
+    @classmethod
+    def from_config(cls, config: AlignmentConfig, *, dim: int) -> ProminentAlignment:
+        """All of the settings but those of the pooled part."""
+        return cls(config, dim=dim)
+
     def thresholds(
         self, regions: Float[Tensor, "image region dim"]
     ) -> Float[Tensor, "image region"]:
@@ -181,6 +101,20 @@ class ProminentAlignment(nn.Module):
         beta = functional.softplus(self.raw_prominence_weight) if self.prominence else 0 * kappa
         tau, lam = like.new_tensor([self.word_temperature, self.region_temperature])
         return torch.stack([kappa.to(like), tau, lam, beta.to(like)])
+
+    def compiled_scores(
+        self, images: ImageEmbeddings, captions: CaptionEmbeddings, *, product_type: torch.dtype
+    ) -> Float[Tensor, "image caption"] | None:
+        """The kernel for processors, which fuses once."""
+        if self.rounds > 1 or images.regions.device.type != "cpu":
+            return None
+        return compiled_scores(
+            images,
+            captions,
+            constants=self.constants(like=images.regions),
+            gate=self.gate,
+            product_type=product_type,
+        )
 
     def forward(self, pairs: Pairs) -> Float[Tensor, "image caption"]:
         """The local scores."""
@@ -198,7 +132,7 @@ class ProminentAlignment(nn.Module):
             step = log_gates.exp()[:, :, None, :] * prominent
             toward = word_gram @ step
             squared = 1 + 2 * (step * current).sum(dim=2) + (step * toward).sum(dim=2)
-            scale = squared.clamp(min=_TINY).rsqrt()
+            scale = squared.clamp(min=TINY).rsqrt()
             current = (current + toward) * scale[:, :, None, :]
             own = scale if own is None else own * scale
             added = (step if added is None else added + step) * scale[:, :, None, :]
@@ -222,7 +156,7 @@ class ProminentAlignment(nn.Module):
 
         inner = (prominent * current).sum(dim=2)
         of_regions = cosine_from(inner, ((word_gram @ prominent) * prominent).sum(dim=2))
-        relevant = (gates * of_regions).sum(dim=-1) / gates.sum(dim=-1).clamp(min=_TINY)
+        relevant = (gates * of_regions).sum(dim=-1) / gates.sum(dim=-1).clamp(min=TINY)
         local = 0.5 * (weights * of_words).sum(dim=-1) + 0.5 * relevant
         return Alignment(local, gates, prominent, weights)
 

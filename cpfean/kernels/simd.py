@@ -1,4 +1,4 @@
-"""Vectors of a processor's width as values of numba: what a compiled kernel is written in.
+"""SIMD vectors of a processor as values of numba: what a compiled kernel is written in.
 
     z = splat(0.0, array)
     z = z + load(array, at) * 2.0
@@ -33,7 +33,7 @@ from numba.extending import (
     register_model,
 )
 
-BITS = 512
+VECTOR_BITS = 512
 _FLAGS = ("contract", "nsz", "arcp")
 _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 # log2(e), and the Taylor coefficients of 2^f, |f| <= 1/2, until they stop to matter.
@@ -42,19 +42,19 @@ _TERMS_32 = tuple(math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)
 _TERMS_64 = tuple(math.log(2) ** n / math.factorial(n) for n in range(13, -1, -1))
 
 
-class Lanes(types.Type):
+class SimdVector(types.Type):
     """The numba type of a vector.
 
     Attributes:
-        number: of one lane: float32 or float64.
-        count: lanes.
+        number: type of its elements, float32 or float64.
+        count: of its elements.
         vector: the LLVM type.
     """
 
     def __init__(self, number: types.Float) -> None:
-        super().__init__(name=f"Lanes({number})")
+        super().__init__(name=f"SimdVector({number})")
         self.number = number
-        self.count = BITS // number.bitwidth
+        self.count = VECTOR_BITS // number.bitwidth
         self.vector = ir.VectorType(_FLOATS[number], self.count)
         # A vector of integers as wide, for the bits of an exponent.
         self.bits = ir.VectorType(ir.IntType(number.bitwidth), self.count)
@@ -66,26 +66,26 @@ class Lanes(types.Type):
         return self.number
 
 
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, lanes: Lanes) -> None:
-        super().__init__(manager, lanes, lanes.vector)
+@register_model(SimdVector)
+class _SimdVectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, simd: SimdVector) -> None:
+        super().__init__(manager, simd, simd.vector)
 
 
-def _spread(context: Any, builder: Any, lanes: Lanes, value: Any, kind: types.Type) -> Any:
-    """IR of a number in all lanes; of a vector, the vector."""
-    if isinstance(kind, Lanes):
+def _spread(context: Any, builder: Any, simd: SimdVector, value: Any, kind: types.Type) -> Any:
+    """IR of a number in every element; of a vector, the vector."""
+    if isinstance(kind, SimdVector):
         return value
-    number = context.cast(builder, value, kind, lanes.number)
-    undefined = ir.Constant(lanes.vector, ir.Undefined)
+    number = context.cast(builder, value, kind, simd.number)
+    undefined = ir.Constant(simd.vector, ir.Undefined)
     index = ir.IntType(32)
     first = builder.insert_element(undefined, number, ir.Constant(index, 0))
-    pattern = ir.Constant(ir.VectorType(index, lanes.count), [0] * lanes.count)
+    pattern = ir.Constant(ir.VectorType(index, simd.count), [0] * simd.count)
     return builder.shuffle_vector(first, undefined, pattern)
 
 
-def _constant(lanes: Lanes, value: float) -> Any:
-    return ir.Constant(lanes.vector, [value] * lanes.count)
+def _constant(simd: SimdVector, value: float) -> Any:
+    return ir.Constant(simd.vector, [value] * simd.count)
 
 
 def _define_operator(operation: Callable[..., Any], instruction: str) -> None:
@@ -94,23 +94,23 @@ def _define_operator(operation: Callable[..., Any], instruction: str) -> None:
     @infer_global(operation)
     class _Typing(AbstractTemplate):
         def generic(self, arguments: Any, keywords: Any) -> Any:
-            vectors = [kind for kind in arguments if isinstance(kind, Lanes)]
+            vectors = [kind for kind in arguments if isinstance(kind, SimdVector)]
             numbers = [kind for kind in arguments if isinstance(kind, types.Number)]
             if not vectors or len(vectors) + len(numbers) < 2 or len(set(vectors)) > 1:
                 return None
             return signature(vectors[0], *arguments)
 
     def lower(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        lanes = sig.return_type
+        simd = sig.return_type
         left, right = (
-            _spread(context, builder, lanes, value, kind)
+            _spread(context, builder, simd, value, kind)
             for value, kind in zip(arguments, sig.args, strict=True)
         )
         return getattr(builder, instruction)(left, right, flags=_FLAGS)
 
-    lower_builtin(operation, Lanes, Lanes)(lower)
-    lower_builtin(operation, Lanes, types.Number)(lower)
-    lower_builtin(operation, types.Number, Lanes)(lower)
+    lower_builtin(operation, SimdVector, SimdVector)(lower)
+    lower_builtin(operation, SimdVector, types.Number)(lower)
+    lower_builtin(operation, types.Number, SimdVector)(lower)
 
 
 _define_operator(operator.add, "fadd")
@@ -119,25 +119,25 @@ _define_operator(operator.mul, "fmul")
 _define_operator(operator.truediv, "fdiv")
 
 
-def _lanes_of(array):
-    return Lanes(array.dtype)
+def _vector_of(array):
+    return SimdVector(array.dtype)
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     pointer = builder.gep(data, [index])
-    return builder.bitcast(pointer, _lanes_of(array_type).vector.as_pointer())
+    return builder.bitcast(pointer, _vector_of(array_type).vector.as_pointer())
 
 
 @intrinsic
 def load(typing, array, index):
-    """The lanes of a contiguous array from an index on; nobody checks its end."""
+    """A vector of what a contiguous array has from an index on; nobody checks its end."""
 
     def emit(context, builder, sig, arguments):
         pointer = _address(context, builder, sig.args[0], *arguments)
         return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
-    return signature(_lanes_of(array), array, types.intp), emit
+    return signature(_vector_of(array), array, types.intp), emit
 
 
 @intrinsic
@@ -154,16 +154,16 @@ def store(typing, array, index, value):
 
 @intrinsic
 def splat(typing, value, array):
-    """A number in all lanes, as many as an array's type has."""
+    """A vector of one number, as wide as those of an array."""
 
     def emit(context, builder, sig, arguments):
         return _spread(context, builder, sig.return_type, arguments[0], sig.args[0])
 
-    return signature(_lanes_of(array), value, array), emit
+    return signature(_vector_of(array), value, array), emit
 
 
 def _unary(name: str) -> Any:
-    """An LLVM operation on every lane."""
+    """An LLVM operation on every element."""
 
     @intrinsic
     def operation(typing, x):
@@ -183,7 +183,7 @@ absolute = _unary("llvm.fabs")
 
 
 def _reduction(name: str, start: float | None) -> Any:
-    """An LLVM reduction over the lanes."""
+    """An LLVM reduction over the elements."""
 
     @intrinsic
     def operation(typing, x):
@@ -205,17 +205,17 @@ largest = _reduction("llvm.vector.reduce.fmax", None)
 
 @intrinsic
 def where_above(typing, x, limit, yes, no):
-    """`yes` in the lanes where x > limit, `no` elsewhere and for NaN; vectors or numbers."""
-    lanes = next(kind for kind in (x, limit, yes, no) if isinstance(kind, Lanes))
+    """`yes` where x > limit, `no` elsewhere and for NaN; vectors or numbers."""
+    simd = next(kind for kind in (x, limit, yes, no) if isinstance(kind, SimdVector))
 
     def emit(context, builder, sig, arguments):
         spread = [
-            _spread(context, builder, lanes, value, kind)
+            _spread(context, builder, simd, value, kind)
             for value, kind in zip(arguments, sig.args, strict=True)
         ]
         return builder.select(builder.fcmp_ordered(">", *spread[:2]), *spread[2:])
 
-    return signature(lanes, x, limit, yes, no), emit
+    return signature(simd, x, limit, yes, no), emit
 
 
 @intrinsic
@@ -265,13 +265,13 @@ def _lowest(typing, x):
 
 @register_jitable
 def maximum(x, y):
-    """The larger one, lane by lane; y where x is NaN."""
+    """The larger one of each two elements; y where x is NaN."""
     return where_above(x, y, x, y)
 
 
 __all__ = [
-    "BITS",
-    "Lanes",
+    "VECTOR_BITS",
+    "SimdVector",
     "absolute",
     "exp",
     "floor",

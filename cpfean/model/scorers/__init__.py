@@ -1,0 +1,1 @@
+"""Scorers of the fragments of images and captions: one a file, named by `registry`."""
