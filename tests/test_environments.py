@@ -177,11 +177,11 @@ ROWS = [
     Row(place="reader has gone", command=FAULTY, code=3),
     Row(place="reader has gone", command="validate.py --help"),
     Row(place="reader has gone", command="validate.py --no-such-flag", code=2),
-    Row(place="reader has gone", command=TRAIN, trains=True),
+    Row(place="reader has gone", command=TRAIN, trains=True, long=True),
     Row(place="no output", command=FAULTY, code=3),
     Row(place="no output", command="validate.py --no-such-flag", code=2),
     Row(place="no output", command=TRAIN, trains=True, long=True),
-    Row(place="no temporary files", command=DOCTOR, says=("ok    tracking",)),
+    Row(place="no temporary files", command=DOCTOR, says=("ok    tracking",), long=True),
     # with Ray: what its processes need of a user
     Row(place="no home", command=SWEEP, trains=True, long=True),
 ]

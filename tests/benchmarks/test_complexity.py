@@ -101,6 +101,7 @@ def test_every_variant_is_there_once(complexity: types.ModuleType) -> None:
         complexity.chosen(variants, ["nothing"])
 
 
+@pytest.mark.long
 def test_the_table_has_counts_times_and_memory(
     run_benchmark: Callable[..., tuple[str, dict[str, Any]]],
 ) -> None:

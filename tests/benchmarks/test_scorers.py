@@ -74,6 +74,7 @@ def test_a_peer_that_is_not_there_is_refused(scorers: types.ModuleType, tmp_path
             scorers.peer(text)
 
 
+@pytest.mark.long
 def test_training_step_measures_time_and_memory_of_both_minings(run_benchmark: Run) -> None:
     _, result = run_benchmark(
         "training_step",

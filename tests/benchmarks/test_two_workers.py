@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_each_worker_count_has_its_times(
     run_benchmark: Callable[..., tuple[str, dict[str, Any]]],

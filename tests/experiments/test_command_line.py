@@ -153,6 +153,8 @@ def test_a_mistake_is_refused_with_exit_code_2(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_limit_in_dollars_without_a_price_is_refused_as_ray_starts(tmp_path: Path) -> None:
     answer = call(SWEEP, "--max-cost", "3", "--address", "local", cwd=tmp_path)
     assert answer.returncode == 2, answer.stderr

@@ -165,7 +165,11 @@ def training_config() -> ExperimentConfig:
 Found = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(2, marks=pytest.mark.long), 3],
+    ids=["2 processes", "3 processes"],
+)
 def alone_and_shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data_folder: Path
 ) -> Found:
@@ -175,7 +179,14 @@ def alone_and_shared(
     meeting = str(tmp_path / "meeting")
     config = training_config()
     trained = {"uninterrupted": train(config, data_folder, tmp_path / "alone")}
-    multiprocessing.spawn(in_worker, (world_size, meeting, *arguments), nprocs=world_size)
+    # Forks of a process that has all imports behind it, and no threads as this one has.
+    multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp", "transformers"])
+    multiprocessing.start_processes(
+        in_worker,
+        (world_size, meeting, *arguments),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
     shared = [torch.load(f"{meeting}.{rank}", weights_only=True) for rank in range(world_size)]
     begun = tmp_path / "begun" / "epoch-1"
     trained["resumed"] = train(config, data_folder, tmp_path / "on", resume_from=begun)
