@@ -679,6 +679,7 @@ def test_of_two_rows_the_sound_one_is_taken_and_this_is_said(
         rows.insert(1 if first else 2, dict(rows[1]))
         BROKEN[fault](rows[1 if first else 2])
 
+    caplog.set_level("WARNING", logger="cpfean")
     table = write_table(tmp_path / "a.tsv", BOTTOM_UP, change=change)
     convert_tables([table], read_karpathy(flickr), tmp_path / "data")
     same(tmp_path / "data")

@@ -55,8 +55,8 @@ def test_results_of_two_machines_merge_and_one_of_them_has_only_torch(run: Run, 
     shutil.copytree(tiny / "there/results", tiny / "here/results")
     both = run("compare.py", *options, "--methods", "full", *_as_it_stands("scan", "here"))
     assert both.returncode == 0, both.stderr
-    assert "full/seed-1: run" in both.stdout
-    assert "scan/seed-1: run" not in both.stdout
+    assert "full/seed-1  epoch 1/1" in both.stdout
+    assert "scan/seed-1  epoch" not in both.stdout
     refused = call(str(tiny / "bare.py"), *options, "--output", "x", "--methods", "scan", cwd=tiny)
     assert refused.returncode == 2
     assert "--tuning 1" in refused.stderr

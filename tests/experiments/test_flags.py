@@ -144,7 +144,7 @@ def test_what_is_typed_is_refused_before_anything_is_made(
 def test_a_folder_that_cannot_be_written_to_is_refused(resume: list[str]) -> None:
     script = """
 import os, sys
-import orchestration.runners.in_process
+import orchestration.runners.in_process, orchestration.study.study
 from experiments import train
 
 "".encode("utf-8-sig")  # loaded while this Python can be read

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cpfean.errors import ServiceError
 from orchestration.cluster.connection import connect
 from orchestration.settings import Settings
 
