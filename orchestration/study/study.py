@@ -138,7 +138,7 @@ class Study:
         follower: of the records.
         stop: asked and told by everybody.
         drift: how the versions here differ from those at the start, which is allowed.
-        clock: seconds from any origin; never goes back.
+        clock: seconds from any origin; never goes back; None: the system's.
     """
 
     def __init__(
@@ -152,8 +152,9 @@ class Study:
         stop: Stop,
         say: Callable[[str], None],
         drift: str = "",
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
+        clock = clock or time.monotonic
         self.plan = plan
         self.settings = settings
         self.folder = folder
