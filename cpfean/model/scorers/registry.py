@@ -31,4 +31,6 @@ SCORERS: Mapping[str, Entry] = {
     "cross_attention": Entry(scorer="CrossAttention"),
     # CHAN: the best region of each word.
     "hard_coding": Entry(scorer="HardCoding"),
+    # FILIP: the best region of each word and the best word of each region.
+    "late_interaction": Entry(scorer="LateInteraction"),
 }

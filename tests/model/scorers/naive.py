@@ -89,10 +89,19 @@ def hard_coding(pair: Pair) -> Tensor:
     return temperature * (best / temperature).exp().sum().log()
 
 
+def late_interaction(pair: Pair) -> Tensor:
+    """FILIP's score, the mean of both directions."""
+    scores = [[v @ w for w in pair.words] for v in pair.regions]
+    of_regions = [torch.stack(row).max() for row in scores]
+    of_words = [torch.stack(column).max() for column in zip(*scores, strict=True)]
+    return (torch.stack(of_regions).mean() + torch.stack(of_words).mean()) / 2
+
+
 NAIVE: dict[str, Callable[[Pair], Tensor]] = {
     "prominent": prominent,
     "cross_attention": cross_attention,
     "hard_coding": hard_coding,
+    "late_interaction": late_interaction,
 }
 
 # Sums over words, which are no means and leave [-1, 1].
