@@ -141,7 +141,17 @@ def test_a_sweep_runs_on_a_set(number: str, tmp_path: Path) -> None:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     config = make(tmp_path / "data", number).with_overrides({"optim.epochs": 1})
     (tmp_path / "tiny.toml").write_text(config.to_toml(), encoding="utf-8")
-    words = ["--config", "tiny.toml", "--name", "s", "--trials", "2", "--output", "runs"]
+    words = [
+        "--in-process",
+        "--config",
+        "tiny.toml",
+        "--name",
+        "s",
+        "--trials",
+        "2",
+        "--output",
+        "runs",
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / "sweep.py"), *words],
         cwd=tmp_path,

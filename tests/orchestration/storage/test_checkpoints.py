@@ -214,7 +214,7 @@ def test_a_training_goes_on_from_the_last_one_when_there_is_room_again(
     undisturbed = run_here(plan_of(TINY, where, "whole"), where, resume=False, say=print)
     with small_disk(tmp_path / "disk", kilobytes=4096) as disk:
         small = replace(where, output=disk)
-        plan = plan_of(TINY, where, "full")
+        plan = replace(plan_of(TINY, where, "full"), retry_failed=True)  # as train.py asks for
 
         def fill(line: str) -> None:
             if "epoch 1/" in line:
