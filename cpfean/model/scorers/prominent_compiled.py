@@ -212,6 +212,24 @@ class _Blocks:
         return [d_regions, first.d_words, d_thresholds, first.d_constants]
 
 
+class _Images(NamedTuple):
+    """The images of a block.
+
+    Attributes:
+        regions: one after the other, in the products' type.
+        offsets: the first region of each, and the end.
+        gram: K of each.
+        thresholds: theta of each.
+        place: of the regions among those of all images.
+    """
+
+    regions: Float[Tensor, "region dim"]
+    offsets: Int64[np.ndarray, "image+1"]
+    gram: Float[Tensor, "image most most"]
+    thresholds: Float[Tensor, "image most"]
+    place: slice
+
+
 class _Captions(NamedTuple):
     """The captions of a block.
 
@@ -237,20 +255,31 @@ class _Thread:
         self, images: _Range, captions: _Range, scores: Float[Tensor, "image caption"]
     ) -> None:
         """Writes the scores of a block where they belong."""
-        block = self.multiply(images, self.captions(captions))
+        block = self.multiply(self.images(images), self.captions(captions))
         prominent.local_scores(block, scores.numpy(), images[0], captions[0])
+
+    def images(self, part: _Range) -> _Images:
+        """Consecutive images."""
+        blocks = self.blocks
+        offsets = blocks.layout.regions[part[0] : part[1] + 1]
+        place, chosen = slice(offsets[0], offsets[-1]), slice(*part)
+        return _Images(
+            blocks.regions[place],
+            offsets - offsets[0],
+            blocks.region_gram[chosen],
+            blocks.thresholds[chosen],
+            place,
+        )
 
     def captions(self, part: _Range) -> _Captions:
         """Consecutive captions."""
-        offsets = self.blocks.layout.words
-        rows = slice(*offsets[list(part)])
-        gram = self.blocks.word_gram[slice(*part)]
-        return _Captions(self.blocks.words[rows], _offsets(offsets, part), gram)
+        offsets = self.blocks.layout.words[part[0] : part[1] + 1]
+        words = self.blocks.words[offsets[0] : offsets[-1]]
+        return _Captions(words, offsets - offsets[0], self.blocks.word_gram[slice(*part)])
 
-    def multiply(self, images: _Range, captions: _Captions) -> prominent.Block:
+    def multiply(self, images: _Images, captions: _Captions) -> prominent.Block:
         """Fills `cosines` with words by regions; what the kernel takes with them."""
-        blocks, layout = self.blocks, self.blocks.layout
-        regions = self.regions(images)
+        regions = images.regions
         stride = len(regions) + prominent.SLACK
         if len(self.cosines) < len(captions.words) * stride:
             self.cosines = self.cosines.new_zeros(len(captions.words) * stride)
@@ -263,17 +292,13 @@ class _Thread:
             cosines=self.cosines.numpy(),
             stride=stride,
             word_offsets=captions.offsets,
-            region_offsets=_offsets(layout.regions, images),
-            region_gram=blocks.region_gram[slice(*images)].numpy(),
+            region_offsets=images.offsets,
+            region_gram=images.gram.numpy(),
             word_gram=captions.gram.numpy(),
-            thresholds=blocks.thresholds[slice(*images)].numpy(),
-            constants=blocks.constants.numpy(),
-            gate=layout.gate,
+            thresholds=images.thresholds.numpy(),
+            constants=self.blocks.constants.numpy(),
+            gate=self.blocks.layout.gate,
         )
-
-    def regions(self, images: _Range) -> Float[Tensor, "region dim"]:
-        """The regions of consecutive images."""
-        return self.blocks.regions[slice(*self.blocks.layout.regions[list(images)])]
 
 
 class _GradientThread(_Thread):
@@ -344,7 +369,8 @@ class _GradientThread(_Thread):
         Args:
             starts: where in `upstream` the block starts.
         """
-        block = self.multiply(images, captions)
+        given = self.images(images)
+        block = self.multiply(given, captions)
         if len(self.d_cosines) < len(self.cosines):
             self.d_cosines = torch.zeros_like(self.cosines)
         gradients = prominent.Gradients(
@@ -355,9 +381,9 @@ class _GradientThread(_Thread):
             constants=self.d_constants.numpy(),
         )
         prominent.local_gradients(block, gradients, upstream.numpy(), *starts)
-        words, regions = captions.words, self.regions(images)
+        words, regions = captions.words, given.regions
         d_cosines = _rows(self.d_cosines, len(words), block.stride, len(regions)).to(words.dtype)
-        self.d_regions[slice(*self.blocks.layout.regions[list(images)])] += d_cosines.T @ words
+        self.d_regions[given.place] += d_cosines.T @ words
         return (d_cosines @ regions).to(self.d_words.dtype)
 
 
@@ -378,12 +404,6 @@ def _rows(
 ) -> Float[Tensor, "row column"]:
     """The block that a flat buffer starts with."""
     return flat[: num_rows * stride].view(num_rows, stride)[:, :num_columns]
-
-
-def _offsets(offsets: Int64[np.ndarray, " all"], part: _Range) -> Int64[np.ndarray, " some"]:
-    """Those of some images or captions, from 0."""
-    chosen = offsets[part[0] : part[1] + 1]
-    return chosen - chosen[0]
 
 
 def _blocks(offsets: Int64[np.ndarray, " starts"], *, at_most: int) -> list[_Range]:
