@@ -60,7 +60,7 @@ class InProcess:
     def demand(self) -> Demand | None:
         return None
 
-    def gone(self) -> ServiceError | None:
+    def gone(self, plan: StudyPlan) -> ServiceError | None:
         return None
 
 

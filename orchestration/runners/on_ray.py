@@ -27,7 +27,7 @@ class OnRay:
         settings: with the address of a cluster, or without.
         look_seconds: between two looks at whether the head of the cluster still answers.
         trainable: Tune's, that runs one trial after another; None: a process with its workers.
-        ask: asks nodes for their versions, as `orchestration.cluster.doctor.ask_nodes`.
+        ask: asks nodes for their versions, as `orchestration.cluster.versions.ask_nodes`.
     """
 
     meet_seconds = 0.0
@@ -48,10 +48,8 @@ class OnRay:
         self._resources: Resources | None = None
         self._is_joined = False
         self._known_nodes: set[str] = set()
-        self._resume = ""
 
     def check(self, plan: StudyPlan) -> None:
-        self._resume = resume_line(plan)
         if self._settings.address is None:
             plan.budget.check_prices([OTHER])
 
@@ -108,7 +106,7 @@ class OnRay:
             )
         # Of a cluster that is lost Ray tells in many ways.
         except Exception as error:
-            if isinstance(error, CpfeanError) or (gone := self.gone()) is None:
+            if isinstance(error, CpfeanError) or (gone := self.gone(study.plan)) is None:
                 raise
             study.stop.fail(gone)
         finally:
@@ -131,14 +129,14 @@ class OnRay:
 
         return demand_of(self._resources)
 
-    def gone(self) -> ServiceError | None:
+    def gone(self, plan: StudyPlan) -> ServiceError | None:
         try:
             self._settings.check_address()
         except ServiceError:
             return ServiceError(
                 f"the cluster is gone: its head at {self._settings.address} does not answer any "
                 "more. Everything so far is recorded; start it, or another, and continue with:\n"
-                f"{self._resume}"
+                f"{resume_line(plan)}"
             )
         return None
 
@@ -159,7 +157,7 @@ class OnRay:
         """
         in_vain = 0
         while not has_left.wait(self._look_seconds):
-            gone = self.gone()
+            gone = self.gone(study.plan)
             in_vain = 0 if gone is None else in_vain + 1
             if gone is not None and in_vain == _LOOKS:
                 study.stop.fail(gone)

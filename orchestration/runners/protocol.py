@@ -95,5 +95,5 @@ class Runner(Protocol):
     def demand(self) -> Demand | None:
         """What a trial asks for beside what there is; None: this machine, or not known."""
 
-    def gone(self) -> ServiceError | None:
+    def gone(self, plan: StudyPlan) -> ServiceError | None:
         """What to say if the cluster that trials run on does not answer any more; else None."""

@@ -10,27 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpfean import commands
 from cpfean.config import Plain
-from cpfean.errors import message_of
+from cpfean.errors import ServiceError, message_of
 from cpfean.writing import write_json, write_text
-from orchestration.settings import ServiceError, Settings
+from orchestration.settings import Settings
 from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.follower import Follower
-from orchestration.study.plan import (
-    StudyPlan,
-    resume_line,
-    with_more,
-)
+from orchestration.study.plan import StudyPlan, resume_line, with_more
 from orchestration.study.records import TrialRecord
 from orchestration.study.run_folder import RunFolder
 from orchestration.study.spending import Spending
 from orchestration.tracking.address import is_web, shown
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,27 +6,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
 from orchestration.proposals.search_space import SearchSpace
 from orchestration.settings import Settings
 from orchestration.storage.checkpoints import KEPT
-from orchestration.study.budget import (
-    SPENT,
-    Budget,
-    Disk,
-    Meter,
-    check_disk,
-    free_bytes,
-)
+from orchestration.study.budget import SPENT, Budget, Disk, Meter, check_disk, free_bytes
 from orchestration.study.records import TUNING, TrialRecord
 from orchestration.study.results import Results, encoder_fingerprint
 from orchestration.study.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

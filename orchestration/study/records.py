@@ -1,12 +1,4 @@
-"""What is known of every trial, on disk: the truth that resuming and tracking start from.
-
-    <output>/<name>/sweep.json              what was asked for; a resume has to ask for the same
-    <output>/<name>/trials/003/record.json  one trial: configuration, state, every epoch's numbers
-
-The driver alone writes them, each as a whole: to a temporary name, then renamed. A folder belongs
-to whoever wrote its sweep.json first. It may be moved and renamed, and so may data and text
-encoder: what they hold tells which they are.
-"""
+"""What is known of a trial: the truth that resuming and tracking start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""The folder of one run on disk: what was asked for, and the record of every trial."""
+"""The folder of one run on disk: what was asked for, and the record of every trial.
+
+    <output>/<name>/sweep.json              what was asked for; a resume has to ask for the same
+    <output>/<name>/trials/003/record.json  one trial: configuration, state, every epoch's numbers
+
+The driver alone writes them, each as a whole: to a temporary name, then renamed. A folder belongs
+to whoever wrote its sweep.json first. It may be moved and renamed, and so may data and text
+encoder: what they hold tells which they are.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +24,7 @@ from cpfean.errors import ConfigError
 from cpfean.files import is_there
 from cpfean.json_files import RecordError, of_type, read_fields, read_table, shown
 from cpfean.writing import as_json, cannot_write, write_first, write_json
-from orchestration.study.records import (
-    TUNING,
-    TrialRecord,
-    check_record,
-    relocated,
-)
+from orchestration.study.records import TUNING, TrialRecord, check_record, relocated
 
 _NEWER = ("reused", "drift")  # fields of records that not every release has written
 _WITHOUT = {

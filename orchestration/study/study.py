@@ -249,8 +249,7 @@ class Study:
                 if new:
                     self._show(record)
             case Tested(history=history, checkpoint=checkpoint, metrics=metrics):
-                self._trials.trained(number, history, checkpoint, ended=True)
-                self._trials.tested(number, metrics)
+                self._trials.trained(number, history, checkpoint, ended=True, test=metrics)
                 self._progress.news()
             case Note(line=line):
                 self.say(f"{record.name}: {line}")
@@ -289,7 +288,7 @@ class Study:
     def _failed(self, record: TrialRecord, failure: str, message: str) -> None:
         if self.stop.signal:
             return  # its workers have gone because we are to stop
-        if failure in ("infra", "preempted") and (gone := self._runner.gone()) is not None:
+        if failure in ("infra", "preempted") and (gone := self._runner.gone(self.plan)) is not None:
             self.stop.fail(gone)
             return  # it was not the trial that failed
         try:
@@ -299,7 +298,7 @@ class Study:
         self._progress.news()
 
     def _lost(self, record: TrialRecord, message: str) -> None:
-        if self.stop.signal or self._runner.gone() is not None:
+        if self.stop.signal or self._runner.gone(self.plan) is not None:
             self._failed(record, "infra", message)
             return
         times = self._trials.lost(record.number)

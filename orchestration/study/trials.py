@@ -135,11 +135,11 @@ class Trials:
 
     def next(self) -> TrialRecord | None:
         """The next one to run: one that was cut off first, then a new one; None: no more."""
+        if not self.has_next():
+            return None
         if self._waiting:
             return self._waiting.pop(0)
-        number = next((n for n in range(self._plan.trials) if n not in self._records), None)
-        if number is None or self._is_exhausted:
-            return None
+        number = next(n for n in range(self._plan.trials) if n not in self._records)
         plan = self._plan.fixed[number] if self._proposals is None else self._proposed(number)
         if plan is None:
             self._is_exhausted = True
@@ -157,22 +157,29 @@ class Trials:
         self._since[number] = self._clock()
         self._set_state(record, "running")
 
-    def trained(self, number: int, history: History, checkpoint: str, *, ended: bool) -> int:
-        """It has come so far; returns how many epochs are new."""
+    def trained(
+        self,
+        number: int,
+        history: History,
+        checkpoint: str,
+        *,
+        ended: bool,
+        test: dict[str, float] | None = None,
+    ) -> int:
+        """It has come so far, and to this on the test split if that was shown to it.
+
+        Returns:
+            How many epochs are new.
+        """
         record = self._records[number]
         known = record.epochs
         record.history = [dict(row) for row in history]
         record.checkpoint = checkpoint or record.checkpoint
         record.complete = ended
+        record.test = dict(test or record.test)
         self._count_seconds(record)
         self._write(record)
         return record.epochs - known
-
-    def tested(self, number: int, metrics: dict[str, float]) -> None:
-        """Its best epoch has come to this on the test split."""
-        record = self._records[number]
-        record.test = dict(metrics)
-        self._write(record)
 
     def settle(self, number: int, state: State) -> None:
         """It has come to an end, for good unless a failure is asked for again."""

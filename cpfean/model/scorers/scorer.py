@@ -6,6 +6,7 @@ Axes:  as in `cpfean.model.scorers.pairs`.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from cpfean.model.scorers.pairs import Pairs
 from cpfean.model.scorers.registry import SCORERS
 
 
-class Scorer(nn.Module):
+class Scorer(nn.Module, ABC):
     """The local part of the score, from the fragments of images and captions.
 
     A scorer has `from_config` and `forward`; the rest is for those who need it. `forward` gives a
@@ -29,6 +30,7 @@ class Scorer(nn.Module):
     """
 
     @classmethod
+    @abstractmethod
     def from_config(cls, config: AlignmentConfig, *, dim: int) -> Scorer:
         """Builds it.
 
@@ -36,11 +38,10 @@ class Scorer(nn.Module):
             config: the settings of `model.alignment`, of which a scorer takes what it uses.
             dim: width of the joint embedding space.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, pairs: Pairs) -> Float[Tensor, "image caption"]:
         """The scores of the pairs, in cosine units."""
-        raise NotImplementedError
 
     def thresholds(
         self, regions: Float[Tensor, "image region dim"]

@@ -22,7 +22,6 @@ def test_a_head_that_is_lost_is_seen_and_ends_the_study(tmp_path: Path, tune_end
         address = f"127.0.0.1:{head.getsockname()[1]}"
         driven = Driven(tmp_path, address=address, deadlines=Deadlines(ended=0.01))
         runner = OnRay(driven.settings, look_seconds=0.01)
-        runner.check(driven.plan)
         driven.begin()
         watch = threading.Thread(target=runner.watch_head, args=(driven, has_left))
         watch.start()

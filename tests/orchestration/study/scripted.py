@@ -74,7 +74,7 @@ class Runner:
     def demand(self) -> Any:
         return self.there
 
-    def gone(self) -> ServiceError | None:
+    def gone(self, plan: StudyPlan) -> ServiceError | None:
         return self.lost
 
 
