@@ -191,7 +191,16 @@ class Study:
             if self.num_open > 0 and self._may_begin():
                 self._runner.run(self)
             self._check_all_are_settled()
-            result = self._conclude()
+            self._trials.export_search()
+            result = conclude(
+                self.plan,
+                self.settings,
+                self.folder,
+                self._trials.records,
+                self._follower,
+                self._spending,
+                self.say,
+            )
             outcome = "finished"
             return result
         except (Interrupted, KeyboardInterrupt):
@@ -342,18 +351,6 @@ class Study:
         left_out = {r.number for r in self._trials.waiting} if self._spending.used_up else set()
         if any(not r.settled and r.number not in left_out for r in self.records):
             raise ServiceError(f"the cluster was lost; continue with:\n{resume_line(self.plan)}")
-
-    def _conclude(self) -> StudyResult:
-        self._trials.export_search()
-        return conclude(
-            self.plan,
-            self.settings,
-            self.folder,
-            tuple(self.records),
-            self._follower,
-            self._spending,
-            self.say,
-        )
 
     def _close(self, outcome: State) -> None:
         self._closing.acquire()  # for good: nothing may be written after it

@@ -264,19 +264,12 @@ class Trials:
         assert self._proposals is not None
         before = len(self._proposals.duplicates)
         drawn = self._proposals.ask(number, self.records)
-        self._tell_duplicates(self._proposals.duplicates[before:])
+        for line in _about_duplicates(self._proposals.duplicates[before:]):
+            self._say(line)
         if drawn is None:
             return None
         config = self._plan.base.with_overrides(drawn)
         return TrialPlan(name=f"trial-{number:03d}", overrides=drawn, config=config)
-
-    def _tell_duplicates(self, names: Sequence[str]) -> None:
-        if len(names) > _DUPLICATES:
-            counted = ", ".join(f"{count} of {name}" for name, count in Counter(names).items())
-            self._say(f"{len(names)} proposals were duplicates ({counted}), not trained again.")
-            return
-        for name in names:
-            self._say(f"a proposal was a duplicate of {name}, not trained again.")
 
     def _reuse(self) -> int:
         """Takes over trials whose runs are known; returns how many."""
@@ -289,6 +282,14 @@ class Trials:
                     self._write(record)
                     taken += 1
         return taken
+
+
+def _about_duplicates(names: Sequence[str]) -> list[str]:
+    """What to say of proposals that were repeats of these trials."""
+    if len(names) > _DUPLICATES:
+        counted = ", ".join(f"{count} of {name}" for name, count in Counter(names).items())
+        return [f"{len(names)} proposals were duplicates ({counted}), not trained again."]
+    return [f"a proposal was a duplicate of {name}, not trained again." for name in names]
 
 
 def _kind_of_failure(record: TrialRecord) -> tuple[str, str]:
