@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,3 +150,22 @@ def _is_mine_alone(folder: Path) -> bool:
     found = folder.lstat()
     mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return mine and not found.st_mode & 0o022
+
+
+def check_text(path: Path, *, what: str) -> None:
+    """Refuses a path that cannot be written down.
+
+    Args:
+        what: the flag or variable that it is of.
+
+    Raises:
+        ConfigError: bytes that are no text in the encoding of this terminal.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{what}: {str(path)!a} has bytes that are no text in "
+            f"{sys.getfilesystemencoding()}, and records, the tracker and Ray cannot hold it; "
+            "rename the folder, or set PYTHONUTF8=1 if its name looks right elsewhere."
+        ) from None

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +19,17 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
-from cpfean.folders import can_be_written, expanded
+from cpfean.folders import can_be_written, check_text, expanded
 from cpfean.writing import cannot_write, is_disk_error
 from experiments.baselines import BASELINES
 from experiments.terminal import make_forgiving
 from orchestration.proposals.search_space import Choice, SearchSpace
 from orchestration.runners.protocol import Runner
-from orchestration.settings import Settings, check_name, check_text, prepare_environment
-from orchestration.storage.records_copy import fetch_records
+from orchestration.settings import Settings, check_name, prepare_environment
 from orchestration.study.budget import Budget, Prices
-from orchestration.study.conclusion import StudyResult, closing_lines
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING
+from orchestration.study.records_copy import fetch_records
 from orchestration.study.run_folder import newest_unfinished
 from orchestration.study.stopping import Interrupted
 
@@ -321,23 +320,6 @@ def budget(arguments: argparse.Namespace) -> Budget:
         max_cost=getattr(arguments, "max_cost", None),
         prices=Prices.read(arguments.prices),
     )
-
-
-def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bool = False) -> int:
-    """Says what plans would take; fails as they would, where that can be known.
-
-    Raises:
-        ServiceError: no cluster, or no room for the checkpoints.
-    """
-    from orchestration.study.dry_run import dry_run
-    from orchestration.study.plan import check_room_for_checkpoints
-
-    prices = plans[0].budget.prices
-    assert prices is not None
-    print("\n".join(dry_run(plans, where, in_process=in_process, prices=prices)), flush=True)
-    for plan in plans:
-        check_room_for_checkpoints(plan, where)
-    return 0
 
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], int]) -> NoReturn:
@@ -689,30 +671,6 @@ def check_in_process(arguments: argparse.Namespace, workers: int) -> None:
     """Raises ConfigError if several workers are asked for in one process."""
     if arguments.in_process and workers > 1:
         raise ConfigError(f"--in-process is one process; got --workers {workers}.")
-
-
-def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:
-    """The table, and where everything is."""
-    from cpfean.analysis.report import markdown_table
-    from cpfean.analysis.statistics import compare
-    from orchestration.study.ablations import seed_runs
-
-    print("\n" + markdown_table(compare(seed_runs(result.records))))
-    print(f"tables, plots   {report}")
-    print_closing(result, where)
-
-
-def print_closing(result: StudyResult, where: Settings) -> None:
-    print("\n" + "\n".join(closing_lines(result, where)), flush=True)
-
-
-def print_metrics(metrics: Mapping[str, float]) -> None:
-    """Recalls in a small table."""
-    print(f"{'':16}{'R@1':>7}{'R@5':>7}{'R@10':>7}")
-    for title, direction in (("image to text", "i2t"), ("text to image", "t2i")):
-        cells = "".join(f"{metrics[f'{direction}_r{k}']:7.1f}" for k in (1, 5, 10))
-        print(f"{title:16}{cells}")
-    print(f"{'rSum':16}{metrics['rsum']:7.1f}")
 
 
 def _absolute(path: str, name: str, *, setting: str) -> Plain:

@@ -54,6 +54,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
+    from experiments.dry_run import print_dry_run
+    from experiments.outcome import print_closing, print_comparison
     from orchestration.study.comparison import (
         as_they_stand,
         compare_methods,
@@ -75,7 +77,7 @@ def body(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         plans = [tuning_study(plan, chosen, COMMON, points=points)] if points > 1 else []
         plans.append(seeds_study(plan, as_they_stand(chosen), seeds=seeds, settings=where))
-        return command_line.print_dry_run(plans, where, in_process=arguments.in_process)
+        return print_dry_run(plans, where, in_process=arguments.in_process)
     with command_line.named(plan, arguments, where) as plan:
         result, variants = compare_methods(
             plan,
@@ -89,9 +91,9 @@ def body(arguments: argparse.Namespace) -> int:
             say=command_line.say,
         )
     if not variants:
-        command_line.print_closing(result, where)
+        print_closing(result, where)
         return result.exit_code
-    command_line.print_comparison(result, report_folder(plan, where), where)
+    print_comparison(result, report_folder(plan, where), where)
     return result.exit_code
 
 

@@ -159,7 +159,7 @@ class Probed:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.analysis.probing import open_whole, region_counts
-    from orchestration.storage.output_folders import own_folder
+    from cpfean.output_folders import own_folder
 
     command_line.positive(arguments.seed, "--seed", least=0)
     command_line.positive(arguments.bins, "--bins")

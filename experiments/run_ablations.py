@@ -60,6 +60,8 @@ def make_parser() -> command_line.Parser:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.analysis.statistics import FULL
+    from experiments.dry_run import print_dry_run
+    from experiments.outcome import print_comparison
     from orchestration.study.ablations import Ablation
     from orchestration.study.comparison import compare_variants, report_folder, seeds_study
 
@@ -79,7 +81,7 @@ def body(arguments: argparse.Namespace) -> int:
     full = Ablation(name=FULL, question="The full model.", overrides={})
     if arguments.dry_run:
         study = seeds_study(plan, [full, *possible], seeds=seeds, settings=where)
-        return command_line.print_dry_run([study], where, in_process=arguments.in_process)
+        return print_dry_run([study], where, in_process=arguments.in_process)
     with command_line.named(plan, arguments, where) as plan:
         result = compare_variants(
             plan,
@@ -90,7 +92,7 @@ def body(arguments: argparse.Namespace) -> int:
             runner=command_line.runner(where, in_process=arguments.in_process),
             say=command_line.say,
         )
-    command_line.print_comparison(result, report_folder(plan, where), where)
+    print_comparison(result, report_folder(plan, where), where)
     return result.exit_code
 
 

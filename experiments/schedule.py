@@ -204,8 +204,8 @@ def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> i
 def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namespace) -> bool:
     """Says and records what changed since the round before; whether anything did for certain."""
     from cpfean.analysis.statistics import changes
+    from cpfean.errors import ServiceError
     from cpfean.writing import write_text
-    from orchestration.settings import ServiceError
     from orchestration.study.ablations import seed_runs
     from orchestration.study.run_folder import RunFolder
     from orchestration.tracking.runs import tag_parent

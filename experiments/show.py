@@ -73,7 +73,7 @@ def main() -> None:
 
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.analysis.pictures.queries import open_gallery
-    from orchestration.storage.output_folders import own_folder
+    from cpfean.output_folders import own_folder
 
     command_line.positive(arguments.count, "--count")
     command_line.positive(arguments.seed, "--seed", least=0)

@@ -44,7 +44,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from orchestration.study.conclusion import table
+    from experiments.dry_run import print_dry_run
+    from experiments.outcome import print_closing, print_metrics, table
     from orchestration.study.plan import StudyPlan
     from orchestration.study.study import run_study
 
@@ -92,7 +93,7 @@ def body(arguments: argparse.Namespace) -> int:
         typed=arguments.typed,
     )
     if arguments.dry_run:
-        return command_line.print_dry_run([plan], where, in_process=arguments.in_process)
+        return print_dry_run([plan], where, in_process=arguments.in_process)
     with command_line.named(plan, arguments, where) as plan:
         result = run_study(
             plan,
@@ -104,8 +105,8 @@ def body(arguments: argparse.Namespace) -> int:
     print(f"\n{table(result.records)}")
     if result.test:
         print(f"\n{result.best.name if result.best else ''} on the test split:")
-        command_line.print_metrics(result.test)
-    command_line.print_closing(result, where)
+        print_metrics(result.test)
+    print_closing(result, where)
     return result.exit_code
 
 

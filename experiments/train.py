@@ -32,6 +32,8 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
+    from experiments.dry_run import print_dry_run
+    from experiments.outcome import print_closing, print_metrics
     from orchestration.study.plan import StudyPlan, TrialPlan
     from orchestration.study.study import run_study
 
@@ -62,7 +64,7 @@ def body(arguments: argparse.Namespace) -> int:
         typed=arguments.typed,
     )
     if arguments.dry_run:
-        return command_line.print_dry_run([plan], where, in_process=workers == 0)
+        return print_dry_run([plan], where, in_process=workers == 0)
     with command_line.named(plan, arguments, where) as plan:
         result = run_study(
             plan,
@@ -73,8 +75,8 @@ def body(arguments: argparse.Namespace) -> int:
         )
     if result.test:
         print(f"\n{plan.name}, best epoch, on the test split:")
-        command_line.print_metrics(result.test)
-    command_line.print_closing(result, where)
+        print_metrics(result.test)
+    print_closing(result, where)
     return result.exit_code
 
 

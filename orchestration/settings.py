@@ -10,13 +10,12 @@ import getpass
 import os
 import re
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpfean.errors import ConfigError, ServiceError
-from cpfean.folders import cache_folder, can_be_written, expanded, private_folder
+from cpfean.folders import cache_folder, can_be_written, check_text, expanded, private_folder
 from orchestration.cluster.ray_address import find_cluster, parse_address
 from orchestration.tracking.address import tracking_address
 
@@ -172,25 +171,6 @@ def token_file() -> Path:
     """Where the token of Ray's clusters is, unless a variable holds it."""
     given = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
     return expanded(given, what="RAY_AUTH_TOKEN_PATH")
-
-
-def check_text(path: Path, *, what: str) -> None:
-    """Refuses a path that cannot be written down.
-
-    Args:
-        what: the flag or variable that it is of.
-
-    Raises:
-        ConfigError: bytes that are no text in the encoding of this terminal.
-    """
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"{what}: {str(path)!a} has bytes that are no text in "
-            f"{sys.getfilesystemencoding()}, and records, the tracker and Ray cannot hold it; "
-            "rename the folder, or set PYTHONUTF8=1 if its name looks right elsewhere."
-        ) from None
 
 
 def check_name(name: str) -> str:

@@ -19,8 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from cpfean.errors import ServiceError
-from orchestration.storage.check_file import check_file, read_check_file
-from orchestration.storage.checkpoints import CheckpointFolder
+from cpfean.storage.check_file import check_file, read_check_file
+from cpfean.storage.checkpoints import CheckpointFolder
 from tests.orchestration.ec2 import Ec2
 from tests.test_cluster_yaml import TEXT, prepared
 

@@ -43,17 +43,17 @@ PLACES = {
     "experiments.terminal:_forgiving": "the null device",
     "orchestration.study.budget:Meter.save": RUN,
     "experiments.command_line:named": "the empty folder that it has made to claim a name",
-    "orchestration.storage.checkpoints:CheckpointFolder.new_attempt": RUN,
-    "orchestration.storage.checkpoints:CheckpointFolder._write": f"{RUN}: leftovers by their prefix, and a "
+    "cpfean.storage.checkpoints:CheckpointFolder.new_attempt": RUN,
+    "cpfean.storage.checkpoints:CheckpointFolder._write": f"{RUN}: leftovers by their prefix, and a "
     "checkpoint of the same name",
-    "orchestration.storage.checkpoints:CheckpointFolder._upload": "under the study's own id in the storage",
-    "orchestration.storage.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
+    "cpfean.storage.checkpoints:CheckpointFolder._upload": "under the study's own id in the storage",
+    "cpfean.storage.checkpoints:CheckpointFolder._remove": "a checkpoint by its exact name, in the "
     "folder of a trial",
-    "orchestration.storage.check_file:check_file": NEW,
-    "orchestration.storage.records_copy:CopyFolder.get": RUN,
-    "orchestration.storage.records_copy:CopyFolder.put": "under studies/NAME of the storage, once `check` has found "
+    "cpfean.storage.check_file:check_file": NEW,
+    "orchestration.study.records_copy:CopyFolder.get": RUN,
+    "orchestration.study.records_copy:CopyFolder.put": "under studies/NAME of the storage, once `check` has found "
     "no other study there",
-    "orchestration.storage.records_copy:fetch_records": "a run's folder that is not on this machine",
+    "orchestration.study.records_copy:fetch_records": "a run's folder that is not on this machine",
     "cpfean.analysis.probe_report:write_results": "in a folder of results that `own_folder` has taken",
     "orchestration.study.run_folder:RunFolder.write": RUN,
     "cpfean.writing:write_json": "a file that is ours by its folder: see who calls it",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.errors import ServiceError
 from cpfean.writing import cannot_write, is_disk_error
-from orchestration.settings import ServiceError
 from orchestration.study.run_folder import RunFolder
 from tests.faults import small_disk
 from tests.orchestration.samples import record

@@ -9,41 +9,21 @@ code, counts as one of other versions.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from importlib import metadata
 from typing import Protocol
 
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.folders import expanded
-from orchestration.storage.check_file import check_file, read_check_file
+from cpfean.storage.check_file import check_file, read_check_file
 from orchestration.study.run_folder import RunFolder
+from orchestration.versions import versions
 
-_LIBRARIES = ("ray", "torch", "transformers", "numpy", "mlflow", "optuna")
 _NUMBERS = ("python", "torch", "transformers", "numpy", "code")  # what a training comes to
 _TALK = ("ray", "orchestration")  # how driver and workers talk
 _NODE_SECONDS = 60.0
 
 Answer = dict[str, str] | str  # versions by name; or the last line of why there are none
-
-
-def versions() -> dict[str, str]:
-    """Python, libraries and our own code, here."""
-    from orchestration.study.results import code_fingerprint
-
-    found = {
-        "python": platform.python_version(),
-        "code": code_fingerprint(),
-        "orchestration": code_fingerprint("orchestration"),
-    }
-    for library in _LIBRARIES:
-        try:
-            # CPU and CUDA builds of one version go together.
-            found[library] = metadata.version(library).split("+")[0]
-        except metadata.PackageNotFoundError:
-            found[library] = "none"
-    return found
 
 
 def differences(

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from cpfean.errors import CpfeanError, ServiceError, StoppedError
+from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Begun, Ended, Failed, Message, Order
 from orchestration.runners.protocol import Driver
 from orchestration.runners.training import Abandoned, train
-from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.budget import OTHER
 from orchestration.study.failures import known_failure
 from orchestration.study.plan import StudyPlan

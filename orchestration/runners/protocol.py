@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from cpfean.errors import ServiceError
 from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Message
-from orchestration.settings import ServiceError, Settings
+from orchestration.settings import Settings
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TrialRecord
 from orchestration.study.run_folder import RunFolder

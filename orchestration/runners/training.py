@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig
+from cpfean.storage.checkpoint_names import epoch_of
+from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.runners.messages import Epoch, Message, Order, Resumed, Tested
-from orchestration.storage.checkpoint_names import epoch_of
-from orchestration.storage.checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint, TrainingState

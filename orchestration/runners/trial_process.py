@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError
 
 from cpfean.errors import CheckpointError, ServiceError, StoppedError
+from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.runners.messages import (
     Begun,
     Epoch,
@@ -35,7 +36,6 @@ from orchestration.runners.ray_errors import (
 )
 from orchestration.runners.worker_pool import PoolOptions, WorkerPool
 from orchestration.settings import prepare_environment
-from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.records import METRIC
 
 MAX_RETRIES = 3  # of a trial from its newest checkpoint, after something was lost

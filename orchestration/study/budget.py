@@ -12,18 +12,16 @@ import math
 import shutil
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import read_file
 from cpfean.json_files import RecordError, read_fields
 from cpfean.writing import write_json
-from orchestration.settings import ServiceError
 
 SPENT = "spent.json"
 OTHER = "other"  # the type of a node that tells none
@@ -269,64 +267,11 @@ def check_disk(
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """How long a plan takes, from a step that was timed.
-
-    Attributes:
-        trials: that are still to be run.
-        epochs: of each.
-        steps: of an epoch.
-        step_seconds: timed.
-        validation_seconds: of an epoch, timed on a part of the split.
-        workers: of a trial.
-        units: GPUs, or CPUs where there is none, of a worker.
-        at_a_time: trials.
-    """
-
-    trials: int
-    epochs: int
-    steps: int
-    step_seconds: float
-    validation_seconds: float
-    workers: int
-    units: int
-    at_a_time: int
-
-    @property
-    def trial_seconds(self) -> float:
-        """Of one trial that is not stopped early."""
-        return self.epochs * (self.steps * self.step_seconds + self.validation_seconds)
-
-    @property
-    def seconds(self) -> float:
-        """By the clock, with as many trials at a time as there is room for."""
-        return math.ceil(self.trials / self.at_a_time) * self.trial_seconds
-
-    @property
-    def unit_hours(self) -> float:
-        """GPU-hours, or CPU-hours, of all trials."""
-        return self.trials * self.trial_seconds * self.workers * self.units / 3600
-
-
 def eta(seconds: float) -> str:
     """How long something will still take, as a study that runs says it."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
-
-
-def cost_line(prices: Prices, types: Sequence[str], *, hours: float) -> str:
-    """What nodes of these types cost for some hours."""
-    unknown = prices.unknown(types)
-    if len(unknown) == len(set(types)):
-        return f"unknown: {prices.file} has no price of {', '.join(map(repr, unknown))} ([nodes])"
-    held = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(types).items()))
-    paid, at_most = prices.hourly(types), prices.hourly(types, on_demand=True)
-    line = f"${hours * paid:.2f} for {held} at ${paid:.2f} an hour"
-    if at_most > paid:
-        line += f"; ${hours * at_most:.2f} if all were on demand"
-    return line + (f"; without {', '.join(map(repr, unknown))}, no price" if unknown else "")
 
 
 def size(number: float) -> str:
@@ -383,20 +328,3 @@ def _price(
         raise ConfigError(f'{file}: {name}.market must be "on_demand" or "spot"; got {market!r}.')
     of = instances[instance]
     return Price(dollars=of[market], on_demand=of["on_demand"])
-
-
-__all__ = [
-    "OTHER",
-    "SPENT",
-    "Budget",
-    "Disk",
-    "Estimate",
-    "Meter",
-    "Price",
-    "Prices",
-    "check_disk",
-    "cost_line",
-    "eta",
-    "free_bytes",
-    "size",
-]

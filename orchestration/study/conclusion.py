@@ -12,18 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpfean import commands
-from cpfean.config import Plain
 from cpfean.errors import ServiceError, message_of
+from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.writing import write_json, write_text
 from orchestration.settings import Settings
-from orchestration.storage.checkpoints import CheckpointFolder
 from orchestration.study.follower import Follower
 from orchestration.study.plan import StudyPlan, resume_line, with_more
 from orchestration.study.records import TrialRecord
 from orchestration.study.run_folder import RunFolder
 from orchestration.study.spending import Spending
-from orchestration.tracking.address import is_web, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,62 +205,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
     }
 
 
-def table(records: Sequence[TrialRecord]) -> str:
-    """Trials as lines for people: state, rSum, epochs, what was varied, seconds."""
-    paths = list(dict.fromkeys(path for record in records for path in record.overrides))
-    header = ["trial", "state", "dev rSum", "epochs", *(_short(path) for path in paths), "seconds"]
-    rows = [
-        [
-            record.name,
-            record.state + (f" ({record.failure})" if record.failure else ""),
-            f"{record.best_rsum:.1f}" if record.history else "-",
-            str(record.epochs),
-            *(_value(record.overrides.get(path, "-")) for path in paths),
-            f"{record.seconds:.0f}",
-        ]
-        for record in sorted(records, key=lambda r: (r.state == "failed", -r.best_rsum, r.number))
-    ]
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [header, *rows]
-    )
-
-
-def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
-    """Where everything is."""
-    lines = [f"records         {result.folder}"]
-    if result.best is None:
-        lines.append("best            none: no trial finished")
-    else:
-        lines += [
-            f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
-            f"configuration   {result.folder / 'best_config.toml'}",
-        ]
-    if result.test:
-        lines.append(f"test rSum       {result.test['rsum']:.1f}")
-        model = result.folder / "best_model"
-        lines.append(f"model           {model if model.is_dir() else 'not on this machine'}")
-    if result.failed:
-        lines.append(f"failed          {result.failed}")
-    if result.spent:
-        lines.append(f"spent           {result.spent}")
-    if result.used_up:
-        lines.append(f"budget          {result.used_up}")
-    uri = settings.tracking_uri
-    look = shown(uri) if is_web(uri) else commands.look_at_runs(uri)
-    return [*lines, f"look at it      {look}"]
-
-
 def _failures(records: Sequence[TrialRecord]) -> str:
     """How many trials failed with what."""
     counted = Counter(record.failure for record in records if record.state == "failed")
     return ", ".join(f"{count} {failure}" for failure, count in counted.items())
-
-
-def _short(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
-
-
-def _value(value: Plain) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -14,9 +14,9 @@ from cpfean.errors import (
     DivergedError,
     LostPartnerError,
     NoMemoryError,
+    ServiceError,
     StoppedError,
 )
-from orchestration.settings import ServiceError
 
 # The first that fits counts: CpfeanError is the base of most.
 _CLASSES: tuple[tuple[type[BaseException], str], ...] = (

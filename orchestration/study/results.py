@@ -8,10 +8,7 @@ Files from several machines may be put into one folder: the same run has the sam
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
-import importlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -19,6 +16,7 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
+from cpfean.fingerprints import code_fingerprint, encoder_fingerprint
 from cpfean.json_files import RecordError, read_fields
 from cpfean.writing import cannot_write, write_json
 from orchestration.study.records import TrialRecord, check_outcome, relocated
@@ -148,44 +146,3 @@ class Results:
                 if found != checkpoint:
                     return found
         return checkpoint
-
-
-def encoder_fingerprint(config: ExperimentConfig) -> str:
-    """What a text encoder that is a folder holds; empty for one that goes by its name."""
-    name = config.model.text.encoder
-    return content_fingerprint(Path(name)) if name != "scratch" and Path(name).is_dir() else ""
-
-
-@functools.cache
-def code_fingerprint(package: str = "cpfean") -> str:
-    """Twelve hexadecimal digits of a package's code; comments and layout do not count."""
-    (folder,) = importlib.import_module(package).__path__
-    root = Path(folder)
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\n{_bare(file)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-@functools.cache
-def content_fingerprint(folder: Path) -> str:
-    """Twelve hexadecimal digits of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name}\n{content}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _bare(file: Path) -> str:
-    """A module's syntax tree without docstrings."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            del node.body[0]
-    return ast.dump(tree)
-
-
-__all__ = ["Results", "code_fingerprint", "content_fingerprint", "encoder_fingerprint"]

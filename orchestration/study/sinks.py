@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Callable
 
 from orchestration.settings import Settings
-from orchestration.storage.records_copy import RecordsCopy
 from orchestration.study.follower import Follower, Sink
 from orchestration.study.plan import StudyPlan
+from orchestration.study.records_copy import RecordsCopy
 from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.mlflow_sink import MlflowSink
 from orchestration.tracking.runs import TrackedRun

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from cpfean import commands
 from cpfean.errors import CpfeanError, ServiceError
-from orchestration.cluster.versions import since_start, versions
+from cpfean.fingerprints import encoder_fingerprint
+from orchestration.cluster.versions import since_start
 from orchestration.runners.messages import (
     Begun,
     Ended,
@@ -26,7 +27,6 @@ from orchestration.runners.messages import (
 )
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
-from orchestration.storage.records_copy import copy_of
 from orchestration.study.conclusion import StudyResult, conclude, outcome_metrics
 from orchestration.study.follower import Follower
 from orchestration.study.plan import (
@@ -38,13 +38,13 @@ from orchestration.study.plan import (
 )
 from orchestration.study.progress import Progress
 from orchestration.study.records import State, TrialRecord
-from orchestration.study.results import encoder_fingerprint
+from orchestration.study.records_copy import copy_of
 from orchestration.study.run_folder import RunFolder
 from orchestration.study.sinks import follower_of
 from orchestration.study.spending import Spending
 from orchestration.study.stopping import Interrupted, Stop
 from orchestration.study.trials import MAX_LOSSES, StudyError, Trials
-from orchestration.tracking.versions import git_commit
+from orchestration.versions import git_commit, versions
 
 
 def run_study(

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean import commands
-from cpfean.errors import message_of
-from orchestration.settings import ServiceError
+from cpfean.errors import ServiceError, message_of
 from orchestration.study.follower import RefusedError, ShutError, StudyNews
 from orchestration.study.records import TrialRecord
 from orchestration.tracking.address import shown, sqlite_file, without_password

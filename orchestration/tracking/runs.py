@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from cpfean.errors import message_of
-from orchestration.settings import ServiceError
+from cpfean.errors import ServiceError, message_of
 from orchestration.study.records import TrialRecord
 from orchestration.tracking.address import shown, without_password
 from orchestration.tracking.stores import experiment_of, open_store
-from orchestration.tracking.versions import versions
+from orchestration.versions import version_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -198,7 +197,7 @@ class Runs:
         # The key tags go in with the creation: a run that exists can always be found again.
         key = {"cpfean.id": self._study.id, "cpfean.sweep": self._study.name}
         tags = key | {STATE_TAG: "running", HEARTBEAT_TAG: _now()} | dict(tags)
-        tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **versions()}
+        tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **version_tags()}
         return self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
 
 

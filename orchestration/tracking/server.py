@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpfean import commands
-from cpfean.errors import ConfigError, message_of
-from orchestration.settings import ServiceError
+from cpfean.errors import ConfigError, ServiceError, message_of
 from orchestration.tracking.address import shown, sqlite_file, tracking_address
 from orchestration.tracking.passwords import ADMIN, PASSWORD, check_password
 

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 from cpfean import commands
-from cpfean.errors import message_of
+from cpfean.errors import ServiceError, message_of
 from cpfean.writing import link_first
-from orchestration.settings import ServiceError
 from orchestration.tracking.address import is_web, shown, sqlite_file
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ServiceError
 from experiments import doctor as command
 from orchestration.cluster.capacity import Cluster
-from orchestration.cluster.versions import Answer, versions
+from orchestration.cluster.versions import Answer
 from orchestration.settings import Settings
+from orchestration.versions import versions
 from tests.experiments.conftest import Run
 from tests.orchestration.cluster.test_doctor import begin
 from tests.orchestration.samples import TINY

@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from orchestration.storage.checkpoint_names import MARKER
-from orchestration.storage.checkpoints import CheckpointFolder
+from cpfean.storage.checkpoint_names import MARKER
+from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.study.records import TrialRecord
 from orchestration.study.run_folder import RunFolder
 from tests.faults import moto_program, postgres_program

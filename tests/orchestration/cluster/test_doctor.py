@@ -12,14 +12,15 @@ import pytest
 from mlflow.entities import Run, ViewType
 
 from cpfean import commands
-from cpfean.errors import DataError
+from cpfean.errors import DataError, ServiceError
 from orchestration.cluster import doctor
 from orchestration.cluster.doctor import Ill, examine
-from orchestration.cluster.versions import Answer, versions
-from orchestration.settings import ServiceError, Settings
+from orchestration.cluster.versions import Answer
+from orchestration.settings import Settings
 from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.runs import HEARTBEAT_TAG, TrackedRun
 from orchestration.tracking.stores import open_store
+from orchestration.versions import versions
 from tests.orchestration.samples import record
 from tests.orchestration.tracking.tracked import track
 from tests.orchestration.tracking_store import new_store

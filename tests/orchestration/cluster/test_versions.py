@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, ServiceError
 from orchestration.cluster.versions import (
     Answer,
     among_nodes,
     ask_nodes,
     since_start,
-    versions,
 )
-from orchestration.settings import ServiceError
 from orchestration.study.run_folder import RunFolder
+from orchestration.versions import versions
 
 
 @pytest.mark.parametrize("what", ["python", "torch", "transformers", "numpy", "code"])

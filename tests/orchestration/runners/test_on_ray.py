@@ -9,9 +9,9 @@ import pytest
 
 from cpfean.errors import ServiceError
 from orchestration.cluster.capacity import Cluster, Node
-from orchestration.cluster.versions import versions
 from orchestration.runners.on_ray import OnRay, workers_awaited
 from orchestration.study.stopping import Deadlines
+from orchestration.versions import versions
 from tests.orchestration.study.scripted import Driven, on_disk
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, ServiceError
 from orchestration.schedule.rounds import Schedule
-from orchestration.settings import ServiceError
 
 START = datetime(2026, 11, 24, 10, 7, tzinfo=UTC)
 

@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 import yaml
 
-from cpfean.errors import ConfigError
-from orchestration.settings import ServiceError, Settings
+from cpfean.errors import ConfigError, ServiceError
+from orchestration.settings import Settings
 from orchestration.study import plan as plans
 from orchestration.study.budget import (
     OTHER,
     SPENT,
     Budget,
     Disk,
-    Estimate,
     Meter,
     Price,
     Prices,
     check_disk,
-    cost_line,
     eta,
     size,
 )
@@ -228,37 +226,12 @@ def test_only_a_folder_has_an_end(
     assert asked == ([] if looked_at is None else [looked_at])
 
 
-def test_an_estimate_counts_rounds_of_trials_and_every_worker() -> None:
-    estimate = Estimate(
-        trials=5,
-        epochs=10,
-        steps=100,
-        step_seconds=0.5,
-        validation_seconds=10.0,
-        workers=2,
-        units=3,
-        at_a_time=2,
-    )
-    assert estimate.trial_seconds == 600.0
-    assert estimate.seconds == 3 * 600.0
-    assert estimate.unit_hours == pytest.approx(5 * 600 * 2 * 3 / 3600)
-
-
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0, "ETA 0:00"), (59.6, "ETA 1:00"), (3599, "ETA 59:59"), (7325, "ETA 2:02:05")],
 )
 def test_a_length_of_time_is_said_as_a_running_study_says_it(seconds: float, said: str) -> None:
     assert eta(seconds) == said
-
-
-def test_a_cost_names_what_is_held_and_what_has_no_price() -> None:
-    known = prices(head=1.0, worker=2.0)
-    line = cost_line(known, ["head", "worker", "worker", "other"], hours=2.0)
-    assert "$10.00 for 1 x head, 1 x other, 2 x worker at $5.00 an hour" in line
-    assert "$20.00 if all were on demand" in line
-    assert "without 'other'" in line
-    assert "unknown" in cost_line(known, ["other"], hours=2.0)
 
 
 def test_bytes_are_said_in_three_digits() -> None:

@@ -19,6 +19,7 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
 from cpfean.training.setup import evaluate_checkpoint
+from experiments.outcome import closing_lines
 from orchestration.proposals.points import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import InProcess
@@ -32,7 +33,6 @@ from orchestration.study.comparison import (
     tuned,
     tuning_trials,
 )
-from orchestration.study.conclusion import closing_lines
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records import TUNING
 from orchestration.study.run_folder import RunFolder, newest_unfinished

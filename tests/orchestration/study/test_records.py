@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from cpfean.errors import ConfigError
-from orchestration.study.conclusion import table
 from orchestration.study.records import TUNING, TrialRecord, relocated
 from orchestration.study.run_folder import RunFolder, newest_unfinished
 from tests.orchestration.samples import record
@@ -162,21 +161,6 @@ def test_a_comparison_is_resumed_after_its_tuning_too(tmp_path: Path) -> None:
     (tmp_path / "a" / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="nothing to resume"):
         newest_unfinished(tmp_path, *kinds)
-
-
-def test_the_table_shows_the_best_trial_first_and_what_each_one_varied() -> None:
-    lines = table(
-        [
-            record(0, 50.0, state="finished", overrides={"loss.margin": 0.2}),
-            record(1, 90.0, state="pruned", overrides={"loss.margin": 0.35}),
-            record(2, state="failed", failure="oom"),
-        ]
-    ).splitlines()
-    assert lines[0].split()[:2] == ["trial", "state"]
-    assert "margin" in lines[0]
-    assert lines[1].split()[:3] == ["trial-001", "pruned", "90.0"]
-    assert "0.35" in lines[1]
-    assert "failed (oom)" in lines[3]
 
 
 def test_a_record_knows_when_it_is_for_good() -> None:

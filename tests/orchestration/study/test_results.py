@@ -9,7 +9,7 @@ import pytest
 from cpfean.json_files import RecordError
 from orchestration.study import results
 from orchestration.study.records import TrialRecord
-from orchestration.study.results import Results, code_fingerprint
+from orchestration.study.results import Results
 from tests.orchestration.samples import TINY, record
 
 
@@ -92,15 +92,3 @@ def test_checkpoints_of_results_are_found_where_all_of_the_runs_have_moved(tmp_p
         waiting = record(0)
         assert store(tmp_path / "new" / "results").fill(waiting, tested=True)
         assert waiting.checkpoint == str(new)
-
-
-def test_comments_and_docstrings_are_no_code(tmp_path: Path) -> None:
-    def bare(text: str) -> str:
-        file = tmp_path / "module.py"
-        file.write_text(text)
-        return results._bare(file)
-
-    plain = bare("def f():\n    return 1\n")
-    assert bare('"""Says."""\ndef f():\n    """Says more."""\n    return 1  # why\n') == plain
-    assert bare("def f():\n    return 2\n") != plain
-    assert len(code_fingerprint()) == 12

@@ -16,13 +16,14 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from cpfean.errors import CpfeanError, ServiceError
+from experiments.outcome import closing_lines
 from orchestration.cluster.capacity import Demand, Node
 from orchestration.runners import messages
 from orchestration.runners.messages import Begun, Lost, Note, Resumed
 from orchestration.runners.tune import EarlyStopping, Halving
 from orchestration.settings import Settings
 from orchestration.study.budget import SPENT, Budget, Price, Prices
-from orchestration.study.conclusion import StudyResult, best_of, closing_lines, summary
+from orchestration.study.conclusion import StudyResult, best_of, summary
 from orchestration.study.plan import num_open
 from orchestration.study.run_folder import RunFolder, newest_unfinished
 from orchestration.study.stopping import Deadlines, Interrupted

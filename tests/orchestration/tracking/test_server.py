@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cpfean.errors import ConfigError
+from cpfean.errors import ConfigError, ServiceError
 from experiments import tracking_server
-from orchestration.settings import ServiceError
 from orchestration.tracking.passwords import PASSWORD
 from orchestration.tracking.server import ServerPlan
 from tests.faults import free_port

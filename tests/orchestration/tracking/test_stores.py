@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from cpfean import commands
-from orchestration.settings import ServiceError
+from cpfean.errors import ServiceError
 from orchestration.tracking.stores import (
     ExperimentDeletedError,
     FilesElsewhereError,

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from cpfean.errors import ServiceError
 from orchestration.cluster import doctor
 from orchestration.runners.on_ray import OnRay
-from orchestration.settings import ServiceError, Settings
+from orchestration.settings import Settings
 from orchestration.study.follower import Pauses
 from orchestration.study.plan import StudyPlan
 from orchestration.study.run_folder import RunFolder

@@ -1,7 +1,7 @@
 """The checkpoints of one trial, in a folder that every node reaches: local, shared or an S3 URL.
 
 <folder>/epoch-0004    what `cpfean.training.checkpoint` writes; the newest two are kept; for other
-                       names see `orchestration.storage.checkpoint_names`
+                       names see `cpfean.storage.checkpoint_names`
 <folder>/attempt       number of the last attempt at the trial
 
 A checkpoint appears as a whole: in a folder by being renamed, in an object store by its manifest,
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.files import is_there, read_file
+from cpfean.storage.checkpoint_names import MARKER, check_current, in_order, name_of
+from cpfean.storage.object_store import Storage
 from cpfean.writing import cannot_write
-from orchestration.storage.checkpoint_names import MARKER, check_current, in_order, name_of
-from orchestration.storage.object_store import Storage
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint, TrainingState

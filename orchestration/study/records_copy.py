@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cpfean.errors import ConfigError, message_of
+from cpfean.errors import ConfigError, ServiceError, message_of
 from cpfean.files import is_there, read_file
 from cpfean.json_files import LARGEST, RecordError
+from cpfean.storage.object_store import Storage
 from cpfean.writing import write_text
-from orchestration.settings import ServiceError, Settings
-from orchestration.storage.object_store import Storage
+from orchestration.settings import Settings
 from orchestration.study.budget import SPENT
 from orchestration.study.follower import GivenUpError, StudyNews
 from orchestration.study.records import TrialRecord

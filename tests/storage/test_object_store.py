@@ -15,18 +15,19 @@ import torch
 from cpfean.config import DataConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
+from cpfean.errors import ServiceError
+from cpfean.storage import object_store as storage
+from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.training.checkpoint import Checkpoint, read_state
 from cpfean.training.loop import fit
-from orchestration.settings import ServiceError, Settings
-from orchestration.storage import object_store as storage
-from orchestration.storage.checkpoints import CheckpointFolder
-from orchestration.storage.records_copy import CopyFolder, RecordsCopy, fetch_records
+from orchestration.settings import Settings
 from orchestration.study.follower import Follower, Pauses
+from orchestration.study.records_copy import CopyFolder, RecordsCopy, fetch_records
 from orchestration.study.run_folder import RunFolder
 from tests.faults import Fault, ObjectStore, Proxy
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record
-from tests.orchestration.storage.test_checkpoints import Saver, Trained
+from tests.storage.test_checkpoints import Saver, Trained
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +169,7 @@ def test_a_store_that_fails_for_a_while_delays_an_upload_and_no_more(
     saver.save(1)
     proxy.fault, proxy.only, proxy.body = fault, early, b"<Error><Code>Odd</Code></Error>"
     if fault == "refuse":
-        monkeypatch.setattr("orchestration.storage.object_store.time.sleep", back)
+        monkeypatch.setattr("cpfean.storage.object_store.time.sleep", back)
     saver.save(2)
     assert saver.folder.newest_valid() == "epoch-0002"
     told = [entry.getMessage() for entry in caplog.records if "delayed" in entry.getMessage()]
@@ -186,9 +187,9 @@ def test_a_store_that_stays_away_ends_the_attempt_in_time_and_takes_nothing_with
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saver.save(1)
-    monkeypatch.setattr("orchestration.storage.object_store._PATIENCE", 2.0)
+    monkeypatch.setattr("cpfean.storage.object_store._PATIENCE", 2.0)
     # The client's own tries take some seconds, and what is to be told is their outcome.
-    monkeypatch.setattr("orchestration.storage.object_store._ANSWER", 60.0)
+    monkeypatch.setattr("cpfean.storage.object_store._ANSWER", 60.0)
     proxy.fault, proxy.body = 503, b"<Error><Code>SlowDown</Code></Error>"
     proxy.only = lambda head: "epoch-0002/model.safetensors" in first(head)
     with pytest.raises(ServiceError, match=r"epoch-0002/model.safetensors: .*for 2 s \(SlowDown\)"):

@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpfean.errors import ConfigError
-from orchestration.settings import ServiceError
+from cpfean.errors import ConfigError, ServiceError
 
 logger = logging.getLogger("cpfean.storage")
 

@@ -20,12 +20,12 @@ import torch
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
-from cpfean.errors import CheckpointError, ConfigError
+from cpfean.errors import CheckpointError, ConfigError, ServiceError
+from cpfean.storage.checkpoint_names import FencedError
+from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.training.checkpoint import Checkpoint, TrainingState, check_same_run, read_state
 from cpfean.training.loop import EpochReport, fit
-from orchestration.settings import ServiceError, Settings
-from orchestration.storage.checkpoint_names import FencedError
-from orchestration.storage.checkpoints import CheckpointFolder
+from orchestration.settings import Settings
 from tests.faults import small_disk
 from tests.orchestration.runners.test_in_process import curve, plan_of
 from tests.orchestration.samples import TINY, run_here

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cpfean.errors import ConfigError
-from orchestration.storage.output_folders import own_folder
+from cpfean.output_folders import own_folder
 
 
 def test_a_new_an_empty_and_an_own_folder_are_taken(tmp_path: Path) -> None:

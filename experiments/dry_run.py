@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orchestration.cluster.capacity import allocate, this_machine
 from orchestration.settings import Settings, usable_cpus
-from orchestration.study.budget import OTHER, Estimate, Prices, cost_line, eta, free_bytes, size
-from orchestration.study.plan import StudyPlan, disk_of, num_open, storage_of
+from orchestration.study.budget import OTHER, Prices, eta, free_bytes, size
+from orchestration.study.plan import (
+    StudyPlan,
+    check_room_for_checkpoints,
+    disk_of,
+    num_open,
+    storage_of,
+)
+
+
+def print_dry_run(plans: Sequence[StudyPlan], where: Settings, *, in_process: bool = False) -> int:
+    """Says what plans would take; fails as they would, where that can be known.
+
+    Raises:
+        ServiceError: no cluster, or no room for the checkpoints.
+    """
+    prices = plans[0].budget.prices
+    assert prices is not None
+    print("\n".join(dry_run(plans, where, in_process=in_process, prices=prices)), flush=True)
+    for plan in plans:
+        check_room_for_checkpoints(plan, where)
+    return 0
 
 
 def dry_run(
@@ -100,3 +122,56 @@ def dry_run(
         f"note            {'; '.join(notes)}",
         "Nothing was started.",
     ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """How long a plan takes, from a step that was timed.
+
+    Attributes:
+        trials: that are still to be run.
+        epochs: of each.
+        steps: of an epoch.
+        step_seconds: timed.
+        validation_seconds: of an epoch, timed on a part of the split.
+        workers: of a trial.
+        units: GPUs, or CPUs where there is none, of a worker.
+        at_a_time: trials.
+    """
+
+    trials: int
+    epochs: int
+    steps: int
+    step_seconds: float
+    validation_seconds: float
+    workers: int
+    units: int
+    at_a_time: int
+
+    @property
+    def trial_seconds(self) -> float:
+        """Of one trial that is not stopped early."""
+        return self.epochs * (self.steps * self.step_seconds + self.validation_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """By the clock, with as many trials at a time as there is room for."""
+        return math.ceil(self.trials / self.at_a_time) * self.trial_seconds
+
+    @property
+    def unit_hours(self) -> float:
+        """GPU-hours, or CPU-hours, of all trials."""
+        return self.trials * self.trial_seconds * self.workers * self.units / 3600
+
+
+def cost_line(prices: Prices, types: Sequence[str], *, hours: float) -> str:
+    """What nodes of these types cost for some hours."""
+    unknown = prices.unknown(types)
+    if len(unknown) == len(set(types)):
+        return f"unknown: {prices.file} has no price of {', '.join(map(repr, unknown))} ([nodes])"
+    held = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(types).items()))
+    paid, at_most = prices.hourly(types), prices.hourly(types, on_demand=True)
+    line = f"${hours * paid:.2f} for {held} at ${paid:.2f} an hour"
+    if at_most > paid:
+        line += f"; ${hours * at_most:.2f} if all were on demand"
+    return line + (f"; without {', '.join(map(repr, unknown))}, no price" if unknown else "")

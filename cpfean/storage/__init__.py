@@ -1,0 +1,1 @@
+"""Checkpoints in folders and object stores alike."""

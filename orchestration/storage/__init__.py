@@ -1,1 +1,0 @@
-"""Folders and object stores: checkpoints, and the copy of the records."""
