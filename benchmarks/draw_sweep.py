@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from orchestration.study.run_folder import RunFolder
+from cpfean.records.run_folder import RunFolder
 
 _LINES = {"finished": "-", "pruned": "--", "failed": ":"}
 

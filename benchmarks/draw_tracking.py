@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from orchestration.settings import prepare_environment
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 
 FLAGS = (

@@ -68,7 +68,7 @@ def real_trials(
     folder: Path, trials: int, settings: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the table, and what they were made of."""
-    from orchestration.study.run_folder import RunFolder
+    from cpfean.records.run_folder import RunFolder
 
     chosen = {f"data.synthetic.{name}": str(value) for name, value in _DATA.items()}
     chosen |= {"data.num_regions": str(_DATA["num_regions"]), "optim.epochs": str(_EPOCHS)}

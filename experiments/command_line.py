@@ -20,6 +20,8 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from cpfean.folders import can_be_written, check_text, expanded
+from cpfean.records.run_folder import newest_unfinished
+from cpfean.records.trial_record import TUNING
 from cpfean.writing import cannot_write, is_disk_error
 from experiments.baselines import BASELINES
 from experiments.terminal import make_forgiving
@@ -28,9 +30,7 @@ from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings, check_name, prepare_environment
 from orchestration.study.budget import Budget, Prices
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TUNING
 from orchestration.study.records_copy import fetch_records
-from orchestration.study.run_folder import newest_unfinished
 from orchestration.study.stopping import Interrupted
 
 # A setting -> the file that data must have for it to make a difference, and what is in it.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from cpfean import commands
 from cpfean.config import Plain
+from cpfean.records.trial_record import TrialRecord
 from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult
-from orchestration.study.records import TrialRecord
 from orchestration.tracking.address import is_web, shown
 
 

@@ -20,9 +20,9 @@ from orchestration.study.stopping import Interrupted
 
 if TYPE_CHECKING:
     from cpfean.analysis.statistics import Change
+    from cpfean.records.run_folder import RunFolder
     from orchestration.schedule.journal import Row
     from orchestration.schedule.rounds import Schedule
-    from orchestration.study.run_folder import RunFolder
 
 CHANGED = 6  # exit code
 
@@ -179,7 +179,7 @@ def _round(schedule: Schedule, arguments: argparse.Namespace, given: list[str]) 
 
 
 def _run_round(schedule: Schedule, suite: str, slot: str, given: list[str]) -> int:
-    from orchestration.study.run_folder import RunFolder
+    from cpfean.records.run_folder import RunFolder
 
     name = f"{suite}-{slot}"
     folder = RunFolder(schedule.folder / name)
@@ -205,9 +205,9 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
     """Says and records what changed since the round before; whether anything did for certain."""
     from cpfean.analysis.statistics import changes
     from cpfean.errors import ServiceError
+    from cpfean.records.run_folder import RunFolder
     from cpfean.writing import write_text
     from orchestration.study.ablations import seed_runs
-    from orchestration.study.run_folder import RunFolder
     from orchestration.tracking.runs import tag_parent
 
     before = _round_before(folder.path, suite)

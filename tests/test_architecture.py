@@ -75,6 +75,7 @@ ROOMS = {
     "cpfean.model.scorers.registry": Room(ours=frozenset(), only_standard_library=True),
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
+    "cpfean.records": Room(ours=FOUNDATION),
     "cpfean.storage": Room(ours=FOUNDATION | {"cpfean.training.checkpoint"}),
     "cpfean.training": Room(ours=ABOVE_TRAINING),
     "orchestration": Room(
@@ -89,7 +90,7 @@ ROOMS = {
         ours=frozenset({"cpfean"}), never=frozenset({"optuna", "mlflow", "torch"})
     ),
     # What it brings up to date comes to it, and not the other way round.
-    "orchestration.study.follower": Room(ours=frozenset({"orchestration.study.records"})),
+    "orchestration.study.follower": Room(ours=frozenset({"cpfean.records.trial_record"})),
     "experiments": Room(ours=frozenset({"cpfean", "orchestration"})),
 }
 
@@ -187,7 +188,7 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("cpfean.training.loop", "import orchestration.study.study"),
         ("cpfean.training.loop", "from cpfean.analysis.statistics import compare"),
         ("cpfean.model.cpfean", "from cpfean.analysis import views"),
-        ("cpfean.analysis.report", "from orchestration.study.records import TrialRecord"),
+        ("cpfean.analysis.report", "from cpfean.records.trial_record import TrialRecord"),
         ("cpfean.analysis.report", "def write():\n    import mlflow"),
         ("orchestration.study.follower", "def send():\n    import mlflow"),
         ("orchestration.study.follower", "from orchestration.tracking.runs import Runs"),

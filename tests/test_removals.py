@@ -12,7 +12,7 @@ REMOVES = {"unlink", "rmtree", "rename", "rm", "rm_file", "rmdir", "remove", "re
 REMOVES |= {"truncate", "delete_run", "delete_experiment", "delete_artifacts"}
 OVERWRITES = {"write_text", "write_bytes", "copyfile", "copytree", "copy2", "move"}
 LIBRARIES = {"savefig", "save_file", "save_pretrained", "open_memmap"}
-OURS = {"write_text", "write_json"}  # of orchestration.study.records
+OURS = {"write_text", "write_json"}  # of cpfean.records.trial_record
 RUN = "in the folder of a run, which was new or held nothing else when it was made, and is locked"
 NEW = "a file or folder that this very call has made, under a name drawn at random"
 
@@ -55,10 +55,10 @@ PLACES = {
     "no other study there",
     "orchestration.study.records_copy:fetch_records": "a run's folder that is not on this machine",
     "cpfean.analysis.probe_report:write_results": "in a folder of results that `own_folder` has taken",
-    "orchestration.study.run_folder:RunFolder.write": RUN,
+    "cpfean.records.run_folder:RunFolder.write": RUN,
     "cpfean.writing:write_json": "a file that is ours by its folder: see who calls it",
     "cpfean.analysis.report:write_report": RUN,
-    "orchestration.study.results:Results.keep": "a result, named by a hash of all that it depends on",
+    "cpfean.records.results:Results.keep": "a result, named by a hash of all that it depends on",
     "orchestration.tracking.stores:_try_file": NEW,
     "orchestration.study.conclusion:conclude": RUN,
     "cpfean.analysis.pictures.queries:draw_study_pictures": f"{RUN}; the name that it gives was free",

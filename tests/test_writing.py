@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cpfean.errors import ServiceError
+from cpfean.records.run_folder import RunFolder
 from cpfean.writing import cannot_write, is_disk_error
-from orchestration.study.run_folder import RunFolder
 from tests.faults import small_disk
 from tests.orchestration.samples import record
 from tests.orchestration.study.scripted import Driven

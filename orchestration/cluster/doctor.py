@@ -20,6 +20,7 @@ from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
 from cpfean.folders import can_be_written
 from cpfean.json_files import RecordError
+from cpfean.records.run_folder import all_runs
 from cpfean.storage.check_file import check_file, read_check_file
 from orchestration.cluster.ray_address import check_this_host
 from orchestration.cluster.versions import (
@@ -29,7 +30,6 @@ from orchestration.cluster.versions import (
     missing_workers,
 )
 from orchestration.settings import Settings, token_file
-from orchestration.study.run_folder import all_runs
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
 from orchestration.versions import versions
 

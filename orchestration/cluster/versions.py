@@ -15,8 +15,8 @@ from typing import Protocol
 
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.folders import expanded
+from cpfean.records.run_folder import RunFolder
 from cpfean.storage.check_file import check_file, read_check_file
-from orchestration.study.run_folder import RunFolder
 from orchestration.versions import versions
 
 _NUMBERS = ("python", "torch", "transformers", "numpy", "code")  # what a training comes to

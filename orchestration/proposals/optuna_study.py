@@ -18,10 +18,10 @@ import numpy as np
 from cpfean.config import Plain
 from cpfean.errors import ServiceError
 from cpfean.files import is_there
+from cpfean.records.trial_record import METRIC, TrialRecord
 from cpfean.writing import cannot_write
 from orchestration.proposals.points import draw, quiet_optuna
 from orchestration.proposals.search_space import SearchSpace
-from orchestration.study.records import METRIC, TrialRecord
 
 if TYPE_CHECKING:
     import optuna

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cpfean.errors import CpfeanError, ServiceError, StoppedError
+from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Begun, Ended, Failed, Message, Order
@@ -17,7 +18,6 @@ from orchestration.runners.training import Abandoned, train
 from orchestration.study.budget import OTHER
 from orchestration.study.failures import known_failure
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TrialRecord
 from orchestration.study.stopping import Interrupted, Stop
 
 

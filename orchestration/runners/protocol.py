@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cpfean.errors import ServiceError
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Message
 from orchestration.settings import Settings
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.stopping import Stop
 
 

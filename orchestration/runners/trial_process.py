@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError
 
 from cpfean.errors import CheckpointError, ServiceError, StoppedError
+from cpfean.records.trial_record import METRIC
 from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.runners.messages import (
     Begun,
@@ -36,7 +37,6 @@ from orchestration.runners.ray_errors import (
 )
 from orchestration.runners.worker_pool import PoolOptions, WorkerPool
 from orchestration.settings import prepare_environment
-from orchestration.study.records import METRIC
 
 MAX_RETRIES = 3  # of a trial from its newest checkpoint, after something was lost
 MESSAGE = "message"  # what a result of Tune's holds, beside what its schedulers look at

@@ -22,11 +22,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from cpfean.records.trial_record import METRIC, TrialRecord
 from orchestration.runners.messages import Begun, Ended, Failed, Lost
 from orchestration.runners.protocol import Driver
 from orchestration.runners.trial_process import MESSAGE, TrialProcess
 from orchestration.runners.worker_pool import HEAD, PoolOptions, free, stop_all
-from orchestration.study.records import METRIC, TrialRecord
 from orchestration.study.trials import MAX_LOSSES
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from cpfean.analysis.statistics import SeedRun
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
+from cpfean.records.trial_record import TrialRecord
 from orchestration.study.plan import TrialPlan
-from orchestration.study.records import TrialRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

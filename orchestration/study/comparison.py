@@ -18,6 +18,8 @@ from cpfean.analysis.report import write_report
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
 from cpfean.files import is_there
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TUNING, TrialRecord
 from orchestration.proposals.points import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.protocol import Runner
@@ -25,8 +27,6 @@ from orchestration.settings import Settings
 from orchestration.study.ablations import Ablation, plan_trials, seed_runs
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
-from orchestration.study.records import TUNING, TrialRecord
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.study import run_study
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cpfean.errors import ServiceError, message_of
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.writing import write_json, write_text
 from orchestration.settings import Settings
 from orchestration.study.follower import Follower
 from orchestration.study.plan import StudyPlan, resume_line, with_more
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.spending import Spending
 
 

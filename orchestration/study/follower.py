@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from orchestration.study.records import TrialRecord
+from cpfean.records.trial_record import TrialRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.fingerprints import encoder_fingerprint
+from cpfean.records.results import Results
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TUNING, TrialRecord
 from cpfean.storage.checkpoints import KEPT
 from orchestration.proposals.search_space import SearchSpace
 from orchestration.settings import Settings
 from orchestration.study.budget import SPENT, Budget, Disk, Meter, check_disk, free_bytes
-from orchestration.study.records import TUNING, TrialRecord
-from orchestration.study.results import Results
-from orchestration.study.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

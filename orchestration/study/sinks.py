@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+from cpfean.records.run_folder import RunFolder
 from orchestration.settings import Settings
 from orchestration.study.follower import Follower, Sink
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records_copy import RecordsCopy
-from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.mlflow_sink import MlflowSink
 from orchestration.tracking.runs import TrackedRun
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from cpfean import commands
 from cpfean.errors import CpfeanError, ServiceError
 from cpfean.fingerprints import encoder_fingerprint
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import State, TrialRecord
 from orchestration.cluster.versions import since_start
 from orchestration.runners.messages import (
     Begun,
@@ -37,9 +39,7 @@ from orchestration.study.plan import (
     resume_line,
 )
 from orchestration.study.progress import Progress
-from orchestration.study.records import State, TrialRecord
 from orchestration.study.records_copy import copy_of
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.sinks import follower_of
 from orchestration.study.spending import Spending
 from orchestration.study.stopping import Interrupted, Stop

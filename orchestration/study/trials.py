@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cpfean.errors import CpfeanError, ServiceError
+from cpfean.records.results import Results
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import State, TrialRecord
 from orchestration.proposals.optuna_study import Proposals
 from orchestration.runners.messages import History
 from orchestration.study.plan import StudyPlan, TrialPlan, planned_record, resume_line
-from orchestration.study.records import State, TrialRecord
-from orchestration.study.results import Results
-from orchestration.study.run_folder import RunFolder
 
 MAX_LOSSES = 3  # of a trial's process, before the trial counts as failed
 _SAME_FAILURES = 3

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from cpfean import commands
 from cpfean.errors import ServiceError, message_of
+from cpfean.records.trial_record import TrialRecord
 from orchestration.study.follower import RefusedError, ShutError, StudyNews
-from orchestration.study.records import TrialRecord
 from orchestration.tracking.address import shown, sqlite_file, without_password
 from orchestration.tracking.runs import (
     HEARTBEAT_SECONDS,

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cpfean.errors import ServiceError, message_of
-from orchestration.study.records import TrialRecord
+from cpfean.records.trial_record import TrialRecord
 from orchestration.tracking.address import shown, without_password
 from orchestration.tracking.stores import experiment_of, open_store
 from orchestration.versions import version_tags

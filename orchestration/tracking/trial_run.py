@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestration.study.records import TrialRecord
+from cpfean.records.trial_record import TrialRecord
 from orchestration.tracking.runs import STATE_TAG, STATUS, Runs, start_of
 
 if TYPE_CHECKING:

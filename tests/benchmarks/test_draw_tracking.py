@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.study.run_folder import RunFolder
+from cpfean.records.run_folder import RunFolder
 from orchestration.tracking.runs import TrackedRun
 from tests.benchmarks.conftest import ROOT
 from tests.orchestration.samples import record

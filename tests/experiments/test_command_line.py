@@ -16,11 +16,11 @@ import pytest
 
 from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TUNING
 from experiments import command_line
 from experiments.baselines import BASELINES
 from orchestration.settings import Settings
-from orchestration.study.records import TUNING
-from orchestration.study.run_folder import RunFolder
 from tests.experiments.conftest import Run
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY

@@ -184,7 +184,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from dataclasses import dataclass
 from experiments.command_line import named
-from orchestration.study.run_folder import RunFolder
+from cpfean.records.run_folder import RunFolder
 
 @dataclass
 class Plan:

@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
+from cpfean.records.run_folder import RunFolder
 from orchestration.schedule.rounds import Schedule
-from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 from tests.experiments.test_command_line import ROOT
 from tests.orchestration.samples import TINY

@@ -29,10 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoint_names import MARKER
 from cpfean.storage.checkpoints import CheckpointFolder
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
 from tests.faults import moto_program, postgres_program
 from tests.lab.hosts import Lab, address, wait_until
 from tests.orchestration.samples import TINY

@@ -11,11 +11,11 @@ from cpfean.config import (
     SyntheticConfig,
     TextConfig,
 )
+from cpfean.records.trial_record import TrialRecord
 from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TrialRecord
 from orchestration.study.study import run_study
 
 TINY = ExperimentConfig(

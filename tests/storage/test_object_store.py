@@ -16,6 +16,7 @@ from cpfean.config import DataConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ServiceError
+from cpfean.records.run_folder import RunFolder
 from cpfean.storage import object_store as storage
 from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.training.checkpoint import Checkpoint, read_state
@@ -23,7 +24,6 @@ from cpfean.training.loop import fit
 from orchestration.settings import Settings
 from orchestration.study.follower import Follower, Pauses
 from orchestration.study.records_copy import CopyFolder, RecordsCopy, fetch_records
-from orchestration.study.run_folder import RunFolder
 from tests.faults import Fault, ObjectStore, Proxy
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY, record

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.study.run_folder import RunFolder
+from cpfean.records.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY
 

@@ -13,11 +13,11 @@ from mlflow.entities import Run, ViewType
 
 from cpfean import commands
 from cpfean.errors import DataError, ServiceError
+from cpfean.records.run_folder import RunFolder
 from orchestration.cluster import doctor
 from orchestration.cluster.doctor import Ill, examine
 from orchestration.cluster.versions import Answer
 from orchestration.settings import Settings
-from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.runs import HEARTBEAT_TAG, TrackedRun
 from orchestration.tracking.stores import open_store
 from orchestration.versions import versions

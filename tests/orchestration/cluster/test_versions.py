@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from cpfean.errors import ConfigError, ServiceError
+from cpfean.records.run_folder import RunFolder
 from orchestration.cluster.versions import (
     Answer,
     among_nodes,
     ask_nodes,
     since_start,
 )
-from orchestration.study.run_folder import RunFolder
 from orchestration.versions import versions
 
 

@@ -17,9 +17,9 @@ import pytest
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ServiceError
+from cpfean.records.trial_record import TrialRecord
 from orchestration.proposals.optuna_study import Proposals
 from orchestration.proposals.search_space import SearchSpace
-from orchestration.study.records import TrialRecord
 from tests.faults import small_disk
 from tests.orchestration.proposals.spaces import FOUR, GATE, SPACE, THRESHOLD
 from tests.orchestration.samples import record
@@ -96,7 +96,7 @@ def test_a_proposal_depends_on_the_records_the_seed_and_the_number_alone(num_see
 _ANOTHER = """
 import json, sys
 from orchestration.proposals.optuna_study import Proposals
-from orchestration.study.records import TrialRecord
+from cpfean.records.trial_record import TrialRecord
 from tests.orchestration.proposals.spaces import SPACE
 seen = [TrialRecord(**fields) for fields in json.load(sys.stdin)]
 asked = Proposals(SPACE, name="s", seed=0, baseline=None, trials=8)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from cpfean.config import ExperimentConfig
+from cpfean.records.trial_record import TrialRecord
 from orchestration.runners.messages import Begun, Ended, Epoch, Failed, Lost, Message, Note
 from orchestration.runners.tune import run_trials
 from orchestration.runners.worker_pool import PoolOptions
-from orchestration.study.records import TrialRecord
 from orchestration.study.stopping import Stop
 
 

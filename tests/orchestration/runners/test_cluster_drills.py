@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.records.run_folder import RunFolder
 from orchestration.settings import ENVIRONMENT
-from orchestration.study.run_folder import RunFolder
 from tests.orchestration.runners.test_sweep import (
     LONGER,
     SHORT,

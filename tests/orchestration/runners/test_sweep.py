@@ -20,8 +20,8 @@ import pytest
 from mlflow import MlflowClient
 
 from cpfean.config import ExperimentConfig
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from orchestration.tracking.stores import open_store
 from tests.faults import actors
 from tests.orchestration.samples import TINY

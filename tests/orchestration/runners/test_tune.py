@@ -8,10 +8,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from cpfean.errors import ServiceError
+from cpfean.records.trial_record import TrialRecord
 from orchestration.runners.messages import Begun, Ended, Epoch, Failed, Lost
 from orchestration.runners.trial_process import result_of
 from orchestration.runners.tune import Callbacks, EarlyStopping, Halving, Source
-from orchestration.study.records import TrialRecord
 from orchestration.study.stopping import Stop
 from tests.orchestration.samples import history, record
 

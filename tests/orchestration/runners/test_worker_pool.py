@@ -13,9 +13,9 @@ import pytest
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from orchestration.settings import ENVIRONMENT, Settings
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
 from tests.faults import actors
 from tests.orchestration.runners.by_hand import ByHand
 from tests.orchestration.samples import TINY

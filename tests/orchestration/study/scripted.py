@@ -6,13 +6,13 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ServiceError
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TrialRecord
 from orchestration.proposals.search_space import Range, SearchSpace
 from orchestration.runners.messages import Ended, Epoch, Failed
 from orchestration.settings import Settings
 from orchestration.study.budget import OTHER, Budget
 from orchestration.study.plan import StudyPlan, TrialPlan
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.stopping import Deadlines, Stop
 from orchestration.study.study import Study
 from tests.orchestration.samples import TINY, history

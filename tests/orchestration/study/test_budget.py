@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from cpfean.errors import ConfigError, ServiceError
+from cpfean.records.run_folder import RunFolder
+from cpfean.records.trial_record import TUNING
 from orchestration.settings import Settings
 from orchestration.study import plan as plans
 from orchestration.study.budget import (
@@ -23,8 +25,6 @@ from orchestration.study.budget import (
     size,
 )
 from orchestration.study.plan import StudyPlan, check_room_for_checkpoints, meter_of
-from orchestration.study.records import TUNING
-from orchestration.study.run_folder import RunFolder
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[3]

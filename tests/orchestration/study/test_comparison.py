@@ -18,6 +18,8 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
+from cpfean.records.run_folder import RunFolder, newest_unfinished
+from cpfean.records.trial_record import TUNING
 from cpfean.training.setup import evaluate_checkpoint
 from experiments.outcome import closing_lines
 from orchestration.proposals.points import spread_points
@@ -34,8 +36,6 @@ from orchestration.study.comparison import (
     tuning_trials,
 )
 from orchestration.study.plan import StudyPlan
-from orchestration.study.records import TUNING
-from orchestration.study.run_folder import RunFolder, newest_unfinished
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY, record
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.records.trial_record import TrialRecord
 from orchestration.study.follower import (
     Follower,
     GivenUpError,
@@ -15,7 +16,6 @@ from orchestration.study.follower import (
     ShutError,
     StudyNews,
 )
-from orchestration.study.records import TrialRecord
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import record
 

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from cpfean.data.sources import resolve_data
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.json_files import RecordError
+from cpfean.records.run_folder import RunFolder
 from cpfean.writing import write_json
 from orchestration.runners.on_ray import OnRay
 from orchestration.settings import Settings
@@ -20,7 +21,6 @@ from orchestration.study.budget import SPENT, Budget
 from orchestration.study.follower import Follower, Pauses
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records_copy import CopyFolder, RecordsCopy, fetch_records
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.study import run_study
 from orchestration.tracking.stores import open_store
 from tests.lab.hosts import wait_until

@@ -16,6 +16,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from cpfean.errors import CpfeanError, ServiceError
+from cpfean.records.run_folder import RunFolder, newest_unfinished
 from experiments.outcome import closing_lines
 from orchestration.cluster.capacity import Demand, Node
 from orchestration.runners import messages
@@ -25,7 +26,6 @@ from orchestration.settings import Settings
 from orchestration.study.budget import SPENT, Budget, Price, Prices
 from orchestration.study.conclusion import StudyResult, best_of, summary
 from orchestration.study.plan import num_open
-from orchestration.study.run_folder import RunFolder, newest_unfinished
 from orchestration.study.stopping import Deadlines, Interrupted
 from orchestration.study.trials import StudyError
 from tests.orchestration.proposals.spaces import FOUR

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.records.run_folder import RunFolder
 from orchestration.study.budget import SPENT
-from orchestration.study.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from orchestration.study.run_folder import RunFolder
+from cpfean.records.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
 from tests.faults import ObjectStore, TrackingServer, small_disk
 from tests.lab.hosts import wait_until

@@ -16,12 +16,12 @@ import pytest
 from mlflow import MlflowClient
 
 from cpfean.errors import ServiceError
+from cpfean.records.run_folder import RunFolder
 from orchestration.cluster import doctor
 from orchestration.runners.on_ray import OnRay
 from orchestration.settings import Settings
 from orchestration.study.follower import Pauses
 from orchestration.study.plan import StudyPlan
-from orchestration.study.run_folder import RunFolder
 from orchestration.study.study import run_study
 from orchestration.tracking.stores import open_store
 from tests.faults import Fault, Postgres, Proxy, TrackingServer, small_disk

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from cpfean.records.trial_record import TrialRecord
 from orchestration.study.follower import Follower, Pauses
-from orchestration.study.records import TrialRecord
 from orchestration.tracking.mlflow_sink import MlflowSink
 from orchestration.tracking.runs import TrackedRun
 from orchestration.tracking.stores import open_store

@@ -18,8 +18,8 @@ from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
 from cpfean.fingerprints import code_fingerprint, encoder_fingerprint
 from cpfean.json_files import RecordError, read_fields
+from cpfean.records.trial_record import TrialRecord, check_outcome, relocated
 from cpfean.writing import cannot_write, write_json
-from orchestration.study.records import TrialRecord, check_outcome, relocated
 
 logger = logging.getLogger("cpfean.results")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cpfean.json_files import RecordError
-from orchestration.study import results
-from orchestration.study.records import TrialRecord
-from orchestration.study.results import Results
+from cpfean.records import results
+from cpfean.records.results import Results
+from cpfean.records.trial_record import TrialRecord
 from tests.orchestration.samples import TINY, record
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cpfean.errors import ConfigError
-from orchestration.study.records import TUNING, TrialRecord, relocated
-from orchestration.study.run_folder import RunFolder, newest_unfinished
+from cpfean.records.run_folder import RunFolder, newest_unfinished
+from cpfean.records.trial_record import TUNING, TrialRecord, relocated
 from tests.orchestration.samples import record
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,8 +54,8 @@ def test_of_several_that_start_under_one_name_at_once_one_alone_has_it(tmp_path:
 import os, sys, time
 from pathlib import Path
 from cpfean.errors import ConfigError
-from orchestration.study.records import TrialRecord
-from orchestration.study.run_folder import RunFolder, newest_unfinished
+from cpfean.records.trial_record import TrialRecord
+from cpfean.records.run_folder import RunFolder, newest_unfinished
 
 folder, go = RunFolder(Path(sys.argv[1]) / "runs" / "a"), Path(sys.argv[1]) / "go"
 children = []

@@ -23,8 +23,8 @@ from typing import Any
 from cpfean.errors import ConfigError
 from cpfean.files import is_there
 from cpfean.json_files import RecordError, of_type, read_fields, read_table, shown
+from cpfean.records.trial_record import TUNING, TrialRecord, check_record, relocated
 from cpfean.writing import as_json, cannot_write, write_first, write_json
-from orchestration.study.records import TUNING, TrialRecord, check_record, relocated
 
 _NEWER = ("reused", "drift")  # fields of records that not every release has written
 _WITHOUT = {
