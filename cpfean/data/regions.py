@@ -10,7 +10,6 @@ Features stay on disk, memory-mapped; everything else is small, checked whole an
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from cpfean.data.boxes import (
 from cpfean.data.caption_groups import PER_IMAGE
 from cpfean.data.findings import Findings
 from cpfean.files import is_there
+from cpfean.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -526,7 +526,7 @@ class RegionFiles:
         magnitude = integer.type(np.iinfo(integer).max >> 1)
         infinity = np.array(np.inf, dtype=features.dtype).view(integer)
         zeros: list[np.ndarray] = []
-        started = told = time.monotonic()
+        progress = Progress(f"reading {name}", total=rows, unit="%")
         for start in range(0, rows, chunk):
             part = features[start : start + chunk]
             if stride > 1:
@@ -554,12 +554,7 @@ class RegionFiles:
             )
             zero = (largest == 0) & real[first : first + len(part)]
             zeros.append(np.flatnonzero(zero) + first * regions)
-            now = time.monotonic()
-            if now - told > 10:
-                done = (start + len(part) * stride) / rows
-                left = (now - started) * (1 - done) / done
-                logger.info("reading %s: %.0f %%, about %.0f s left", name, 100 * done, left)
-                told = now
+            progress.step(start + len(part) * stride)
 
         places = np.concatenate(zeros)
         if len(places) > _ZERO_SHARE * real.sum():

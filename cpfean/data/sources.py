@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from cpfean.data.split import native_names, used_names
 from cpfean.errors import DataError
 from cpfean.files import is_there, read_file
 from cpfean.folders import cannot_write, expanded, made
+from cpfean.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def fetch_folder(filesystem: Any, url: str, *, cache_dir: Path) -> Path:
         total = sum(listed[name][1] for name in changed)
         if changed:
             logger.info("fetching %d files (%.0f MB) from %s", len(changed), total / 1e6, url)
-        progress = _Progress(url, total)
+        progress = Fetching(Progress(f"fetching {url}", total=total, unit="%"))
         for name in changed:
             source, size, version = listed[name]
             record[name] = []  # on its way: what is there of it is ours
@@ -132,24 +132,17 @@ def _refuse_strange(folder: Path, record: dict[str, list[Any]], *, url: str) -> 
             )
 
 
-class _Progress(Callback):
-    """Says every ten seconds how much of all files has come and how long the rest will take."""
+class Fetching(Callback):
+    """Says how much of all files has come, to what fsspec calls back."""
 
-    def __init__(self, url: str, total: int) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__()
-        self._url = url
-        self._total = total
+        self._progress = progress
         self._done = 0
-        self._started = self._told = time.monotonic()
 
     def relative_update(self, inc: int = 1) -> None:
         self._done += inc
-        now = time.monotonic()
-        if now - self._told > 10 and self._done:
-            left = (now - self._started) * (self._total - self._done) / self._done
-            share = 100 * self._done / self._total
-            logger.info("fetching %s: %.0f %%, about %.0f s left", self._url, share, left)
-            self._told = now
+        self._progress.step(self._done)
 
 
 def _generated(config: SyntheticConfig, cache_dir: Path) -> Path:

@@ -47,23 +47,25 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     products: Literal["fp32", "bf16"] = "fp32",
+    fold: int = COCO_FOLD,
 ) -> RetrievalMetrics:
     """Metrics of a split; every process returns the same.
 
     Args:
         model: on `device`; put into evaluation mode and back.
         dataset: the split.
-        protocol: "full", or "coco-1k" for the mean over consecutive folds of 1000 images; a fold's
+        protocol: "full", or "coco-1k" for the mean over consecutive folds of images; a fold's
             images are scored with its own captions only.
         batch_size: images or captions encoded at a time.
         device: where to compute.
         products: type of the matrix products of scoring; everything else is in the model's.
+        fold: images of one fold of "coco-1k"; any other number than 1000 is for trying it out.
 
     Raises:
         DataError: "coco-1k" on a split that does not have what it asks for.
         DivergedError: a score is not finite; raised on every process.
     """
-    galleries = galleries_of(dataset.split, protocol)
+    galleries = galleries_of(dataset.split, protocol, fold=fold)
     was_training = model.training
     model.eval()
     try:
@@ -87,12 +89,12 @@ def evaluate(
     return RetrievalMetrics.mean(metrics)
 
 
-def galleries_of(split: Split, protocol: Protocol) -> list[range]:
+def galleries_of(split: Split, protocol: Protocol, *, fold: int = COCO_FOLD) -> list[range]:
     """The images of a split that are ranked together.
 
     Args:
         split: any, for "full".
-        protocol: as in `evaluate`.
+        protocol, fold: as in `evaluate`.
 
     Raises:
         DataError: "coco-1k" on a split that does not divide into folds, or of which an image has
@@ -103,12 +105,12 @@ def galleries_of(split: Split, protocol: Protocol) -> list[range]:
         return [range(split.num_images)]
     if not split.groups.is_default:
         raise DataError(
-            f"{split.name}: the COCO 1K protocol ranks folds of {COCO_FOLD} images with "
+            f"{split.name}: the COCO 1K protocol ranks folds of {fold} images with "
             f"{PER_IMAGE} captions each, and the images have {split.groups.described}; convert "
             f"with --captions-each {PER_IMAGE}, which keeps the first of each, or choose "
             'evaluation.protocol = "full".'
         )
-    return folds(split.num_images, fold_size=COCO_FOLD)
+    return folds(split.num_images, fold_size=fold)
 
 
 def check_protocol(folder: Path, protocol: Protocol) -> None:
@@ -252,7 +254,7 @@ def _encode_captions(
     num_words = np.asarray(dataset.tokens.num_words)[captions.start : captions.stop]
     order = np.argsort(num_words, kind="stable")
     groups = []
-    for part in _length_groups(num_words[order]):
+    for part in length_groups(num_words[order]):
         columns = order[part]
         groups.append((columns, _room_for(num_words[columns], model=model, device=device)))
     batches = [
@@ -282,15 +284,16 @@ def _encode_captions(
     return [(torch.as_tensor(columns, device=device), embedded) for columns, embedded in groups]
 
 
-def _length_groups(num_words: Int32[np.ndarray, "caption"]) -> list[slice]:
+def length_groups(num_words: Int32[np.ndarray, "caption"], *, few: int = _FEW) -> list[slice]:
     """Captions of one length together; lengths that few captions have join the next longer ones.
 
     Args:
         num_words: of the captions, in rising order.
+        few: fewer than this are no group.
     """
     edges = [0]
     for edge in np.flatnonzero(np.diff(num_words)) + 1:
-        if edge - edges[-1] >= _FEW:
+        if edge - edges[-1] >= few:
             edges.append(int(edge))
     return [slice(start, stop) for start, stop in pairwise([*edges, len(num_words)])]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -64,6 +64,7 @@ def time_training(
     device: torch.device,
     workers: int,
     threads: int,
+    enough_seconds: float = _ENOUGH_SECONDS,
 ) -> Timing:
     """Times a few steps and a part of a validation, in this process.
 
@@ -74,6 +75,7 @@ def time_training(
         device: where to compute.
         workers: processes that would share the batch.
         threads: of each.
+        enough_seconds: of steps, once there are ten.
 
     Raises:
         ConfigError, DataError: what is asked for does not fit the data.
@@ -89,7 +91,12 @@ def time_training(
             some, data_folder=data_folder, cache_dir=cache_dir, device=device
         )
         step_seconds, timed = _time_steps(
-            experiment.model, experiment.train, config, device=device, workers=workers
+            experiment.model,
+            experiment.train,
+            config,
+            device=device,
+            workers=workers,
+            enough_seconds=enough_seconds,
         )
         validation = _time_validation(
             experiment.model,
@@ -167,6 +174,7 @@ def _time_steps(
     *,
     device: torch.device,
     workers: int,
+    enough_seconds: float,
 ) -> tuple[float, int]:
     """Median seconds of a step, and of how many."""
     optimizer = build_optimizer(model, config.optim)
@@ -191,7 +199,7 @@ def _time_steps(
                 torch.cuda.synchronize(device)
             if number >= _WARM_UP:
                 times.append(time.monotonic() - started)
-                enough = _ENOUGH_SECONDS if len(times) >= _LEAST else _LONG_SECONDS
+                enough = enough_seconds if len(times) >= _LEAST else _LONG_SECONDS
                 if sum(times) >= enough:
                     break
     return statistics.median(times), len(times)
@@ -236,10 +244,7 @@ def _time_validation(
     data_folder: Path,
     device: torch.device,
 ) -> float:
-    """Seconds of one process for all of dev.
-
-    Encoding grows with the images n, scoring with n^2: a n + c n^2 through two timed sizes.
-    """
+    """Seconds of one process for all of dev."""
 
     def timed(num_images: int) -> float:
         part = _first_images(dev, tokenizer, num_images, config, data_folder=data_folder)
@@ -255,7 +260,24 @@ def _time_validation(
         return time.monotonic() - started
 
     whole = dev.split.num_images
-    large = min(whole, _PART)
+    fold = COCO_FOLD if config.evaluation.protocol == "coco-1k" else whole
+    return seconds_of_all(timed, whole=whole, fold=fold)
+
+
+def seconds_of_all(
+    timed: Callable[[int], float], *, whole: int, fold: int, part: int = _PART
+) -> float:
+    """Seconds of a validation, from those of one or two parts of it.
+
+    Encoding grows with the images n, scoring with n^2: a n + c n^2 through two timed sizes.
+
+    Args:
+        timed: seconds for so many images.
+        whole: images of the split.
+        fold: images that are scored with each other's captions.
+        part: the most images that are timed.
+    """
+    large = min(whole, part)
     small = max(1, large // 2)
     timed(small)  # compiles and opens what is compiled and opened once
     for_large = timed(large)
@@ -264,7 +286,6 @@ def _time_validation(
     for_small = timed(small)
     scoring = max(0.0, (for_large / large - for_small / small) / (large - small))
     encoding = for_large / large - scoring * large
-    fold = COCO_FOLD if config.evaluation.protocol == "coco-1k" else whole
     return whole / fold * (encoding * fold + scoring * fold**2)
 
 

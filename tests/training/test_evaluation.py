@@ -6,7 +6,8 @@ The same on several processes: test_distributed.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from cpfean.data.dataset import RetrievalDataset
 from cpfean.errors import DataError, DivergedError
 from cpfean.model.cpfean import Cpfean
 from cpfean.training import evaluation
-from cpfean.training.evaluation import check_protocol, evaluate
+from cpfean.training.evaluation import check_protocol, evaluate, length_groups
 from cpfean.training.setup import open_experiment
 from tests.metrics.naive import naive_recalls
 
@@ -66,6 +67,25 @@ def model_and_split(
     return model, RetrievalDataset(split, experiment.train.tokens, experiment.tokenizer)
 
 
+class Watched:
+    """A model of which each call that embeds or scores is seen before it is made."""
+
+    def __init__(self, model: Cpfean, seen: Callable[[str, Any, Any], None]) -> None:
+        self._model = model
+        self._seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        if name not in ("encode_images", "encode_captions", "score"):
+            return value
+
+        def call(*given: Any, **fields: Any) -> Any:
+            self._seen(name, given, fields)
+            return value(*given, **fields)
+
+        return call
+
+
 def plain_scores(model: Cpfean, dataset: RetrievalDataset) -> Tensor:
     """All scores in one go."""
     split = dataset.split
@@ -97,9 +117,10 @@ def evaluations(config: ExperimentConfig, folder: Path, cache: Path) -> dict[str
         model, dataset = model_and_split(config, folder, cache, ties=ties)
         for protocol in PROTOCOLS:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(evaluation, "COCO_FOLD", FOLD)
                 patch.setattr(evaluation, "_FEW", 10)  # some lengths have more captions, some fewer
-                metrics = evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
+                metrics = evaluate(
+                    model, dataset, protocol=protocol, batch_size=3, device=CPU, fold=FOLD
+                )
             found[f"{protocol}, {ties}"] = metrics.as_dict()
         model, dataset = model_and_split(config, folder, cache, ties=ties, sizes=UNEVEN)
         metrics = evaluate(model, dataset, protocol="full", batch_size=3, device=CPU)
@@ -116,10 +137,8 @@ def refusals(config: ExperimentConfig, folder: Path, cache: Path) -> list[str]:
     dataset.split = replace(dataset.split, regions=replace(regions, features=features))
     messages = []
     for protocol in PROTOCOLS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation, "COCO_FOLD", FOLD)
-            with pytest.raises(DivergedError) as caught:
-                evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
+        with pytest.raises(DivergedError) as caught:
+            evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU, fold=FOLD)
         messages.append(str(caught.value))
     return messages
 
@@ -147,29 +166,21 @@ def test_everything_is_encoded_once_and_scored_once(
     data_folder: Path,
     tmp_path: Path,
     protocol: Literal["full", "coco-1k"],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
     sizes: dict[str, list[int]] = {"images": [], "captions": [], "pairs": []}
-    encode_images, encode_captions, score = model.encode_images, model.encode_captions, model.score
 
-    def counted_images(**fields: Any) -> Any:
-        sizes["images"].append(len(fields["features"]))
-        return encode_images(**fields)
+    def seen(name: str, given: Sequence[Any], fields: dict[str, Any]) -> None:
+        if name == "encode_images":
+            sizes["images"].append(len(fields["features"]))
+        elif name == "encode_captions":
+            sizes["captions"].append(len(fields["tokens"]))
+        else:
+            images, captions = given
+            sizes["pairs"].append(len(images.mask) * len(captions.mask))
 
-    def counted_captions(**fields: Any) -> Any:
-        sizes["captions"].append(len(fields["tokens"]))
-        return encode_captions(**fields)
-
-    def counted_pairs(images: Any, captions: Any) -> Tensor:
-        sizes["pairs"].append(len(images.mask) * len(captions.mask))
-        return score(images, captions)
-
-    monkeypatch.setattr(model, "encode_images", counted_images)
-    monkeypatch.setattr(model, "encode_captions", counted_captions)
-    monkeypatch.setattr(model, "score", counted_pairs)
-    monkeypatch.setattr(evaluation, "COCO_FOLD", FOLD)
-    evaluate(model, dataset, protocol=protocol, batch_size=3, device=CPU)
+    watched: Any = Watched(model, seen)
+    evaluate(watched, dataset, protocol=protocol, batch_size=3, device=CPU, fold=FOLD)
     assert sum(sizes["images"]) == 16
     assert sum(sizes["captions"]) == 80
     assert max(sizes["images"] + sizes["captions"]) == 3
@@ -226,43 +237,32 @@ def test_progress_says_which_fold(
             super().__init__(what, total=total, interval=0)
 
     monkeypatch.setattr(evaluation, "Progress", Talkative)
-    monkeypatch.setattr(evaluation, "COCO_FOLD", FOLD)
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
     with caplog.at_level(logging.INFO):
-        evaluate(model, dataset, protocol="coco-1k", batch_size=3, device=CPU)
+        evaluate(model, dataset, protocol="coco-1k", batch_size=3, device=CPU, fold=FOLD)
         evaluate(model, dataset, protocol="full", batch_size=3, device=CPU)
     assert "encoding captions of train, fold 2 of 4: 3/7, " in caplog.text
     assert "scoring train, fold 4 of 4: 3/4, " in caplog.text
     assert "scoring train: 15/16, " in caplog.text
 
 
-def test_captions_are_grouped_by_length_unless_they_are_few(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(evaluation, "_FEW", 3)
+def test_captions_are_grouped_by_length_unless_they_are_few() -> None:
     lengths = np.array([4, 4, 4, 4, 5, 6, 6, 7, 7, 7, 9])
-    groups = [lengths[part].tolist() for part in evaluation._length_groups(lengths)]
+    groups = [lengths[part].tolist() for part in length_groups(lengths, few=3)]
     assert groups == [[4, 4, 4, 4], [5, 6, 6], [7, 7, 7], [9]]
-    assert [part.start for part in evaluation._length_groups(lengths[:1])] == [0]
+    assert [part.start for part in length_groups(lengths[:1])] == [0]
 
 
 def test_products_in_bf16_are_those_of_scoring_alone(
-    tiny_config: ExperimentConfig,
-    data_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
 ) -> None:
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
-    found: dict[str, set[bool]] = {"encode_images": set(), "encode_captions": set(), "score": set()}
-    for name, seen in found.items():
-        original = getattr(model, name)
-
-        def noted(*given: Any, seen: set[bool] = seen, call: Any = original, **more: Any) -> Any:
-            seen.add(torch.is_autocast_enabled("cpu"))
-            return call(*given, **more)
-
-        monkeypatch.setattr(model, name, noted)
     for products, autocast in (("bf16", True), ("fp32", False)):
-        evaluate(model, dataset, protocol="full", batch_size=5, device=CPU, products=products)
+        found: dict[str, set[bool]] = defaultdict(set)
+
+        def seen(name: str, *_: Any, found: dict[str, set[bool]] = found) -> None:
+            found[name].add(torch.is_autocast_enabled("cpu"))
+
+        watched: Any = Watched(model, seen)
+        evaluate(watched, dataset, protocol="full", batch_size=5, device=CPU, products=products)
         assert found == {"encode_images": {False}, "encode_captions": {False}, "score": {autocast}}
-        found["score"].clear()

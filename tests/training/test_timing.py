@@ -16,7 +16,7 @@ from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.loop import EpochReport, fit
 from cpfean.training.setup import open_experiment
-from cpfean.training.timing import checkpoint_bytes, time_training
+from cpfean.training.timing import checkpoint_bytes, seconds_of_all, time_training
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,6 @@ def test_a_worker_scores_its_share_of_the_images_with_the_captions_of_all(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(timing, "_ENOUGH_SECONDS", 0.0)
     shapes: list[tuple[int, ...]] = []
     score = Cpfean.score
 
@@ -107,6 +106,7 @@ def test_a_worker_scores_its_share_of_the_images_with_the_captions_of_all(
         device=CPU,
         workers=workers,
         threads=2,
+        enough_seconds=0.0,
     )
     batch = tiny_config.optim.batch_size
     assert set(shapes) == {(-(-batch // workers), batch)}
@@ -117,40 +117,23 @@ def test_a_worker_scores_its_share_of_the_images_with_the_captions_of_all(
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("protocol", ["full", "coco-1k"])
-def test_validation_is_extrapolated_from_its_two_parts(
-    tmp_path: Path,
-    data_folder: Path,
-    tiny_config: ExperimentConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    protocol: str,
+def test_validation_is_extrapolated_from_its_two_parts() -> None:
+    def timed(images: int) -> float:
+        return 2.0 * images + 0.5 * images**2
+
+    in_folds = seconds_of_all(timed, whole=6, fold=3, part=4)
+    assert in_folds == pytest.approx(2 * timed(3))
+    assert seconds_of_all(timed, whole=6, fold=6, part=4) == pytest.approx(timed(6))
+    assert seconds_of_all(timed, whole=6, fold=3, part=6) == timed(6)  # as it was timed
+
+
+def test_validation_is_timed_on_as_many_captions_as_there_are(
+    tmp_path: Path, data_folder: Path, tiny_config: ExperimentConfig
 ) -> None:
-    now = 0.0
-
-    def evaluated(model: Any, dataset: Any, **given: Any) -> None:
-        nonlocal now
-        images = dataset.split.num_images
-        assert len(dataset) == 5 * images
-        now += 2.0 * images + 0.5 * images**2
-
-    monkeypatch.setattr(timing, "evaluate", evaluated)
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now)
-    monkeypatch.setattr(timing, "COCO_FOLD", 3)
-    config = tiny_config.with_overrides({"evaluation.protocol": protocol})
-    experiment = open_experiment(config, data_folder=data_folder, cache_dir=tmp_path, device=CPU)
-
-    def said() -> float:
-        return timing._time_validation(
-            experiment.model,
-            experiment.dev,
-            experiment.tokenizer,
-            config,
-            data_folder=data_folder,
-            device=CPU,
-        )
-
-    monkeypatch.setattr(timing, "_PART", 4)  # of six
-    whole = 2.0 * 6 + 0.5 * 6**2 if protocol == "full" else 2 * (2.0 * 3 + 0.5 * 3**2)
-    assert said() == pytest.approx(whole)
-    monkeypatch.setattr(timing, "_PART", 6)
-    assert said() == pytest.approx(2.0 * 6 + 0.5 * 6**2)  # as it was timed
+    experiment = open_experiment(
+        tiny_config, data_folder=data_folder, cache_dir=tmp_path, device=CPU
+    )
+    part = timing._first_images(
+        experiment.dev, experiment.tokenizer, 4, tiny_config, data_folder=data_folder
+    )
+    assert (part.split.num_images, len(part)) == (4, 20)
