@@ -40,13 +40,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def where(tmp_path: Path) -> Settings:
-    """Where studies of tests run."""
+    """Where studies of tests run; MLflow's store is there, which takes two seconds to make."""
     from orchestration.settings import Settings
+    from tests.orchestration.tracking_store import new_store
 
     return Settings(
         output=tmp_path / "runs",
         cache_dir=tmp_path / "cache",
-        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
+        tracking_uri=new_store(tmp_path / "mlflow.db"),
     )
 
 

