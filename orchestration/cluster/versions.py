@@ -24,10 +24,14 @@ _TALK = ("ray", "orchestration")  # how driver and workers talk
 _NODE_SECONDS = 60.0
 
 Answer = dict[str, str] | str  # versions by name; or the last line of why there are none
+Look = Callable[[], dict[str, str]]
 
 
 def differences(
-    other: Mapping[str, str], mine: Mapping[str, str], *, names: tuple[str, str]
+    other: Mapping[str, str],
+    mine: Mapping[str, str],
+    *,
+    names: tuple[str, str] = ("there", "here"),
 ) -> list[str]:
     """Each version that is not the same, with both; `names` says whose they are."""
     return [
@@ -40,12 +44,8 @@ def differences(
 def since_start(folder: RunFolder, *, allowed: bool, here: Mapping[str, str] | None = None) -> str:
     """How the versions here differ from those that the study was started with; empty: not at all.
 
-    Args:
-        allowed: whether they may.
-        here: None for `versions()`.
-
     Raises:
-        ConfigError: they differ and may not.
+        ConfigError: they differ, which is not allowed.
     """
     then, here = folder.versions, here or versions()
     # What was not written down cannot be compared.
@@ -66,12 +66,8 @@ def since_start(folder: RunFolder, *, allowed: bool, here: Mapping[str, str] | N
 def among_nodes(answers: Mapping[str, Answer], *, allowed: bool) -> str:
     """How the versions of nodes differ from those here; empty: not at all.
 
-    Args:
-        answers: of `ask_nodes`.
-        allowed: whether they may.
-
     Raises:
-        ServiceError: they differ, or a node cannot tell them, and may not.
+        ServiceError: they differ, or a node cannot tell them, which is not allowed.
     """
     here = versions()
     here = {name: here[name] for name in (*_NUMBERS, *_TALK)}
@@ -79,7 +75,7 @@ def among_nodes(answers: Mapping[str, Answer], *, allowed: bool) -> str:
     for host, answer in answers.items():
         if isinstance(answer, str):
             found.append(f"{host} does not tell its versions: {answer}")
-        elif drift := differences(answer, here, names=("there", "here")):
+        elif drift := differences(answer, here):
             found.append(f"{host}: {', '.join(drift)}")
     if found and not allowed:
         raise ServiceError(
@@ -97,9 +93,7 @@ class Nodes(Protocol):
     def living(self) -> dict[str, str]:
         """Ids of the nodes that live, by host name and address."""
 
-    def ask(
-        self, nodes: Mapping[str, str], look: Callable[[], dict[str, str]]
-    ) -> dict[str, Answer]:
+    def ask(self, nodes: Mapping[str, str], look: Look) -> dict[str, Answer]:
         """What `look` returns on each of the nodes, by host name and address."""
 
 
@@ -115,17 +109,15 @@ class RayNodes:
             if node["Alive"]
         }
 
-    def ask(
-        self, nodes: Mapping[str, str], look: Callable[[], dict[str, str]]
-    ) -> dict[str, Answer]:
+    def ask(self, nodes: Mapping[str, str], look: Look) -> dict[str, Answer]:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        task = ray.remote(num_cpus=0)(look)
         asked = {}
         for host, node in nodes.items():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=there)
-            asked[host] = task.remote()
+            asked[host] = task.options(scheduling_strategy=there).remote()
         answers: dict[str, Answer] = {}
         for host, reference in asked.items():
             try:
@@ -145,7 +137,6 @@ def ask_nodes(
     Args:
         storage: that all have to see.
         known: nodes that need not be asked.
-        nodes: None for those of Ray.
 
     Raises:
         ServiceError: the storage cannot be written.
@@ -159,14 +150,16 @@ def ask_nodes(
 
         asked = {host: node for host, node in cluster.living().items() if host not in known}
         answers = cluster.ask(asked, look)
-        if silent := [host for host, answer in answers.items() if isinstance(answer, str)]:
+        silent = [host for host, answer in answers.items() if isinstance(answer, str)]
+        if silent:
             living = cluster.living()
-            again = {host: living[host] for host in silent if host in living}
-            answers |= cluster.ask(again, look)
+            answers |= cluster.ask({host: living[host] for host in silent if host in living}, look)
             living = cluster.living()
-            for host in silent:
-                if isinstance(answers[host], str) and host not in living:
-                    del answers[host]
+            answers = {
+                host: answer
+                for host, answer in answers.items()
+                if host in living or not isinstance(answer, str)
+            }
     for host, answer in answers.items():
         if not isinstance(answer, str) and answer.pop("storage", token) != token:
             answers[host] = f"does not see {storage}"
