@@ -75,7 +75,6 @@ class Cluster:
     """What there is to run on.
 
     Attributes:
-        cpus, gpus: of all nodes now.
         is_local: Ray was started by this process, on this machine.
         nodes: that live now; without them all is taken to be one node.
     """

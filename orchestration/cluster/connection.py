@@ -82,8 +82,7 @@ def connect(
     """Joins the cluster, or starts Ray on this machine.
 
     Args:
-        give_up: ends the process where Ray does not come back from joining a cluster, from another
-            thread; None says why and exits.
+        give_up: ends the process from another thread, where joining never ends; None: says why.
 
     Raises:
         ConfigError: a folder for Ray's files that cannot be.
@@ -182,11 +181,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
-    """A cluster and its nodes' types; nothing is started on it.
-
-    Raises:
-        ServiceError: no cluster at the address.
-    """
+    """A cluster and its nodes' types, with nothing started; raises ServiceError if none answers."""
     _check(settings)
     try:
         _join(settings, _end)

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,7 @@ from orchestration.cluster.versions import Answer, ask_nodes, differences, missi
 from orchestration.settings import Settings, token_file
 from orchestration.tracking import stores
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
-from orchestration.tracking.runs import (
-    HEARTBEAT_SECONDS,
-    HEARTBEAT_TAG,
-    close_interrupted,
-    status_of,
-)
+from orchestration.tracking.runs import HEARTBEAT_SECONDS, HEARTBEAT_TAG, close_run, status_of
 from orchestration.versions import versions
 
 if TYPE_CHECKING:
@@ -221,7 +216,7 @@ def check_runs(
     """
     client, experiment = stores.open_store(settings.tracking_uri)
     experiments = list(stores.experiments_of_ours(client, experiment))
-    patience = _BEATS * HEARTBEAT_SECONDS
+    now, patience = datetime.now(UTC), timedelta(seconds=_BEATS * HEARTBEAT_SECONDS)
     # For all that is known the study of a record that cannot be read runs: nothing is closed then.
     folders = {folder.id: folder for folder in all_runs(settings.output)}
     before = _running_studies(client, experiments)
@@ -233,7 +228,7 @@ def check_runs(
                 suspects.add(id)
         elif not beats:
             silent += len(runs)  # of a version that has none: for all that is known it lives
-        elif any(abs(_age(beat)) < patience for beat in beats.values()):
+        elif any(abs(now - datetime.fromisoformat(beat)) < patience for beat in beats.values()):
             beating += len(runs)
         else:
             suspects.add(id)
@@ -244,8 +239,9 @@ def check_runs(
             "--resume the study, or close them with doctor.py --repair",
         )
     if lost:
-        say(f"watching {len(lost)} run(s) of {_names(lost)} for {patience:.0f} s ...")
-        wait(patience)
+        seconds = patience.total_seconds()
+        say(f"watching {len(lost)} run(s) of {_names(lost)} for {seconds:.0f} s ...")
+        wait(seconds)
         after = _running_studies(client, experiments)
         lost = []
         for id in sorted(suspects & after.keys()):
@@ -256,7 +252,7 @@ def check_runs(
     for run in lost:
         last = run.data.tags.get(HEARTBEAT_TAG, "none")
         client.set_tag(run.info.run_id, "cpfean.reaped", f"last heartbeat: {last}")
-        close_interrupted(client, run)
+        close_run(client, run)
     told = [f"{len(lost)} of {_names(lost)} closed as KILLED"] if lost else []
     if beating:
         told.append(f"{beating} have a driver elsewhere")
@@ -276,13 +272,7 @@ def _running_studies(client: MlflowClient, experiments: list[str]) -> dict[str, 
 
 def _heartbeats(runs: Sequence[Run]) -> dict[str, str]:
     """Those that there are, by run."""
-    beats = {run.info.run_id: run.data.tags.get(HEARTBEAT_TAG) for run in runs}
-    return {run: beat for run, beat in beats.items() if beat is not None}
-
-
-def _age(heartbeat: str) -> float:
-    """Seconds; below zero if the clock there is ahead of ours."""
-    return (datetime.now(UTC) - datetime.fromisoformat(heartbeat)).total_seconds()
+    return {run.info.run_id: beat for run in runs if (beat := run.data.tags.get(HEARTBEAT_TAG))}
 
 
 def _names(runs: Sequence[Run]) -> str:

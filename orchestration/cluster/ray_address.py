@@ -44,12 +44,8 @@ def find_cluster(asked: str | None, environment: Mapping[str, str]) -> Address |
     What is empty or blank is not asked. A head on this host that another user has started is not
     joined by itself: nobody has said that it may be used.
 
-    Args:
-        asked: the value of --address.
-        environment: RAY_ADDRESS is read if that is not given.
-
     Raises:
-        ConfigError: what is no address of a head; says what it is instead.
+        ConfigError: --address or RAY_ADDRESS is no address of a head; says what it is instead.
         ServiceError: "auto", and no head runs here.
     """
     for value, source in ((asked, "--address"), (environment.get("RAY_ADDRESS"), "RAY_ADDRESS")):
@@ -60,9 +56,8 @@ def find_cluster(asked: str | None, environment: Mapping[str, str]) -> Address |
             if found := running_head():
                 return found
             raise ServiceError(
-                f'{source} is "auto", the cluster of this machine, and none runs here (there is no '
-                f"live one in {_head_file()}). Start one with `ray start --head`, or run without: "
-                "--address local."
+                f'{source} is "auto", and no cluster of this machine lives ({_head_file()}). Start '
+                "one with `ray start --head`, or run without: --address local."
             )
         if value:
             return parse_address(value, source=source)
@@ -77,11 +72,7 @@ def find_cluster(asked: str | None, environment: Mapping[str, str]) -> Address |
 
 
 def parse_address(value: str, *, source: str) -> Address:
-    """The head that an address names; `source` is the flag or variable that it is the value of.
-
-    Raises:
-        ConfigError: another form; says which, and what helps.
-    """
+    """The head that an address names; raises ConfigError, which says what else it is."""
     try:
         parts = urlsplit(f"//{value}")
         address = Address(host=parts.hostname or "", port=parts.port or 0, source=source)
@@ -142,11 +133,7 @@ def ray_folder() -> tuple[Path, str]:
 
 
 def check_this_host() -> None:
-    """Refuses what Ray cannot start with: it would fall over half way, or try for ever.
-
-    Raises:
-        ConfigError: too few files may be open, or its folder cannot be used.
-    """
+    """Raises ConfigError where Ray cannot start: it would fall over half way, or try for ever."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < _FEWEST_FILES:
         raise ConfigError(
@@ -172,11 +159,7 @@ def check_this_host() -> None:
 
 
 def check_head(address: Address, *, seconds: float = _SECONDS) -> None:
-    """Asks a head whether it lives, in seconds; Ray itself would try for many minutes.
-
-    Raises:
-        ServiceError: what answers is no head, wants another token, or is of another version.
-    """
+    """Raises ServiceError if no head answers that takes us; Ray would try for many minutes."""
     import grpc
     import ray
     from ray._private.grpc_utils import init_grpc_channel

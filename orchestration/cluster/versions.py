@@ -28,10 +28,7 @@ Look = Callable[[], dict[str, str]]
 
 
 def differences(
-    other: Mapping[str, str],
-    mine: Mapping[str, str],
-    *,
-    names: tuple[str, str] = ("there", "here"),
+    other: Mapping[str, str], mine: Mapping[str, str], *, names: tuple[str, str] = ("there", "here")
 ) -> list[str]:
     """Each version that is not the same, with both; `names` says whose they are."""
     return [
@@ -44,8 +41,7 @@ def differences(
 def since_start(folder: RunFolder, *, allowed: bool, here: Mapping[str, str] | None = None) -> str:
     """How the versions here differ from those that the study was started with; empty: not at all.
 
-    Raises:
-        ConfigError: they differ, which is not allowed.
+    Raises ConfigError if they do, unless that is allowed.
     """
     then, here = folder.versions, here or versions()
     # What was not written down cannot be compared.
@@ -66,8 +62,7 @@ def since_start(folder: RunFolder, *, allowed: bool, here: Mapping[str, str] | N
 def among_nodes(answers: Mapping[str, Answer], *, allowed: bool) -> str:
     """How the versions of nodes differ from those here; empty: not at all.
 
-    Raises:
-        ServiceError: they differ, or a node cannot tell them, which is not allowed.
+    Raises ServiceError if they do, or are not known, unless that is allowed.
     """
     here = versions()
     here = {name: here[name] for name in (*_NUMBERS, *_TALK)}
@@ -155,11 +150,9 @@ def ask_nodes(
             living = cluster.living()
             answers |= cluster.ask({host: living[host] for host in silent if host in living}, look)
             living = cluster.living()
-            answers = {
-                host: answer
-                for host, answer in answers.items()
-                if host in living or not isinstance(answer, str)
-            }
+            for host in silent:
+                if isinstance(answers[host], str) and host not in living:
+                    del answers[host]
     for host, answer in answers.items():
         if not isinstance(answer, str) and answer.pop("storage", token) != token:
             answers[host] = f"does not see {storage}"
@@ -169,8 +162,7 @@ def ask_nodes(
 def missing_workers(there: int) -> str:
     """On the head of a cluster made by `ray up`: says so if fewer workers are there than asked for.
 
-    Empty if not; and on other machines, and where Ray was started by hand: nobody knows how many
-    there should be.
+    Empty on other machines, and where Ray was started by hand: nobody knows how many are to come.
     """
     try:
         file = expanded("~/ray_bootstrap_config.yaml", what="HOME")

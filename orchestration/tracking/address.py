@@ -131,12 +131,12 @@ def _sqlite_path(rest: str, refuse: _Refuse) -> Path:
         file = expanded(unquote(path), what="its home").absolute()
         str(file).encode()
         is_folder = path.endswith("/") or file.is_dir()
-        is_strange = not is_folder and file.exists() and not file.is_file()
+        is_usual = file.is_file() or not file.exists()
     except (ConfigError, OSError, ValueError) as error:
         raise refuse(f"cannot be the name of a file: {error}") from None
     if is_folder:
         raise refuse("is a folder", f"sqlite:///{file / 'mlflow.db'}")
-    if is_strange:
+    if not is_usual:
         raise refuse("is no regular file")
     if "?" in str(file) or unquote(str(file)) != str(file):
         raise refuse(

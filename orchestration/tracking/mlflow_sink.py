@@ -45,7 +45,6 @@ class MlflowSink:
 
     Args:
         uri: of MLflow; sqlite:/// keeps artifacts beside the database.
-        beat_seconds: between two heartbeats of a run that is RUNNING.
         opens: gives a client and the id of our experiment.
     """
 
@@ -80,7 +79,6 @@ class MlflowSink:
         except ModuleNotFoundError as error:
             line = commands.pip_install("mlflow[auth]")
             raise ServiceError(f"MLflow is not installed ({error}): `{line}`") from None
-
         # What they log as errors reaches us as exceptions.
         for library in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -133,21 +131,18 @@ class MlflowSink:
 
     def send_trial(self, record: TrialRecord) -> None:
         with self._judged(record) as runs:
-            self._trial(runs, record.number).send(record)
+            self._trials.setdefault(record.number, _TrialRun(runs)).send(record)
 
     def send_files(self, paths: Sequence[Path], record: TrialRecord | None) -> None:
-        """Sends those of which the run's tags do not say that they are there.
-
-        Raises:
-            RefusedError: some were not taken; the others are sent.
-        """
+        """Sends those that the run lacks by its tags; raises RefusedError if some are not taken."""
         number = None if record is None else record.number
         if not self._keeps_files or (record is None and not self._study.has_parent):
             return
         names = [path.name for path in paths] or [_CONFIG]
         with self._judged(record, names) as runs:
             if record is not None:
-                left = self._trial(runs, record.number).send_files(paths, record)
+                trial = self._trials.setdefault(record.number, _TrialRun(runs))
+                left = trial.send_files(paths, record)
             else:
                 left = _send_files(runs.client, runs.id_of(None), paths)
         if left:
@@ -188,9 +183,6 @@ class MlflowSink:
         unsent = " and ".join(parts)
         return f"tracking: {unsent} are not sent; they are kept in the records." if unsent else ""
 
-    def _trial(self, runs: Runs, number: int) -> _TrialRun:
-        return self._trials.setdefault(number, _TrialRun(runs))
-
     def _forget(self) -> None:
         """What is there is asked anew before more is sent."""
         for trial in self._trials.values():
@@ -228,8 +220,8 @@ class MlflowSink:
     def _refused(
         self, record: TrialRecord | None, files: Sequence[str], error: Exception
     ) -> RefusedError:
-        is_child = record is not None and self._study.has_parent
-        name = record.name if record is not None and is_child else self._study.name
+        study = self._study
+        name = record.name if record is not None and study.has_parent else study.name
         who, why = f"tracking: {shown(self.uri)}", self._line(error)
         if files:
             return RefusedError(
@@ -260,12 +252,7 @@ class MlflowSink:
 
 
 class _TrialRun:
-    """The run of a trial; what it holds is asked once, and again after a failure.
-
-    Attributes:
-        is_known: whether what it holds is.
-        last_step: the last epoch that it was known to have.
-    """
+    """The run of a trial; what it holds is asked once, and again when it `is_known` no more."""
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
@@ -350,10 +337,7 @@ def _send_files(
 ) -> dict[str, Exception]:
     """Sends those of which the run's tags do not say that they are there; gone ones are left out.
 
-    What was not taken is returned, by name, with why.
-
-    Args:
-        config: text of a further one, if it is not empty.
+    Returns what was not taken, by name, with why. `config` is the text of one more, or empty.
     """
     tags = client.get_run(run).data.tags
     left: dict[str, Exception] = {}

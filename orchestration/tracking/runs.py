@@ -47,7 +47,6 @@ class TrackedRun:
 
     Attributes:
         id: unique among the runs of one store, which may serve many machines.
-        name: for people.
         kind: "sweep", "ablations" or "train".
         tags: beside those of the program and libraries.
         parameters: of the parent run.
@@ -142,7 +141,7 @@ class Runs:
         query = f"tags.`cpfean.id` = '{self._study.id}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment], query):
             if run.info.run_id not in known:
-                close_interrupted(self.client, run)
+                close_run(self.client, run)
 
     def log(
         self,
@@ -168,16 +167,9 @@ class Runs:
         key = {"cpfean.id": self._study.id, **key}
         runs = self._find(key)
         if not runs:
-            tags = {
-                "cpfean.sweep": self._study.name,
-                STATE_TAG: "running",
-                HEARTBEAT_TAG: _now(),
-                **key,
-                **tags,
-                "mlflow.source.name": "cpfean",
-                "mlflow.source.type": "LOCAL",
-                **version_tags(),
-            }
+            state = {STATE_TAG: "running", HEARTBEAT_TAG: _now()}
+            ours = {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **version_tags()}
+            tags = {"cpfean.sweep": self._study.name, **state, **key, **tags, **ours}
             made = self.client.create_run(self.experiment, tags=tags, run_name=name)
             # MLflow sends a request again whose answer was lost, and then there are two.
             runs = self._find(key) or [made]
@@ -193,8 +185,8 @@ class Runs:
         return sorted(runs, key=lambda r: (not r.data.metrics, start_of(r), r.info.run_id))
 
 
-def close_interrupted(client: MlflowClient, run: Run) -> None:
-    """Closes a run that nobody runs any more."""
+def close_run(client: MlflowClient, run: Run) -> None:
+    """Closes a run that nobody runs any more, as interrupted."""
     client.set_tag(run.info.run_id, STATE_TAG, "interrupted")
     client.set_terminated(run.info.run_id, STATUS["interrupted"])
 
@@ -227,11 +219,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
-    """Adds tags to the parent run of a study that has ended.
-
-    Raises:
-        ServiceError: the tracker does not take them.
-    """
+    """Adds tags to the parent run of a study that has ended; raises ServiceError if that fails."""
     try:
         client, experiment = open_store(uri)
         if renamed := experiment_of(client, experiment, id):

@@ -35,7 +35,6 @@ class ServerPlan:
         store: address of its database, as MLflow writes it: sqlite:///FILE, postgresql://...
         artifacts: folder or s3:// URL for files; the server hands them out and takes them.
         folder: for the server's own files.
-        host: address to listen on.
         auth: whether it asks for user name and password.
         allowed_hosts: names under which browsers may reach it, beside loopback.
     """
@@ -68,17 +67,10 @@ class ServerPlan:
             check_password(environment.get(PASSWORD, ""), known=[self.host, *self.allowed_hosts])
 
     def check_port(self) -> None:
-        """Whether the server will be able to listen.
-
-        Raises:
-            ConfigError: not at this address, or not at this port.
-            ServiceError: something listens there already.
-        """
+        """Raises ConfigError if a server cannot listen there, ServiceError if one does already."""
         try:
-            family, _, _, _, address = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM
-            )[0]
-            socket.create_server(address, family=family).close()
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            socket.create_server(found[4], family=found[0]).close()
         except socket.gaierror as error:
             raise ConfigError(f"--host {self.host}: no such host ({error}).") from None
         except PermissionError:
@@ -123,9 +115,7 @@ class ServerPlan:
         if not self.auth:
             own.pop(PASSWORD, None)
             return own
-        users, key, accounts = (
-            self.folder / name for name in ("users.ini", "session_key", "users.db")
-        )
+        users, key, accounts = (self.folder / n for n in ("users.ini", "session_key", "users.db"))
         lines = [
             "[mlflow]",
             "default_permission = READ",
@@ -145,10 +135,8 @@ class ServerPlan:
             session = key.read_text(encoding="ascii")
         except OSError as error:
             raise ServiceError(f"{self.folder}: cannot be written: {error}") from None
-        return own | {
-            "MLFLOW_AUTH_CONFIG_PATH": str(users),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": session,
-        }
+        own |= {"MLFLOW_AUTH_CONFIG_PATH": str(users), "MLFLOW_FLASK_SERVER_SECRET_KEY": session}
+        return own
 
 
 def check_store(store: str) -> None:
@@ -188,12 +176,10 @@ def check_artifacts(artifacts: str) -> None:
     if not is_url or scheme.lower() == "file":
         _check_folder(Path(rest if is_url else artifacts), "--artifacts")
         return
-    from mlflow.store.artifact.artifact_repository_registry import (
-        get_registered_artifact_repositories,
-    )
+    from mlflow.store.artifact import artifact_repository_registry as registry
 
     own = {"", "file", "http", "https", "mlflow-artifacts", "runs", "models", "dbfs"}
-    known = sorted(set(get_registered_artifact_repositories()) - own)
+    known = sorted(set(registry.get_registered_artifact_repositories()) - own)
     if scheme not in known or not rest.strip("/"):
         raise ConfigError(
             f"--artifacts {shown(artifacts)!r} is no place for files: a folder, s3://BUCKET/PATH, "

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "cpfean"
 PROBE_TAG = "cpfean.probe"
-_LOCK_SECONDS = 30.0
 _LOOKED_AT = 20  # newest runs, in search of one whose files are here
 _OF_A_STORE = {"alembic_version", "experiments", "runs"}  # tables that none is without
 
@@ -58,16 +57,14 @@ class FilesElsewhereError(ServiceError):
         super().__init__(f"{self.wrong}. What helps: {self.fix}")
 
 
-def open_store(uri: str, *, lock_seconds: float = _LOCK_SECONDS) -> tuple[MlflowClient, str]:
+def open_store(uri: str, *, lock_seconds: float = 30.0) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment; makes database and experiment when they are new.
 
     Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
     lets them in one by one.
 
     Raises:
-        ServiceError: an address that MLflow cannot use, or a file that cannot be written or is no
-            store.
-        ExperimentDeletedError: with what brings it back.
+        ServiceError: an address or a file that cannot be used, or ExperimentDeletedError.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -91,9 +88,7 @@ def open_store(uri: str, *, lock_seconds: float = _LOCK_SECONDS) -> tuple[Mlflow
     except OSError as error:
         raise ServiceError(f"{real}: cannot be written: {error}") from None
     except MlflowException as error:
-        raise ServiceError(
-            f"{file}: cannot be used as a tracking store: {message_of(error)}"
-        ) from None
+        raise ServiceError(f"{file}: cannot be used as a store: {message_of(error)}") from None
 
 
 def _make(file: Path, *, artifacts: str) -> None:
@@ -247,12 +242,10 @@ def check_keeps_files(client: MlflowClient, uri: str, experiment: str) -> None:
         return
     for run in client.search_runs([experiment], max_results=_LOOKED_AT):
         folder = Path(unquote(urlsplit(run.info.artifact_uri or "").path))
-        if not (folder.is_absolute() and folder.is_dir()):
-            continue
-        here = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-        if here and here == _listed(uri, run.info.run_id):
-            return
-        if here:
+        files = folder.iterdir() if folder.is_absolute() and folder.is_dir() else ()
+        if here := {file.name: file.stat().st_size for file in files if file.is_file()}:
+            if here == _listed(uri, run.info.run_id):
+                return
             break
     raise FilesElsewhereError(
         f"{shown(uri)} has its files in {location}, a folder of the server's own disk, "
@@ -267,12 +260,8 @@ def _listed(uri: str, run: str) -> dict[str, int]:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    answer = http_request(
-        host_creds=get_default_host_creds(uri),
-        endpoint="/api/2.0/mlflow/artifacts/list",
-        method="GET",
-        params={"run_id": run},
-    )
+    path = "/api/2.0/mlflow/artifacts/list"
+    answer = http_request(get_default_host_creds(uri), path, "GET", params={"run_id": run})
     files = answer.json().get("files", []) if answer.ok else []
     return {file["path"]: int(file.get("file_size", 0)) for file in files if not file["is_dir"]}
 
@@ -284,9 +273,7 @@ def try_out(uri: str) -> tuple[MlflowClient, str]:
     which is taken again the next time. Client and experiment are given, as by `open_store`.
 
     Raises:
-        ServiceError: what is not taken.
-        ExperimentDeletedError: with what brings it back.
-        FilesElsewhereError: a server whose files cannot be sent; numbers were taken.
+        ServiceError: what is not taken; as one of the kinds above, with what mends it.
     """
     client, experiment = open_store(uri)
     run = _probe(client, experiment)
