@@ -104,7 +104,7 @@ def body(
         "cluster": check_cluster,
         **({} if refused else {"nodes": lambda: doctor.check_nodes(where, ask=ask or ask_nodes)}),
         "storage": lambda: doctor.check_storage(where),
-        "disk": lambda: doctor.check_disk([where.output, where.cache_dir, ray_folder()]),
+        "disk": lambda: doctor.check_disk([where.output, where.cache_dir, ray_folder()[0]]),
         "data": check_data,
         "tracking": lambda: doctor.check_tracking(where),
         "runs": lambda: doctor.check_runs(where, repair=arguments.repair, say=command_line.say),

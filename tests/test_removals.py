@@ -59,6 +59,7 @@ PLACES = {
     "cpfean.writing:write_json": "a file that is ours by its folder: see who calls it",
     "cpfean.analysis.report:write_report": RUN,
     "cpfean.records.results:Results.keep": "a result, named by a hash of all that it depends on",
+    "orchestration.tracking.server:ServerPlan.environment": "in the server's own folder",
     "orchestration.tracking.stores:_try_file": NEW,
     "orchestration.study.conclusion:conclude": RUN,
     "cpfean.analysis.pictures.queries:draw_study_pictures": f"{RUN}; the name that it gives was free",

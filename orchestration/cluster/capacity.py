@@ -75,7 +75,6 @@ class Cluster:
     """What there is to run on.
 
     Attributes:
-        cpus, gpus: of all nodes now.
         is_local: Ray was started by this process, on this machine.
         nodes: that live now; without them all is taken to be one node.
     """
@@ -88,22 +87,19 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What the trials take.
+    """What the trials take: so many workers each, with CPUs and perhaps a GPU each.
 
     Attributes:
-        workers: of one trial.
-        min_workers: with which it may go on when there is no room for more.
-        cpus: of one worker.
-        use_gpu: one for each worker.
         concurrent: trials at a time. Tune does not count the workers of a trial: without this
             limit trials hold each other up for ever.
+        min_workers: with which a trial may go on; 0: no fewer than `workers`.
     """
 
     workers: int
     cpus: int
     use_gpu: bool
     concurrent: int
-    min_workers: int = 0  # 0: no fewer than `workers`
+    min_workers: int = 0
 
 
 def this_machine() -> Cluster:

@@ -34,43 +34,26 @@ class _HeadStart:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._cluster: Future[Cluster] = Future()
-        self._is_over = threading.Event()
-        threading.Thread(target=self._run, name="ray", daemon=True).start()
-        atexit.register(self.end)
+        self.cluster: Future[Cluster] = Future()
+        self.is_over = threading.Event()  # as Ray has ended
+        threading.Thread(target=self._run, args=[settings], name="ray", daemon=True).start()
+        atexit.register(self._end)
 
-    def cluster(self) -> Cluster:
-        """What there is; waits for Ray.
-
-        Raises:
-            ConfigError, ServiceError: Ray does not start.
-        """
-        return self._cluster.result()
-
-    def wait(self) -> None:
-        """Until Ray has started, or has not."""
-        wait([self._cluster])
-
-    def end(self) -> None:
-        """At the end of the process: ends Ray, once it has started; half of it could not be."""
-        if not self._is_over.is_set():
-            self.wait()
-            disconnect()
-
-    def let_go(self) -> None:
-        """Ray has ended."""
-        self._is_over.set()
-
-    def _run(self) -> None:
+    def _run(self, settings: Settings) -> None:
         try:
-            self._cluster.set_result(_connected(self._settings, _end))
+            self.cluster.set_result(_connected(settings, _end))
         except CpfeanError as error:
-            self._cluster.set_exception(error)
+            self.cluster.set_exception(error)
         except BaseException as error:
-            self._cluster.set_exception(ServiceError(f"Ray does not start: {error!r}"))
+            self.cluster.set_exception(ServiceError(f"Ray does not start: {error!r}"))
             raise
-        self._is_over.wait()
+        self.is_over.wait()
+
+    def _end(self) -> None:
+        """At the end of the process: ends Ray, once it has started; half of it could not be."""
+        if not self.is_over.is_set():
+            wait([self.cluster])
+            disconnect()
 
 
 _head_start: _HeadStart | None = None
@@ -90,7 +73,7 @@ def start_early(settings: Settings) -> None:
 def wait_for_start() -> None:
     """Waits until what `start_early` began is done, well or badly, if it was called."""
     if _head_start is not None:
-        _head_start.wait()
+        wait([_head_start.cluster])
 
 
 def connect(
@@ -99,27 +82,25 @@ def connect(
     """Joins the cluster, or starts Ray on this machine.
 
     Args:
-        give_up: ends the process where Ray does not come back from joining a cluster, from another
-            thread; None says why and exits.
+        give_up: ends the process from another thread, where joining never ends; None: says why.
 
     Raises:
         ConfigError: a folder for Ray's files that cannot be.
         ServiceError: no cluster at the address, or Ray does not start.
     """
     if settings.address is None and _head_start is not None:
-        return _head_start.cluster()
+        return _head_start.cluster.result()
     return _connected(settings, give_up or _end)
 
 
 def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> Cluster:
     _check(settings)
-    cpus = usable_cpus()
     try:
         with _sigterm_kept():
             if settings.address is None:
                 ray.init(
                     address="local",
-                    num_cpus=cpus,
+                    num_cpus=usable_cpus(),
                     include_dashboard=False,  # ten processes that would start first
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -128,12 +109,14 @@ def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> C
             else:
                 _join(settings, give_up)
         if settings.address is not None:
-            _check_actors_start()
+            # Where client and cluster disagree about tokens, an actor alone does not start.
+            probe = ray.remote(num_cpus=0)(_Probe).remote()
+            ray.get(probe.answer.remote(), timeout=_ACTOR_SECONDS)
     # Ray raises many kinds here, down to OSError and its own.
     except Exception as error:
-        where, hint = settings.address or "on this machine", ""
+        where, hint = "on this machine", ""
         if settings.address:
-            where += f", from {settings.address_source}"
+            where = f"{settings.address}, from {settings.address_source}"
             hint = (
                 "\nDoes this machine have the cluster's ~/.ray/auth_token? If the cluster wants "
                 "none, set RAY_AUTH_MODE=disabled. Without the cluster: --address local."
@@ -146,14 +129,17 @@ def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> C
 
 def _check(settings: Settings) -> None:
     """Finds in seconds what Ray would try for many minutes, or fall over in the middle of."""
-    settings.check_address()
-    if settings.address is None:
-        check_this_host()
-        # Ray's own parts read it, and take it for theirs.
-        os.environ.pop("RAY_ADDRESS", None)
-        _give_a_token()
-    else:
+    if settings.address is not None:
+        settings.check_address()
         check_head(parse_address(settings.address, source=settings.address_source))
+        return
+    check_this_host()
+    # Ray's own parts read it, and take it for theirs.
+    os.environ.pop("RAY_ADDRESS", None)
+    # Ray started here asks for a token, and makes it in the home; without one it is in memory.
+    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file())
+    if not has_token and not can_be_written(Path.home() / ".ray"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _join(settings: Settings, give_up: Callable[[ServiceError], None]) -> None:
@@ -179,13 +165,6 @@ def _end(error: ServiceError) -> None:
     os._exit(error.exit_code)
 
 
-def _give_a_token() -> None:
-    """Ray started here asks for a token, and makes it in the home; without one it is in memory."""
-    there = os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file())
-    if not there and not can_be_written(Path.home() / ".ray"):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
     """Undoes what Ray does to SIGTERM as it starts: it would end this process without a word."""
@@ -202,11 +181,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
-    """A cluster and its nodes' types; nothing is started on it.
-
-    Raises:
-        ServiceError: no cluster at the address.
-    """
+    """A cluster and its nodes' types, with nothing started; raises ServiceError if none answers."""
     _check(settings)
     try:
         _join(settings, _end)
@@ -215,12 +190,6 @@ def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
         raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error
     finally:
         ray.shutdown()
-
-
-def _check_actors_start() -> None:
-    """Starts an actor: where client and cluster disagree about tokens, that alone goes wrong."""
-    probe = ray.remote(num_cpus=0)(_Probe).remote()
-    ray.get(probe.answer.remote(), timeout=_ACTOR_SECONDS)
 
 
 class _Probe:
@@ -234,4 +203,4 @@ def disconnect() -> None:
     ray.shutdown()
     early, _head_start = _head_start, None
     if early is not None:
-        early.let_go()
+        early.is_over.set()

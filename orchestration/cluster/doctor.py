@@ -12,25 +12,21 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
 from cpfean.folders import can_be_written
-from cpfean.json_files import RecordError
 from cpfean.records.run_folder import all_runs
 from cpfean.storage.check_file import check_file, read_check_file
 from orchestration.cluster.ray_address import check_this_host
-from orchestration.cluster.versions import (
-    Answer,
-    ask_nodes,
-    differences,
-    missing_workers,
-)
+from orchestration.cluster.versions import Answer, ask_nodes, differences, missing_workers
 from orchestration.settings import Settings, token_file
+from orchestration.tracking import stores
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
+from orchestration.tracking.runs import HEARTBEAT_SECONDS, HEARTBEAT_TAG, close_run, status_of
 from orchestration.versions import versions
 
 if TYPE_CHECKING:
@@ -53,14 +49,7 @@ class Ill(Exception):  # noqa: N818  (a finding, not an error)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        ok: whether a study can rely on it.
-        text: what was found.
-        fix: what to do; empty if ok.
-    """
+    """One line of the report: what was looked at, and found; `fix` is what to do if it is ill."""
 
     name: str
     ok: bool
@@ -68,22 +57,21 @@ class Finding:
     fix: str = ""
 
 
-Check = Callable[[], str]
-
-
-def examine(checks: Mapping[str, Check]) -> Iterator[Finding]:
+def examine(checks: Mapping[str, Callable[[], str]]) -> Iterator[Finding]:
     """Runs checks one after the other; whatever one raises, the others are run."""
     for name, check in checks.items():
         try:
             yield Finding(name=name, ok=True, text=check())
+            continue
         except Ill as ill:
-            yield Finding(name=name, ok=False, text=str(ill), fix=ill.fix)
+            text, fix = str(ill), ill.fix
         except CpfeanError as error:
             text, _, more = str(error).partition("\n")
-            yield Finding(name=name, ok=False, text=text, fix=more.strip() or "see above")
+            fix = more.strip() or "see above"
         # A check that falls over has found something as well.
         except Exception as error:
-            yield Finding(name=name, ok=False, text=message_of(error), fix="see the message")
+            text, fix = message_of(error), "see the message"
+        yield Finding(name=name, ok=False, text=text, fix=fix)
 
 
 def check_token() -> str:
@@ -100,19 +88,14 @@ def check_token() -> str:
         )
     mode = file.stat().st_mode & 0o777
     if mode & 0o077:
-        fix = commands.for_owner_alone(file)
-        raise Ill(f"{file} can be read by others (mode {mode:o})", fix)
+        raise Ill(f"{file} can be read by others (mode {mode:o})", commands.for_owner_alone(file))
     return str(file)
 
 
 def check_cluster(
     settings: Settings, *, connect: Callable[[Settings], Cluster] | None = None
 ) -> str:
-    """Whether Ray answers at the address; joins it for the checks that follow.
-
-    Args:
-        connect: joins it; None for that of `orchestration.cluster.connection`.
-    """
+    """Whether Ray answers at the address; joins it, as studies do, for the checks that follow."""
     if settings.address is None:
         check_this_host()
         return "none: studies run on this machine"
@@ -127,11 +110,7 @@ def check_cluster(
 def check_nodes(
     settings: Settings, *, ask: Callable[[str | None], Mapping[str, Answer]] = ask_nodes
 ) -> str:
-    """Whether all nodes run what this one runs, and see the storage.
-
-    Args:
-        ask: for the versions of the nodes.
-    """
+    """Whether all nodes run what this one runs, and see the storage."""
     if settings.address is None:
         return "this machine alone"
     mine = versions()
@@ -141,10 +120,8 @@ def check_nodes(
     missing = missing_workers(len(nodes) - 1)
     wrong = [missing] if missing else []
     for host, answer in nodes.items():
-        if isinstance(answer, str):
-            wrong.append(f"{host}: {answer}")
-            continue
-        if drift := differences(answer, mine, names=("there", "here")):
+        drift = [answer] if isinstance(answer, str) else differences(answer, mine)
+        if drift:
             wrong.append(f"{host}: {', '.join(drift)}")
     if wrong:
         raise Ill(
@@ -171,19 +148,18 @@ def check_storage(settings: Settings) -> str:
 
 def check_disk(folders: Sequence[Path], *, least_gb: float = _DISK_GB) -> str:
     """Rights and free space where records, data and Ray's files go."""
+    move = "--output, CPFEAN_CACHE, RAY_TMPDIR"
     for folder in folders:
         if not can_be_written(folder):
-            raise Ill(
-                f"{folder} cannot be written by this user",
-                "its rights, or another: --output, CPFEAN_CACHE, RAY_TMPDIR",
-            )
-    free = {folder: shutil.disk_usage(_existing(folder)).free / 1e9 for folder in folders}
+            raise Ill(f"{folder} cannot be written by this user", f"its rights, or another: {move}")
+    free = {}
+    for folder in folders:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free[folder] = shutil.disk_usage(there).free / 1e9
     short = [f"{folder}: {gb:.1f} GB free" for folder, gb in free.items() if gb < least_gb]
     if short:
-        raise Ill(
-            f"{'; '.join(short)}, {least_gb:.0f} GB are the least",
-            "free some, or move: --output, CPFEAN_CACHE, RAY_TMPDIR",
-        )
+        wrong = f"{'; '.join(short)}, {least_gb:.0f} GB are the least"
+        raise Ill(wrong, f"free some, or move: {move}")
     return ", ".join(f"{gb:.0f} GB at {folder}" for folder, gb in free.items())
 
 
@@ -192,20 +168,11 @@ def check_tracking(settings: Settings) -> str:
 
     A deleted run named "doctor" stays in MLflow's trash, one for each machine.
     """
-    from orchestration.tracking.stores import (
-        ExperimentDeletedError,
-        FilesElsewhereError,
-        experiments_of_ours,
-        try_out,
-    )
-
     uri = settings.tracking_uri
     try:
-        client, experiment = try_out(uri)
-        others = list(experiments_of_ours(client, experiment).values())[1:]
-    except ExperimentDeletedError as error:
-        raise Ill(error.wrong, f"`{error.line}`; then --resume sends what is missing") from None
-    except FilesElsewhereError as error:
+        client, experiment = stores.try_out(uri)
+        others = list(stores.experiments_of_ours(client, experiment).values())[1:]
+    except (stores.ExperimentDeletedError, stores.FilesElsewhereError) as error:
         raise Ill(error.wrong, error.fix) from None
     # Whatever a tracker, its database or the network raises.
     except Exception as error:
@@ -218,18 +185,13 @@ def check_tracking(settings: Settings) -> str:
 
 def _mends_tracking(uri: str, error: Exception) -> str:
     """What to do about a tracker that does not take what was sent."""
-    from mlflow.exceptions import MlflowException
-
-    status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
-    file = sqlite_file(uri)
+    status, file = status_of(error), sqlite_file(uri)
+    if file is not None and "readonly" in str(error):
+        return f"{file} and its folder have to be yours to write; --tracking-uri names another"
     if is_web(uri) and status in (401, 403):
         return (
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of somebody who may write; "
             "a server that was started with --allowed-host answers to those names alone"
-        )
-    if file is not None and "readonly" in str(error):
-        return (
-            f"{file} and its folder have to be yours to write; or name another with --tracking-uri"
         )
     if is_web(uri) and 400 <= status < 500:
         return "it answers, and does not take this: see its log, and whether it is a MLflow server"
@@ -251,24 +213,12 @@ def check_runs(
     It has if its folder is here and held, or is elsewhere and a heartbeat of it is young. The rest
     may still live, since clocks differ and folders are copied: before `repair` closes their runs
     it looks twice, and leaves alone those with a heartbeat in between.
-
-    Args:
-        say: shows the user a line.
-        wait: for so many seconds.
     """
-    from orchestration.tracking.runs import HEARTBEAT_SECONDS, HEARTBEAT_TAG
-    from orchestration.tracking.stores import experiments_of_ours, open_store
-
-    client, experiment = open_store(settings.tracking_uri)
-    experiments = list(experiments_of_ours(client, experiment))
-    patience = _BEATS * HEARTBEAT_SECONDS
-    folders = {}
-    for folder in all_runs(settings.output):
-        try:
-            folders[folder.id] = folder
-        except RecordError as error:  # for all that is known its study runs
-            text, _, fix = str(error).partition("\n")
-            raise Ill(text, fix) from None
+    client, experiment = stores.open_store(settings.tracking_uri)
+    experiments = list(stores.experiments_of_ours(client, experiment))
+    now, patience = datetime.now(UTC), timedelta(seconds=_BEATS * HEARTBEAT_SECONDS)
+    # For all that is known the study of a record that cannot be read runs: nothing is closed then.
+    folders = {folder.id: folder for folder in all_runs(settings.output)}
     before = _running_studies(client, experiments)
     suspects, beating, silent = set(), 0, 0
     for id, runs in before.items():
@@ -278,7 +228,7 @@ def check_runs(
                 suspects.add(id)
         elif not beats:
             silent += len(runs)  # of a version that has none: for all that is known it lives
-        elif any(abs(_age(beat)) < patience for beat in beats.values()):
+        elif any(abs(now - datetime.fromisoformat(beat)) < patience for beat in beats.values()):
             beating += len(runs)
         else:
             suspects.add(id)
@@ -289,8 +239,9 @@ def check_runs(
             "--resume the study, or close them with doctor.py --repair",
         )
     if lost:
-        say(f"watching {len(lost)} run(s) of {_names(lost)} for {patience:.0f} s ...")
-        wait(patience)
+        seconds = patience.total_seconds()
+        say(f"watching {len(lost)} run(s) of {_names(lost)} for {seconds:.0f} s ...")
+        wait(seconds)
         after = _running_studies(client, experiments)
         lost = []
         for id in sorted(suspects & after.keys()):
@@ -301,8 +252,7 @@ def check_runs(
     for run in lost:
         last = run.data.tags.get(HEARTBEAT_TAG, "none")
         client.set_tag(run.info.run_id, "cpfean.reaped", f"last heartbeat: {last}")
-        client.set_tag(run.info.run_id, "cpfean.state", "interrupted")
-        client.set_terminated(run.info.run_id, "KILLED")
+        close_run(client, run)
     told = [f"{len(lost)} of {_names(lost)} closed as KILLED"] if lost else []
     if beating:
         told.append(f"{beating} have a driver elsewhere")
@@ -322,23 +272,8 @@ def _running_studies(client: MlflowClient, experiments: list[str]) -> dict[str, 
 
 def _heartbeats(runs: Sequence[Run]) -> dict[str, str]:
     """Those that there are, by run."""
-    from orchestration.tracking.runs import HEARTBEAT_TAG
-
-    return {
-        run.info.run_id: run.data.tags[HEARTBEAT_TAG]
-        for run in runs
-        if HEARTBEAT_TAG in run.data.tags
-    }
-
-
-def _age(heartbeat: str) -> float:
-    """Seconds; below zero if the clock there is ahead of ours."""
-    return (datetime.now(UTC) - datetime.fromisoformat(heartbeat)).total_seconds()
+    return {run.info.run_id: beat for run in runs if (beat := run.data.tags.get(HEARTBEAT_TAG))}
 
 
 def _names(runs: Sequence[Run]) -> str:
     return ", ".join(sorted({run.data.tags.get("cpfean.sweep", "?") for run in runs}))
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())

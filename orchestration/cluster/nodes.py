@@ -22,10 +22,8 @@ def cluster_now(*, is_local: bool) -> Cluster:
 
 
 def _nodes() -> tuple[Node, ...]:
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(
-        Node(cpus=int(has.get("CPU", 0)), gpus=int(has.get("GPU", 0))) for has in resources
-    )
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(Node(cpus=int(has.get("CPU", 0)), gpus=int(has.get("GPU", 0))) for has in found)
 
 
 def node_types() -> list[str]:

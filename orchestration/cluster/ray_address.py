@@ -44,12 +44,8 @@ def find_cluster(asked: str | None, environment: Mapping[str, str]) -> Address |
     What is empty or blank is not asked. A head on this host that another user has started is not
     joined by itself: nobody has said that it may be used.
 
-    Args:
-        asked: the value of --address.
-        environment: RAY_ADDRESS is read if that is not given.
-
     Raises:
-        ConfigError: what is no address of a head; says what it is instead.
+        ConfigError: --address or RAY_ADDRESS is no address of a head; says what it is instead.
         ServiceError: "auto", and no head runs here.
     """
     for value, source in ((asked, "--address"), (environment.get("RAY_ADDRESS"), "RAY_ADDRESS")):
@@ -57,14 +53,12 @@ def find_cluster(asked: str | None, environment: Mapping[str, str]) -> Address |
         if value == "local":
             return None
         if value == "auto":
-            found = running_head()
-            if found is None:
-                raise ServiceError(
-                    f'{source} is "auto", the cluster of this machine, and none runs here (there '
-                    f"is no live one in {_head_file()}). Start one with `ray start --head`, or run "
-                    "without: --address local."
-                )
-            return found
+            if found := running_head():
+                return found
+            raise ServiceError(
+                f'{source} is "auto", and no cluster of this machine lives ({_head_file()}). Start '
+                "one with `ray start --head`, or run without: --address local."
+            )
         if value:
             return parse_address(value, source=source)
     found = running_head()
@@ -78,54 +72,44 @@ def find_cluster(asked: str | None, environment: Mapping[str, str]) -> Address |
 
 
 def parse_address(value: str, *, source: str) -> Address:
-    """The head that an address names.
-
-    Args:
-        source: the flag or variable that it is the value of.
-
-    Raises:
-        ConfigError: another form; says which, and what helps.
-    """
-    shown = re.sub(r"//[^/@]*@", "//***@", value)[:200]
-    scheme, is_url, _ = value.partition("://")
+    """The head that an address names; raises ConfigError, which says what else it is."""
+    try:
+        parts = urlsplit(f"//{value}")
+        address = Address(host=parts.hostname or "", port=parts.port or 0, source=source)
+    except ValueError:
+        address = Address(host="", port=0, source=source)
+    # A user, a path or a query is part of no address, and Ray would take it for the host's name.
+    is_whole = str(address) == value.lower() and not re.search(r"\s", value)
+    if address.host and address.port and is_whole:
+        return address
     instead = "--address local uses this machine alone"
     if source == "RAY_ADDRESS":
         instead += ", and without RAY_ADDRESS a cluster is used whose head runs here"
+    shown = re.sub(r"//[^/@]*@", "//***@", value)[:200]
+    raise ConfigError(
+        f'{source} must be host:port of a Ray head (port 6379 by default), "auto" or "local" '
+        f"({instead}). {shown!r} {_what_it_is(value, shown)}"
+    )
+
+
+def _what_it_is(value: str, shown: str) -> str:
+    """Of what is no address of a head: what it is instead, and what helps."""
+    scheme, is_url, _ = value.partition("://")
     if is_url and scheme.lower() in ("http", "https"):
         job = commands.submit_job(shown, Path(sys.argv[0]).name, sys.argv[1:])
-        raise ConfigError(
-            f"{source} is {shown!r}, the address of Ray's job server; a study joins a cluster at "
-            f"host:port of its head (port 6379 by default), on one of its machines. {instead}; "
-            f"as a job it is sent there by\n  {job}"
-        )
+        return f"is the address of Ray's job server; as a job it is sent there by\n  {job}"
     if is_url and scheme.lower() == "ray":
-        raise ConfigError(
-            f"{source} is {shown!r}, the address of Ray's client server; a study joins a cluster "
-            "at host:port of its head (port 6379 by default), on one of its machines, or is sent "
-            f"there with `ray job submit`. {instead}."
+        return (
+            "is the address of Ray's client server; a study joins a cluster on one of its "
+            "machines, or is sent there with `ray job submit`."
         )
     if is_url:
-        raise ConfigError(
-            f"{source} must be host:port of a Ray head; got {shown!r}, which is a URL. {instead}."
-        )
-    try:
-        parts = urlsplit(f"//{value}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    address = Address(host=host or "", port=port or 0, source=source)
-    # A user, a path or a query is part of no address, and Ray would take it for the host's name.
-    if not host or not port or str(address) != value.lower() or re.search(r"\s", value):
-        hint = ""
-        if re.fullmatch(r"[A-Za-z0-9._-]+", value) and not value.isdecimal():
-            hint = f" It has no port: {value}:6379 is where a head listens by default."
-        elif value.count(":") > 1 and not value.startswith("["):
-            hint = " An IPv6 address goes in brackets: [::1]:6379."
-        raise ConfigError(
-            f'{source} must be host:port of a Ray head (port 6379 by default), "auto" or "local"; '
-            f"got {shown!r}.{hint} {instead}."
-        )
-    return address
+        return "is a URL."
+    if value.count(":") > 1 and not value.startswith("["):
+        return "has an IPv6 address without its brackets: [::1]:6379."
+    if re.fullmatch(r"[A-Za-z0-9._-]+", value) and not value.isdecimal():
+        return f"has no port: {value}:6379 is where a head listens by default."
+    return "is no such address."
 
 
 def running_head() -> Address | None:
@@ -139,13 +123,8 @@ def running_head() -> Address | None:
     return address
 
 
-def ray_folder() -> Path:
-    """The folder in which Ray keeps its files on this host."""
-    return _ray_folder()[0]
-
-
-def _ray_folder() -> tuple[Path, str]:
-    """The folder, and the variable that names it."""
+def ray_folder() -> tuple[Path, str]:
+    """The folder in which Ray keeps its files on this host, and the variable that names it."""
     variables = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
     for name in variables:
         if folder := os.environ.get(name):
@@ -154,103 +133,84 @@ def _ray_folder() -> tuple[Path, str]:
 
 
 def check_this_host() -> None:
-    """Refuses what Ray cannot start with: it would fall over half way, or try for ever.
-
-    Raises:
-        ConfigError: its folder cannot be written, or the sockets in it would have too long a path;
-            or too few files may be open.
-    """
+    """Raises ConfigError where Ray cannot start: it would fall over half way, or try for ever."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < _FEWEST_FILES:
         raise ConfigError(
             f"only {files} files may be open at a time here, and Ray's processes need "
             f"{_FEWEST_FILES}; raise it with `ulimit -n 4096` (in containers --ulimit nofile=4096)."
         )
-    folder, source = _ray_folder()
-    if not folder.is_absolute():
-        raise ConfigError(
-            f"Ray's files need an absolute folder; {source} is {str(folder)!r}. Set RAY_TMPDIR."
-        )
-    # An older Ray of another user may have left its folder; only what is in it has to be ours.
-    if not can_be_written(folder / "ray"):
-        raise ConfigError(
-            f"Ray's files cannot be written: {folder / 'ray'} ({source}). Set RAY_TMPDIR to a "
-            "folder where this user may write, with a short path."
-        )
+    folder, source = ray_folder()
     sockets = folder / "ray" / f"session_{'0' * 26}_{os.getpid()}" / "sockets" / "plasma_store"
-    if len(os.fsencode(sockets)) > _LONGEST_SOCKET:
-        most = _LONGEST_SOCKET - len(os.fsencode(sockets)) + len(os.fsencode(folder))
-        raise ConfigError(
-            f"the path of Ray's files is too long for sockets: {folder} ({source}) has "
-            f"{len(os.fsencode(folder))} bytes of at most {most}. Set RAY_TMPDIR to a shorter "
-            "one, such as /tmp."
-        )
+    excess = len(os.fsencode(sockets)) - _LONGEST_SOCKET
+    if not folder.is_absolute():
+        wrong = "has to be absolute"
+    # An older Ray of another user may have left its folder; only what is in it has to be ours.
+    elif not can_be_written(folder / "ray"):
+        wrong = "cannot be written"
+    elif excess > 0:
+        wrong = f"is {excess} byte(s) too long for the sockets in it"
+    else:
+        return
+    raise ConfigError(
+        f"the folder of Ray's files {wrong}: {folder} ({source}). Set RAY_TMPDIR to an absolute "
+        "one where this user may write, with a short path, such as /tmp."
+    )
 
 
 def check_head(address: Address, *, seconds: float = _SECONDS) -> None:
-    """Asks a head whether it lives, in seconds; Ray itself would try for many minutes.
-
-    Args:
-        seconds: in which it has to answer.
-
-    Raises:
-        ServiceError: what answers is no head, wants another token, or is of another version.
-    """
+    """Raises ServiceError if no head answers that takes us; Ray would try for many minutes."""
     import grpc
     import ray
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.services import canonicalize_bootstrap_address
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    without = "--address local runs on this machine alone"
+    what, hint = "", ""
     try:
         # What Ray makes of it: a name of this host becomes the address that others know it by.
         there = canonicalize_bootstrap_address(str(address)) or str(address)
-        channel = init_grpc_channel(there, options=[("grpc.enable_http_proxy", 0)])
-        with channel:
+        with init_grpc_channel(there, options=[("grpc.enable_http_proxy", 0)]) as channel:
             stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
             reply = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=seconds)
+        if reply.ray_version in ("", ray.__version__):
+            return
+        what = f"is the head of a cluster with Ray {reply.ray_version}"
+        hint = f"This is {ray.__version__}, and both must be the same, which `ray up` sees to. "
     except grpc.RpcError as error:
         code = error.code()
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            raise ServiceError(
-                f"the Ray cluster at {address} ({address.source}) does not take the token of this "
-                "user. Is it yours? Then give this machine its ~/.ray/auth_token (it is looked for "
-                "in RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH too); if it wants none, set "
-                f"RAY_AUTH_MODE=disabled. {without}."
-            ) from None
-        slow = code == grpc.StatusCode.DEADLINE_EXCEEDED
-        what = f"does not answer within {seconds:.0f} s" if slow else "is no head of a Ray cluster"
-        hint = ""
-        if os.path.isabs(address.source):
-            hint = f"{address.source} names it, and may have been left by a cluster that is gone. "
-        elif address.port in (8265, 10001):
-            hint = "Ray's pages and client have that port, its head 6379 by default. "
-        raise ServiceError(
-            f"what listens at {address} (from {address.source}) {what}. {hint}Start one with `ray "
-            f"start --head`, name another with --address, or: {without}."
-        ) from None
-    if reply.ray_version and reply.ray_version != ray.__version__:
-        raise ServiceError(
-            f"the Ray cluster at {address} (from {address.source}) runs Ray {reply.ray_version}, "
-            f"and this is {ray.__version__}: both must be the same, which `ray up` sees to. "
-            f"{without}."
-        )
+            what = "is the head of a cluster that does not take the token of this user"
+            hint = (
+                "Is it yours? Then give this machine its ~/.ray/auth_token (it is looked for in "
+                "RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH too); if it wants none, set "
+                "RAY_AUTH_MODE=disabled. "
+            )
+        elif code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            what = f"does not answer within {seconds:.0f} s"
+        else:
+            what = "is no head of a Ray cluster"
+    if not hint and os.path.isabs(address.source):
+        hint = f"{address.source} names it, and may have been left by a cluster that is gone. "
+    elif not hint and address.port in (8265, 10001):
+        hint = "Ray's pages and client have that port, its head 6379 by default. "
+    raise ServiceError(
+        f"what listens at {address} (from {address.source}) {what}. {hint}Start one with `ray "
+        "start --head`, name another with --address, or: --address local runs on this machine "
+        "alone."
+    )
 
 
 def _head_file() -> Path:
-    return ray_folder() / "ray" / "ray_current_cluster"
+    return ray_folder()[0] / "ray" / "ray_current_cluster"
 
 
 def _other_owner(file: Path) -> str:
     """Who has written a file, if that is another user."""
     try:
         owner = file.stat().st_uid
-    except OSError:
+        return "" if owner == os.getuid() else file.owner()
+    except KeyError:
+        return f"user {owner}"  # who has no name
+    except OSError:  # gone meanwhile
         return ""
-    if owner == os.getuid():
-        return ""
-    try:
-        return file.owner()
-    except (OSError, KeyError):  # gone meanwhile, or a user without a name
-        return f"user {owner}"

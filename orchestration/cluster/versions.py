@@ -24,10 +24,11 @@ _TALK = ("ray", "orchestration")  # how driver and workers talk
 _NODE_SECONDS = 60.0
 
 Answer = dict[str, str] | str  # versions by name; or the last line of why there are none
+Look = Callable[[], dict[str, str]]
 
 
 def differences(
-    other: Mapping[str, str], mine: Mapping[str, str], *, names: tuple[str, str]
+    other: Mapping[str, str], mine: Mapping[str, str], *, names: tuple[str, str] = ("there", "here")
 ) -> list[str]:
     """Each version that is not the same, with both; `names` says whose they are."""
     return [
@@ -40,12 +41,7 @@ def differences(
 def since_start(folder: RunFolder, *, allowed: bool, here: Mapping[str, str] | None = None) -> str:
     """How the versions here differ from those that the study was started with; empty: not at all.
 
-    Args:
-        allowed: whether they may.
-        here: None for `versions()`.
-
-    Raises:
-        ConfigError: they differ and may not.
+    Raises ConfigError if they do, unless that is allowed.
     """
     then, here = folder.versions, here or versions()
     # What was not written down cannot be compared.
@@ -66,12 +62,7 @@ def since_start(folder: RunFolder, *, allowed: bool, here: Mapping[str, str] | N
 def among_nodes(answers: Mapping[str, Answer], *, allowed: bool) -> str:
     """How the versions of nodes differ from those here; empty: not at all.
 
-    Args:
-        answers: of `ask_nodes`.
-        allowed: whether they may.
-
-    Raises:
-        ServiceError: they differ, or a node cannot tell them, and may not.
+    Raises ServiceError if they do, or are not known, unless that is allowed.
     """
     here = versions()
     here = {name: here[name] for name in (*_NUMBERS, *_TALK)}
@@ -79,7 +70,7 @@ def among_nodes(answers: Mapping[str, Answer], *, allowed: bool) -> str:
     for host, answer in answers.items():
         if isinstance(answer, str):
             found.append(f"{host} does not tell its versions: {answer}")
-        elif drift := differences(answer, here, names=("there", "here")):
+        elif drift := differences(answer, here):
             found.append(f"{host}: {', '.join(drift)}")
     if found and not allowed:
         raise ServiceError(
@@ -97,9 +88,7 @@ class Nodes(Protocol):
     def living(self) -> dict[str, str]:
         """Ids of the nodes that live, by host name and address."""
 
-    def ask(
-        self, nodes: Mapping[str, str], look: Callable[[], dict[str, str]]
-    ) -> dict[str, Answer]:
+    def ask(self, nodes: Mapping[str, str], look: Look) -> dict[str, Answer]:
         """What `look` returns on each of the nodes, by host name and address."""
 
 
@@ -115,17 +104,15 @@ class RayNodes:
             if node["Alive"]
         }
 
-    def ask(
-        self, nodes: Mapping[str, str], look: Callable[[], dict[str, str]]
-    ) -> dict[str, Answer]:
+    def ask(self, nodes: Mapping[str, str], look: Look) -> dict[str, Answer]:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        task = ray.remote(num_cpus=0)(look)
         asked = {}
         for host, node in nodes.items():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=there)
-            asked[host] = task.remote()
+            asked[host] = task.options(scheduling_strategy=there).remote()
         answers: dict[str, Answer] = {}
         for host, reference in asked.items():
             try:
@@ -145,7 +132,6 @@ def ask_nodes(
     Args:
         storage: that all have to see.
         known: nodes that need not be asked.
-        nodes: None for those of Ray.
 
     Raises:
         ServiceError: the storage cannot be written.
@@ -159,10 +145,10 @@ def ask_nodes(
 
         asked = {host: node for host, node in cluster.living().items() if host not in known}
         answers = cluster.ask(asked, look)
-        if silent := [host for host, answer in answers.items() if isinstance(answer, str)]:
+        silent = [host for host, answer in answers.items() if isinstance(answer, str)]
+        if silent:
             living = cluster.living()
-            again = {host: living[host] for host in silent if host in living}
-            answers |= cluster.ask(again, look)
+            answers |= cluster.ask({host: living[host] for host in silent if host in living}, look)
             living = cluster.living()
             for host in silent:
                 if isinstance(answers[host], str) and host not in living:
@@ -176,8 +162,7 @@ def ask_nodes(
 def missing_workers(there: int) -> str:
     """On the head of a cluster made by `ray up`: says so if fewer workers are there than asked for.
 
-    Empty if not; and on other machines, and where Ray was started by hand: nobody knows how many
-    there should be.
+    Empty on other machines, and where Ray was started by hand: nobody knows how many are to come.
     """
     try:
         file = expanded("~/ray_bootstrap_config.yaml", what="HOME")

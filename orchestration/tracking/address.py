@@ -22,7 +22,8 @@ _Refuse = Callable[..., ConfigError]  # of why, and of what was meant instead
 _WEB = ("http", "https")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w.-]+):\d+(/.*)?")
-_WEB_SLIP = re.compile(r"(https?)(:?/{0,2})([^/:].*)", re.IGNORECASE)
+_WEB_SLIP = re.compile(r"(?:(https?):?/{0,2}|//)([^/:].*)", re.IGNORECASE)
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f]")
 _SECRET = re.compile(r"(?i)([?&](?:ssl)?password=)[^&\s]+|(//[^/@:\s]*:)[^@/\s]+(?=@)")
 
 
@@ -45,10 +46,11 @@ def tracking_address(
         meant = f"; did you mean {shown(instead)}" if instead else ""
         return ConfigError(f"{asked} {shown(uri)!r} {why}{meant}{'?' if instead else '.'}")
 
-    if not uri.strip():
+    cleaned = _UNSEEN.sub("", uri.strip())
+    if not cleaned:
         raise refuse("is empty")
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in uri) or uri != uri.strip():
-        raise refuse("has blanks around it, or control characters in it", _cleaned(uri))
+    if cleaned != uri:
+        raise refuse("has blanks around it, or control characters in it", cleaned)
     if _HOST_AND_PORT.fullmatch(uri):
         raise refuse("lacks the http://", f"http://{uri}")
     scheme, colon, rest = uri.partition(":")
@@ -63,20 +65,17 @@ def tracking_address(
             raise refuse("names no host and port, as http://HOST:5000 does")
         return uri
     if slip := _WEB_SLIP.fullmatch(uri):
-        raise refuse("is no address", f"{slip[1].lower()}://{slip[3]}")
+        raise refuse("is no address of a server", f"{(slip[1] or 'http').lower()}://{slip[2]}")
     if colon and kind == "sqlite":
         if driver not in ("", "pysqlite"):
             raise refuse(f"names a driver that is not used here, {driver!r}", f"sqlite:{rest}")
         return f"sqlite:///{_sqlite_path(rest, refuse)}"
-    if colon and kind in _DATABASES and rest.startswith("//"):
-        return uri
-    if colon and kind in ("postgres", *_DATABASES):
+    is_database = colon and kind in ("postgres", *_DATABASES)
+    if is_database and not (kind in _DATABASES and rest.startswith("//")):
         name = "postgresql" if kind == "postgres" else kind
         raise refuse("is no address of a database", f"{name}://{rest.lstrip('/')}")
-    if uri == "databricks" or (colon and kind == "databricks"):
+    if is_database or uri == "databricks" or (colon and kind == "databricks"):
         return uri
-    if uri.startswith("//"):
-        raise refuse("lacks the http:", f"http:{uri}")
     if not colon or kind == "file" or "/" in scheme:
         return _folder(uri, refuse, environment)
     plugins = {found.name for found in metadata.entry_points(group="mlflow.tracking_store")}
@@ -107,16 +106,12 @@ def shown(uri: str) -> str:
 
 
 def without_password(text: str, uri: str) -> str:
-    """The text, in which the password of an address is not to be read."""
+    """The text without the password of an address."""
     try:
         password = urlsplit(uri).password
     except ValueError:
         return text
     return text.replace(password, "***") if password else text
-
-
-def _cleaned(uri: str) -> str:
-    return "".join(letter for letter in uri.strip() if ord(letter) >= 32 and ord(letter) != 127)
 
 
 def _sqlite_path(rest: str, refuse: _Refuse) -> Path:
@@ -136,12 +131,12 @@ def _sqlite_path(rest: str, refuse: _Refuse) -> Path:
         file = expanded(unquote(path), what="its home").absolute()
         str(file).encode()
         is_folder = path.endswith("/") or file.is_dir()
-        is_strange = not is_folder and file.exists() and not file.is_file()
+        is_usual = file.is_file() or not file.exists()
     except (ConfigError, OSError, ValueError) as error:
         raise refuse(f"cannot be the name of a file: {error}") from None
     if is_folder:
         raise refuse("is a folder", f"sqlite:///{file / 'mlflow.db'}")
-    if is_strange:
+    if not is_usual:
         raise refuse("is no regular file")
     if "?" in str(file) or unquote(str(file)) != str(file):
         raise refuse(

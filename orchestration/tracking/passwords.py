@@ -19,8 +19,7 @@ _REPEATED = re.compile(r"(.+?)(?:[\W_]{0,2}\1)+[\W_]{0,2}", re.DOTALL)
 def check_password(password: str, *, known: Sequence[str] = ()) -> None:
     """Raises ConfigError for a password that is absent, short or soon guessed.
 
-    Args:
-        known: words that whoever guesses knows, such as the name of the host.
+    Whoever guesses has the `known` words, such as the name of the host.
     """
     if not password:
         raise ConfigError(

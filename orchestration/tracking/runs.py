@@ -47,7 +47,6 @@ class TrackedRun:
 
     Attributes:
         id: unique among the runs of one store, which may serve many machines.
-        name: for people.
         kind: "sweep", "ablations" or "train".
         tags: beside those of the program and libraries.
         parameters: of the parent run.
@@ -63,13 +62,7 @@ class TrackedRun:
 
 
 class Runs:
-    """The runs of one study.
-
-    Args:
-        client: of the store.
-        experiment: its id.
-        beat_seconds: between two heartbeats of a run.
-    """
+    """The runs of one study, in one experiment; open ones have a heartbeat every so often."""
 
     def __init__(
         self, client: MlflowClient, experiment: str, study: TrackedRun, *, beat_seconds: float
@@ -95,12 +88,13 @@ class Runs:
         """A trial's run, found or made, as it is now."""
         parent = self.id_of(None)
         if record.number not in self._ids:
-            tags = dict(self._study.tags) | {
+            tags = {
+                **self._study.tags,
                 "cpfean.kind": self._study.kind,
                 "cpfean.role": "trial",
                 "cpfean.config": record.experiment.fingerprint(),
+                **({_PARENT_TAG: parent} if parent else {}),
             }
-            tags |= {_PARENT_TAG: parent} if parent else {}
             name = record.name if self._study.has_parent else self._study.name
             self._ids[record.number] = self._sole(name, {"cpfean.trial": str(record.number)}, tags)
         run = self.client.get_run(self._ids[record.number])
@@ -147,8 +141,7 @@ class Runs:
         query = f"tags.`cpfean.id` = '{self._study.id}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment], query):
             if run.info.run_id not in known:
-                self.client.set_tag(run.info.run_id, STATE_TAG, "interrupted")
-                self.client.set_terminated(run.info.run_id, STATUS["interrupted"])
+                close_run(self.client, run)
 
     def log(
         self,
@@ -163,24 +156,23 @@ class Runs:
 
         self.client.log_batch(
             run_id,
-            metrics=[
-                Metric(name, float(value), when, step)
-                for name, value, step, when in metrics
-                if name != "epoch"
-            ],
+            metrics=[Metric(name, float(value), at, step) for name, value, step, at in metrics],
             params=[Param(name, str(value)) for name, value in (parameters or {}).items()],
             tags=[RunTag(name, str(value)) for name, value in (tags or {}).items()],
         )
 
     def _sole(self, name: str, key: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """The run of this study that has the key, made if there is none."""
+        # The key goes in with the creation: a run that exists can always be found again.
+        key = {"cpfean.id": self._study.id, **key}
         runs = self._find(key)
         if not runs:
-            made = self._create(name, dict(key) | dict(tags))
+            state = {STATE_TAG: "running", HEARTBEAT_TAG: _now()}
+            ours = {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **version_tags()}
+            tags = {"cpfean.sweep": self._study.name, **state, **key, **tags, **ours}
+            made = self.client.create_run(self.experiment, tags=tags, run_name=name)
             # MLflow sends a request again whose answer was lost, and then there are two.
-            runs = self._find(key)
-            if not runs:
-                return made
+            runs = self._find(key) or [made]
         for twin in runs[1:]:
             if not twin.data.metrics:
                 self.client.delete_run(twin.info.run_id)
@@ -188,17 +180,15 @@ class Runs:
 
     def _find(self, key: Mapping[str, str]) -> list[Run]:
         """The one that holds numbers first."""
-        key = {"cpfean.id": self._study.id} | dict(key)
         query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in key.items())
         runs = self.client.search_runs([self.experiment], query)
         return sorted(runs, key=lambda r: (not r.data.metrics, start_of(r), r.info.run_id))
 
-    def _create(self, name: str, tags: Mapping[str, str]) -> str:
-        # The key tags go in with the creation: a run that exists can always be found again.
-        key = {"cpfean.id": self._study.id, "cpfean.sweep": self._study.name}
-        tags = key | {STATE_TAG: "running", HEARTBEAT_TAG: _now()} | dict(tags)
-        tags |= {"mlflow.source.name": "cpfean", "mlflow.source.type": "LOCAL", **version_tags()}
-        return self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+
+def close_run(client: MlflowClient, run: Run) -> None:
+    """Closes a run that nobody runs any more, as interrupted."""
+    client.set_tag(run.info.run_id, STATE_TAG, "interrupted")
+    client.set_terminated(run.info.run_id, STATUS["interrupted"])
 
 
 def start_of(run: Run) -> int:
@@ -210,29 +200,26 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def is_refusal(error: Exception) -> bool:
-    """Whether the tracker has answered that it does not take this, rather than not at all."""
+def status_of(error: Exception) -> int:
+    """The HTTP status that a tracker has answered with; 0 if it has not answered."""
     from mlflow.exceptions import MlflowException
     from requests import HTTPError
 
     if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-    elif isinstance(error, HTTPError) and error.response is not None:
-        status = error.response.status_code
-    else:
-        return False
+        return int(error.get_http_status_code())
+    if isinstance(error, HTTPError) and error.response is not None:
+        return error.response.status_code
+    return 0
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the tracker has answered that it does not take this, rather than not at all."""
+    status = status_of(error)
     return 400 <= status < 500 and status not in _NOT_NOW
 
 
 def tag_parent(uri: str, id: str, tags: Mapping[str, str]) -> None:
-    """Adds tags to the parent run of a study that has ended.
-
-    Args:
-        id: of the study.
-
-    Raises:
-        ServiceError: the tracker does not take them.
-    """
+    """Adds tags to the parent run of a study that has ended; raises ServiceError if that fails."""
     try:
         client, experiment = open_store(uri)
         if renamed := experiment_of(client, experiment, id):

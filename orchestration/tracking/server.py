@@ -19,12 +19,12 @@ from pathlib import Path
 
 from cpfean import commands
 from cpfean.errors import ConfigError, ServiceError, message_of
-from orchestration.tracking.address import shown, sqlite_file, tracking_address
+from orchestration.tracking.address import shown, sqlite_file
 from orchestration.tracking.passwords import ADMIN, PASSWORD, check_password
+from orchestration.tracking.stores import check_is_store
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
-_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,6 @@ class ServerPlan:
         store: address of its database, as MLflow writes it: sqlite:///FILE, postgresql://...
         artifacts: folder or s3:// URL for files; the server hands them out and takes them.
         folder: for the server's own files.
-        host: address to listen on.
         auth: whether it asks for user name and password.
         allowed_hosts: names under which browsers may reach it, beside loopback.
     """
@@ -53,9 +52,7 @@ class ServerPlan:
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 1 to 65535; got {self.port}.")
         if not _HOST.fullmatch(self.host) and not re.fullmatch(r"[0-9a-fA-F:.]+", self.host):
-            raise ConfigError(
-                f"--host must be a name or an address of this host; got {self.host!r}."
-            )
+            raise ConfigError(f"--host must be a name or address of this host; got {self.host!r}.")
         if self.host not in _LOOPBACK and not self.auth:
             raise ConfigError(
                 f"--host {self.host} lets everybody who reaches this machine write to the records; "
@@ -70,26 +67,14 @@ class ServerPlan:
             check_password(environment.get(PASSWORD, ""), known=[self.host, *self.allowed_hosts])
 
     def check_port(self) -> None:
-        """Whether the server will be able to listen.
-
-        Raises:
-            ConfigError: not at this address, or not at this port.
-            ServiceError: something listens there already.
-        """
+        """Raises ConfigError if a server cannot listen there, ServiceError if one does already."""
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            with socket.socket(family, kind, protocol) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(address)
-                trial.listen()
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            socket.create_server(found[4], family=found[0]).close()
         except socket.gaierror as error:
             raise ConfigError(f"--host {self.host}: no such host ({error}).") from None
         except PermissionError:
-            raise ConfigError(
-                f"--port {self.port} is for root alone; take one above 1023."
-            ) from None
+            raise ConfigError(f"--port {self.port} is for root; take one above 1023.") from None
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ServiceError(
@@ -130,46 +115,49 @@ class ServerPlan:
         if not self.auth:
             own.pop(PASSWORD, None)
             return own
-        users = self.folder / "users.ini"
-        key = self.folder / "session_key"
+        users, key, accounts = (self.folder / n for n in ("users.ini", "session_key", "users.db"))
         lines = [
             "[mlflow]",
             "default_permission = READ",
-            f"database_uri = sqlite:///{self.folder / 'users.db'}",
+            f"database_uri = sqlite:///{accounts}",
             f"admin_username = {ADMIN}",
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
             "grant_default_workspace_access = false",
         ]
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write_own(users, "\n".join(lines) + "\n")
-            if not key.exists():
-                _write_own(key, secrets.token_hex(32))
-            _write_own(self.folder / "users.db", None)
+            for file in (users, key, accounts):
+                file.touch(mode=0o600)
+                file.chmod(0o600)  # it may have been there
+            users.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if key.stat().st_size == 0:
+                key.write_text(secrets.token_hex(32), encoding="ascii")
             session = key.read_text(encoding="ascii")
         except OSError as error:
             raise ServiceError(f"{self.folder}: cannot be written: {error}") from None
-        return own | {
-            "MLFLOW_AUTH_CONFIG_PATH": str(users),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": session,
-        }
+        own |= {"MLFLOW_AUTH_CONFIG_PATH": str(users), "MLFLOW_FLASK_SERVER_SECRET_KEY": session}
+        return own
 
 
 def check_store(store: str) -> None:
-    """Raises ConfigError if a server cannot keep its runs there."""
-    address = tracking_address(store, asked="--store")
-    kind = address.partition(":")[0].partition("+")[0]
-    if kind not in _DATABASES:
-        raise ConfigError(
-            f"--store {shown(store)!r} is no database; write sqlite:///FILE or "
-            "postgresql://USER@HOST/NAME."
-        )
-    file = sqlite_file(address)
-    if file is None:
-        _check_driver(address)
-        return
-    from orchestration.tracking.stores import check_is_store
+    """Raises ConfigError if a server cannot keep its runs at an address."""
+    from sqlalchemy import make_url
 
+    try:
+        make_url(store).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        line = commands.pip_install("cpfean[postgres]")
+        hint = f": `{line}`" if store.startswith("postgresql") else ""
+        raise ConfigError(f"--store {shown(store)} needs {error.name}{hint}.") from None
+    # SQLAlchemy has its own kinds, and int() speaks of a port.
+    except Exception as error:
+        raise ConfigError(
+            f"--store {shown(store)!r} is no database ({message_of(error)}); write "
+            "sqlite:///FILE or postgresql://USER@HOST/NAME."
+        ) from None
+    file = sqlite_file(store)
+    if file is None:
+        return
     _check_folder(file.parent, "--store")
     if file.exists():
         if not os.access(file, os.R_OK | os.W_OK):
@@ -180,40 +168,18 @@ def check_store(store: str) -> None:
             raise ConfigError(f"--store {error}") from None
 
 
-def _check_driver(address: str) -> None:
-    """Raises ConfigError if the library of a database is not there, or the address is none."""
-    from sqlalchemy import make_url
-
-    try:
-        make_url(address).get_dialect().import_dbapi()
-    except ModuleNotFoundError as error:
-        line = commands.pip_install("cpfean[postgres]")
-        hint = f": `{line}`" if address.startswith("postgresql") else ""
-        raise ConfigError(f"--store {shown(address)} needs {error.name}{hint}.") from None
-    # SQLAlchemy has its own kinds, and int() speaks of a port.
-    except Exception as error:
-        raise ConfigError(f"--store {shown(address)!r}: {message_of(error)}.") from None
-
-
 def check_artifacts(artifacts: str) -> None:
     """Raises ConfigError if a server cannot keep files there."""
-    if not artifacts.strip():
-        raise ConfigError("--artifacts must name a folder or a URL; it is empty.")
     scheme, is_url, rest = artifacts.partition("://")
-    if not is_url:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", artifacts):
-            raise ConfigError(f"--artifacts {artifacts!r} is neither a folder nor a URL.")
-        _check_folder(Path(artifacts), "--artifacts")
+    if not is_url and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", artifacts):
+        raise ConfigError(f"--artifacts {artifacts!r} is neither a folder nor a URL.")
+    if not is_url or scheme.lower() == "file":
+        _check_folder(Path(rest if is_url else artifacts), "--artifacts")
         return
-    if scheme.lower() == "file":
-        _check_folder(Path(rest), "--artifacts")
-        return
-    from mlflow.store.artifact.artifact_repository_registry import (
-        get_registered_artifact_repositories,
-    )
+    from mlflow.store.artifact import artifact_repository_registry as registry
 
     own = {"", "file", "http", "https", "mlflow-artifacts", "runs", "models", "dbfs"}
-    known = sorted(set(get_registered_artifact_repositories()) - own)
+    known = sorted(set(registry.get_registered_artifact_repositories()) - own)
     if scheme not in known or not rest.strip("/"):
         raise ConfigError(
             f"--artifacts {shown(artifacts)!r} is no place for files: a folder, s3://BUCKET/PATH, "
@@ -225,34 +191,19 @@ def _check_folder(folder: Path, flag: str) -> None:
     """Raises ConfigError if a path is no folder, and can be none."""
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not there.is_dir():
-            raise ConfigError(f"{flag} {folder}: {there} is a file, and has to be a folder.")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(f"{flag} {folder}: you may not write to {there}.")
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise ConfigError(f"{flag} {folder}: {there} has to be a folder that you may write to.")
     except (OSError, ValueError) as error:  # too long a name, a NUL
         raise ConfigError(f"{flag} {str(folder)!r} cannot be a folder: {error}.") from None
 
 
 def _check_allowed(name: str) -> None:
     """Raises ConfigError if the name of a host is none; MLflow reads it as a pattern."""
-    if "*" in name:
-        raise ConfigError(
-            f"--allowed-host must name a host, and {name!r} has a '*', which lets any web page in."
-        )
     host, colon, port = name.partition(":")
     is_port = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
     if not _HOST.fullmatch(host) or (colon and not is_port):
+        why = ", since a '*' lets any web page in" if "*" in name else ""
         raise ConfigError(
-            f"--allowed-host must be the name of one host, or HOST:PORT, without http://; "
+            f"--allowed-host must be the name of one host, or HOST:PORT, without http://{why}; "
             f"got {name!r}. It may be repeated."
         )
-
-
-def _write_own(file: Path, text: str | None) -> None:
-    """Writes a file that only its owner reads; with None, makes it if it is absent."""
-    mode = os.O_WRONLY | os.O_CREAT | (0 if text is None else os.O_TRUNC)
-    descriptor = os.open(file, mode, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        os.fchmod(descriptor, 0o600)
-        if text is not None:
-            stream.write(text)

@@ -1,8 +1,5 @@
 """Opening MLflow's stores, and what may be wrong with them.
 
-Databases are made whole or not at all; an experiment may have been deleted or renamed, or have its
-files where they cannot be sent.
-
 A sqlite store is made beside its place under a name of its own, and linked to its name when it is
 complete: whoever is killed meanwhile leaves nothing under that name, and a file that another
 program has put there is never touched. It is used if it is a store, and left alone if it is not.
@@ -34,31 +31,22 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "cpfean"
 PROBE_TAG = "cpfean.probe"
-_LOCK_SECONDS = 30.0
 _LOOKED_AT = 20  # newest runs, in search of one whose files are here
 _OF_A_STORE = {"alembic_version", "experiments", "runs"}  # tables that none is without
 
 
 class ExperimentDeletedError(ServiceError):
-    """Our experiment was deleted in MLflow's pages: it takes nothing until it is restored.
+    """Our experiment was deleted in MLflow's pages: it takes nothing until `line` restores it."""
 
-    Attributes:
-        line: to be typed to restore it.
-    """
-
-    def __init__(self, name: str, uri: str, line: str) -> None:
-        self.wrong = f"the experiment {name!r} of {shown(uri)} was deleted"
-        self.line = line
-        super().__init__(f"{self.wrong}, and takes nothing until it is restored: `{line}`")
+    def __init__(self, experiment: Experiment, uri: str) -> None:
+        self.line = commands.restore_experiment(uri, experiment.experiment_id)
+        self.wrong = f"the experiment {experiment.name!r} of {shown(uri)} was deleted"
+        self.fix = f"`{self.line}`; then --resume sends what is missing"
+        super().__init__(f"{self.wrong}, and takes nothing until it is restored: `{self.line}`")
 
 
 class FilesElsewhereError(ServiceError):
-    """Files would land on this machine's disk, where nobody looks for them.
-
-    Attributes:
-        wrong: where they would go, and why not.
-        fix: what helps.
-    """
+    """Files would land on this machine's disk, where nobody looks for them."""
 
     def __init__(self, why: str, fix: str = "") -> None:
         self.wrong = f"{why}: numbers are sent, files are not"
@@ -69,19 +57,14 @@ class FilesElsewhereError(ServiceError):
         super().__init__(f"{self.wrong}. What helps: {self.fix}")
 
 
-def open_store(uri: str, *, lock_seconds: float = _LOCK_SECONDS) -> tuple[MlflowClient, str]:
+def open_store(uri: str, *, lock_seconds: float = 30.0) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment; makes database and experiment when they are new.
 
     Two first openings of an empty sqlite file at once damage each other's schema: a lock beside it
     lets them in one by one.
 
-    Args:
-        lock_seconds: that another process may take to open a sqlite file.
-
     Raises:
-        ServiceError: an address that MLflow cannot use, or a file that cannot be written or is no
-            store.
-        ExperimentDeletedError: with what brings it back.
+        ServiceError: an address or a file that cannot be used, or ExperimentDeletedError.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -92,20 +75,20 @@ def open_store(uri: str, *, lock_seconds: float = _LOCK_SECONDS) -> tuple[Mlflow
         return client, _experiment(client, uri, artifacts=None)
     # By whatever link it is called, there is one file, and one lock.
     real = Path(os.path.realpath(file))
-    with _alone(real, seconds=lock_seconds):
-        artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
-        try:
+    artifacts = (file.parent / f"{file.stem}-artifacts").as_uri()
+    try:
+        with _alone(real, seconds=lock_seconds):
             if not real.exists():
                 _make(real, artifacts=artifacts)
             check_is_store(real)
             client = MlflowClient(f"sqlite:///{file}")
             experiment = _experiment(client, uri, artifacts=artifacts)
-        except MlflowException as error:
-            raise ServiceError(
-                f"{file}: cannot be used as a tracking store: {message_of(error)}"
-            ) from None
-        _remove_old_mark(real)
-        return client, experiment
+            _remove_old_mark(real)
+            return client, experiment
+    except OSError as error:
+        raise ServiceError(f"{real}: cannot be written: {error}") from None
+    except MlflowException as error:
+        raise ServiceError(f"{file}: cannot be used as a store: {message_of(error)}") from None
 
 
 def _make(file: Path, *, artifacts: str) -> None:
@@ -122,17 +105,12 @@ def _make(file: Path, *, artifacts: str) -> None:
         _experiment(MlflowClient(f"sqlite:///{new}"), "", artifacts=artifacts)
         with suppress(FileExistsError):
             link_first(new, file)
-    except OSError as error:
-        raise ServiceError(f"{file}: cannot be written: {error}") from None
     finally:
         new.unlink(missing_ok=True)
 
 
 def check_is_store(file: Path) -> None:
-    """Raises ServiceError if a database is somebody else's, or one whose making was cut off.
-
-    MLflow would make its tables in it.
-    """
+    """Raises ServiceError for a database of another program, or one whose making was cut off."""
     try:
         if file.stat().st_size == 0:
             return
@@ -169,14 +147,11 @@ def _remove_old_mark(file: Path) -> None:
 @contextmanager
 def _alone(file: Path, *, seconds: float) -> Iterator[None]:
     """Keeps other processes from opening a database at the same time."""
-    end = time.monotonic() + seconds
     beside = file.with_name(f".{file.name}.lock")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Nothing is written to it, whosever file it is.
-        lock = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        raise ServiceError(f"{file}: cannot be written: {error}") from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Nothing is written to it, whosever file it is.
+    lock = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    end = time.monotonic() + seconds
     try:
         while True:
             try:
@@ -195,11 +170,7 @@ def _alone(file: Path, *, seconds: float) -> Iterator[None]:
 
 
 def _experiment(client: MlflowClient, uri: str, *, artifacts: str | None) -> str:
-    """The id of our experiment, which is made if there is none.
-
-    Raises:
-        ExperimentDeletedError: it was deleted; its name is not free then.
-    """
+    """The id of our experiment, which is made if there is none; raises as `check_lives`."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)
@@ -218,43 +189,34 @@ def _experiment(client: MlflowClient, uri: str, *, artifacts: str | None) -> str
 def check_lives(experiment: Experiment, uri: str) -> None:
     """Raises ExperimentDeletedError if an experiment was deleted."""
     if experiment.lifecycle_stage == "deleted":
-        line = commands.restore_experiment(uri, experiment.experiment_id)
-        raise ExperimentDeletedError(experiment.name, uri, line)
+        raise ExperimentDeletedError(experiment, uri)
 
 
 def experiment_of(client: MlflowClient, experiment: str, study: str) -> Experiment | None:
-    """The experiment other than ours that has the runs of a study: ours under an earlier name.
-
-    Args:
-        experiment: id of ours.
-        study: its id, which all its runs have as a tag.
-    """
+    """The experiment other than ours that has the runs of a study: ours under an earlier name."""
     query = f"tags.`cpfean.id` = '{study}'"
     if client.search_runs([experiment], query, max_results=1):
         return None
-    others = _experiments(client)
-    others.pop(experiment, None)
+    others = _others(client)
     runs = client.search_runs(list(others), query, max_results=1) if others else []
     return others[runs[0].info.experiment_id] if runs else None
 
 
 def experiments_of_ours(client: MlflowClient, experiment: str) -> dict[str, str]:
     """Names, by id, of our experiment and of others that have runs of ours: it was renamed, say."""
-    others = _experiments(client)
-    others.pop(experiment, None)
-    ours = {experiment: EXPERIMENT}
-    if others:
-        runs = client.search_runs(list(others), "tags.`cpfean.id` LIKE '%'", max_results=1000)
-        ours |= {id: others[id].name for id in sorted({run.info.experiment_id for run in runs})}
-    return ours
+    others = _others(client)
+    query = "tags.`cpfean.id` LIKE '%'"
+    runs = client.search_runs(list(others), query, max_results=1000) if others else []
+    found = sorted({run.info.experiment_id for run in runs})
+    return {experiment: EXPERIMENT} | {id: others[id].name for id in found}
 
 
-def _experiments(client: MlflowClient) -> dict[str, Experiment]:
-    """All that live, by id."""
+def _others(client: MlflowClient) -> dict[str, Experiment]:
+    """All experiments that live, by id, but for ours."""
     found: dict[str, Experiment] = {}
     token = None
     while True:
-        page = client.search_experiments(page_token=token)
+        page = client.search_experiments(filter_string=f"name != '{EXPERIMENT}'", page_token=token)
         found |= {experiment.experiment_id: experiment for experiment in page}
         token = page.token
         if not token:
@@ -267,10 +229,6 @@ def check_keeps_files(client: MlflowClient, uri: str, experiment: str) -> None:
     Those of a server are where it looks for them if it shares this machine's disk, which is taken
     for granted only if both see the same files of an earlier run. Those of a database that was
     moved would go to where it was made.
-
-    Args:
-        uri: of the store.
-        experiment: its id; its place is that of all its runs' files.
     """
     location = client.get_experiment(experiment).artifact_location or ""
     if urlsplit(location).scheme not in ("", "file"):
@@ -284,12 +242,11 @@ def check_keeps_files(client: MlflowClient, uri: str, experiment: str) -> None:
         return
     for run in client.search_runs([experiment], max_results=_LOOKED_AT):
         folder = Path(unquote(urlsplit(run.info.artifact_uri or "").path))
-        if folder.is_absolute() and folder.is_dir():
-            here = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-            if here:
-                if here == _listed(uri, run.info.run_id):
-                    return
-                break
+        files = folder.iterdir() if folder.is_absolute() and folder.is_dir() else ()
+        if here := {file.name: file.stat().st_size for file in files if file.is_file()}:
+            if here == _listed(uri, run.info.run_id):
+                return
+            break
     raise FilesElsewhereError(
         f"{shown(uri)} has its files in {location}, a folder of the server's own disk, "
         "which cannot be reached from here",
@@ -303,12 +260,8 @@ def _listed(uri: str, run: str) -> dict[str, int]:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    answer = http_request(
-        host_creds=get_default_host_creds(uri),
-        endpoint="/api/2.0/mlflow/artifacts/list",
-        method="GET",
-        params={"run_id": run},
-    )
+    path = "/api/2.0/mlflow/artifacts/list"
+    answer = http_request(get_default_host_creds(uri), path, "GET", params={"run_id": run})
     files = answer.json().get("files", []) if answer.ok else []
     return {file["path"]: int(file.get("file_size", 0)) for file in files if not file["is_dir"]}
 
@@ -317,15 +270,10 @@ def try_out(uri: str) -> tuple[MlflowClient, str]:
     """Writes a run with a number, a tag and a file, reads them, and removes them again.
 
     MLflow keeps what is deleted until `mlflow gc`: each machine has one deleted run of this kind,
-    which is taken again the next time.
-
-    Returns:
-        As `open_store`.
+    which is taken again the next time. Client and experiment are given, as by `open_store`.
 
     Raises:
-        ServiceError: what is not taken.
-        ExperimentDeletedError: with what brings it back.
-        FilesElsewhereError: a server whose files cannot be sent; numbers were taken.
+        ServiceError: what is not taken; as one of the kinds above, with what mends it.
     """
     client, experiment = open_store(uri)
     run = _probe(client, experiment)
@@ -354,11 +302,7 @@ def _probe(client: MlflowClient, experiment: str) -> Run:
 
 
 def _try_file(client: MlflowClient, run: Run) -> None:
-    """Sends a file and takes it away again.
-
-    Raises:
-        ServiceError: files are not taken, or not given back.
-    """
+    """Sends a file and takes it away; raises ServiceError if it is not taken or given back."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     name, text = "probe.txt", uuid.uuid4().hex
