@@ -108,9 +108,6 @@ class Pauses:
     away: float = 5.0
 
 
-_PAUSES = Pauses()
-
-
 class Follower:
     """Keeps sinks up to date in the background; with none, takes note of nothing.
 
@@ -124,11 +121,11 @@ class Follower:
         sinks: Sequence[Sink] = (),
         *,
         say: Callable[[str], None],
-        pauses: Pauses = _PAUSES,
+        pauses: Pauses | None = None,
     ) -> None:
         self._known = _Known()
         self._changed = self._known.changed
-        self._deliveries = [_Delivery(sink, self._known, say, pauses) for sink in sinks]
+        self._deliveries = [_Delivery(sink, self._known, say, pauses or Pauses()) for sink in sinks]
 
     def start(self) -> None:
         """Starts the sending.
@@ -147,9 +144,7 @@ class Follower:
         What is wrong with it is told by then, before hours are spent on a training.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: all(delivery.has_met for delivery in self._deliveries), timeout=seconds
-            )
+            self._changed.wait_for(lambda: all(d.has_met for d in self._deliveries), seconds)
 
     def update(self, record: TrialRecord) -> None:
         """Takes note of a trial; returns at once."""
@@ -207,8 +202,8 @@ class Follower:
     @property
     def first(self) -> str:
         """What has to come before a resume that sends the rest; empty if it needs nothing."""
-        mended = any(delivery.has_to_be_mended for delivery in self._deliveries)
-        return "once that is mended, " if mended else ""
+        to_mend = any(delivery.has_to_be_mended for delivery in self._deliveries)
+        return "once that is mended, " if to_mend else ""
 
     def _mark(self, subject: _Subject) -> None:
         for delivery in self._deliveries:
@@ -336,11 +331,9 @@ class _Delivery:
                     return subject
                 if closing:
                     return None
-                due = self._retry_at if paused else min([self.sink.beat_due, *self._due()])
+                again = [until for one, until in self._refused.items() if one in self._dirty]
+                due = self._retry_at if paused else min([self.sink.beat_due, *again])
                 self._changed.wait(max(0.0, min(due - time.monotonic(), threading.TIMEOUT_MAX)))
-
-    def _due(self) -> list[float]:
-        return [until for subject, until in self._refused.items() if subject in self._dirty]
 
     def _pick(self) -> _Subject | None:
         """Numbers before files, which are large; the end of the whole after that of its trials."""
@@ -379,12 +372,12 @@ class _Delivery:
             self._is_shut = isinstance(error, ShutError)
             self._given_up = isinstance(error, GivenUpError)
             self._away = not is_refused
-            if is_refused:
-                is_file = subject.kind == "files"
-                pause = self._pauses.retry if is_file else self._pauses.refused
-                self._refused[subject] = now + pause
-            else:
+            if not is_refused:
                 self._retry_at = now + self._pauses.retry
+            elif subject.kind == "files":
+                self._refused[subject] = now + self._pauses.retry
+            else:
+                self._refused[subject] = now + self._pauses.refused
         answered = isinstance(error, SinkError)
         what = subject if is_refused else type(error) if answered else None
         if what not in self._told:

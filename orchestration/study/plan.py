@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
+from cpfean.errors import ServiceError
 from cpfean.fingerprints import encoder_fingerprint
 from cpfean.records.results import Results
 from cpfean.records.run_folder import RunFolder
@@ -17,7 +17,7 @@ from cpfean.records.trial_record import TUNING, TrialRecord
 from cpfean.storage.checkpoints import KEPT
 from orchestration.proposals.search_space import SearchSpace
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT, Budget, Disk, Meter, check_disk, free_bytes
+from orchestration.study.budget import SPENT, Budget, Disk, Meter, free_bytes, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +55,10 @@ KINDS: Mapping[str, Kind] = {
         has_parent=False,
     ),
     "tuning": Kind(
-        script="compare.py",
-        tested="none",
-        fewer="--tuning, or the methods with --methods",
-        suffix=TUNING,
+        script="compare.py", tested="none", fewer="--tuning or --methods", suffix=TUNING
     ),
     "comparison": Kind(
-        script="compare.py",
-        tested="all",
-        fewer="--seeds, or the methods with --methods",
-        prelude=TUNING,
+        script="compare.py", tested="all", fewer="--seeds or --methods", prelude=TUNING
     ),
 }
 
@@ -76,6 +70,11 @@ class TrialPlan:
     name: str
     overrides: Mapping[str, Plain]
     config: ExperimentConfig
+
+    def record(self, number: int) -> TrialRecord:
+        """Of the trial before it runs."""
+        own, config = dict(self.overrides), self.config.to_dict()
+        return TrialRecord(number=number, name=self.name, overrides=own, config=config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,34 +152,28 @@ class StudyPlan:
         }
 
 
-def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
-    """The record of a trial that is yet to run."""
-    return TrialRecord(
-        number=number,
-        name=plan.name,
-        overrides=dict(plan.overrides),
-        config=plan.config.to_dict(),
-    )
+def known_records(
+    plan: StudyPlan, results: Results | None, *, begun: Collection[int]
+) -> list[TrialRecord]:
+    """Finished records of the trials, but for those that were begun, whose runs are known."""
+    if results is None:
+        return []
+    new = [trial.record(n) for n, trial in enumerate(plan.fixed) if n not in begun]
+    return [record for record in new if results.fill(record, tested=plan.tests_all)]
 
 
 def num_open(plan: StudyPlan, settings: Settings) -> int:
     """Trials of a plan that would have to be trained now."""
-    folder = RunFolder(settings.output / plan.name)
-    records = {record.number: record for record in folder.records()}
-    settled = {
-        number
-        for number, record in records.items()
-        if record.settled and not (plan.retry_failed and record.state == "failed")
-    }
-    results = plan.known_results(folder)
-    if results is not None:
-        settled |= {
-            number
-            for number, trial in enumerate(plan.fixed)
-            if number not in records
-            and results.fill(planned_record(number, trial), tested=plan.tests_all)
-        }
-    return max(0, plan.trials - len(settled))
+    folder = folder_of(plan, settings)
+    records = folder.records()
+    settled = sum(r.settled and not (plan.retry_failed and r.state == "failed") for r in records)
+    known = known_records(plan, plan.known_results(folder), begun={r.number for r in records})
+    return max(0, plan.trials - settled - len(known))
+
+
+def folder_of(plan: StudyPlan, settings: Settings) -> RunFolder:
+    """Where the records of a study are or will be."""
+    return RunFolder(settings.output / plan.name)
 
 
 def storage_of(plan: StudyPlan, settings: Settings) -> Path | None:
@@ -211,9 +204,17 @@ def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
 
 
 def check_room_for_checkpoints(
-    plan: StudyPlan, settings: Settings, *, free: Callable[[Path], int] = free_bytes
+    plan: StudyPlan,
+    settings: Settings,
+    *,
+    needs: Callable[..., Disk] = disk_of,
+    free: Callable[[Path], int] = free_bytes,
 ) -> None:
     """Refuses a plan whose checkpoints do not fit where they go, if that is a folder.
+
+    Args:
+        needs: tells the room that they need, as `disk_of`.
+        free: tells the free bytes of a folder.
 
     Raises:
         ServiceError: with the numbers, and the flags that lower them.
@@ -222,16 +223,23 @@ def check_room_for_checkpoints(
     if folder is None or num_open(plan, settings) == 0:
         return
     # How many run at a time is known when Ray has started; it is one at least.
-    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=plan.of_kind.fewer, free=free)
+    disk, there = needs(plan, settings, at_a_time=1), free(folder)
+    if there < disk.needed:
+        raise ServiceError(
+            f"{folder} has {size(there)} free, and the plan needs {disk}. Lower "
+            f"{plan.of_kind.fewer}, or set CPFEAN_STORAGE (or --output) to where there is more."
+        )
 
 
-def meter_of(
-    plan: StudyPlan, folder: RunFolder, *, clock: Callable[[], float] = time.monotonic
-) -> Meter:
-    """What a study has taken; the tuning of a comparison is part of it."""
+def meter_of(plan: StudyPlan, folder: RunFolder, **given: Any) -> Meter:
+    """What a study has taken; the tuning of a comparison is part of it.
+
+    Args:
+        given: further arguments of `Meter`.
+    """
     prelude = plan.of_kind.prelude
     before = [folder.path.with_name(folder.name + prelude) / SPENT] if prelude else []
-    return Meter(folder.path / SPENT, before=before, clock=clock)
+    return Meter(folder.path / SPENT, plan.budget, before=before, **given)
 
 
 def resume_line(

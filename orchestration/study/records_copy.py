@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cpfean.errors import ConfigError, ServiceError, message_of
@@ -25,11 +26,10 @@ from cpfean.writing import write_text
 from orchestration.settings import Settings
 from orchestration.study.budget import SPENT
 from orchestration.study.follower import GivenUpError, StudyNews
+from orchestration.study.plan import StudyPlan, folder_of, resume_line
 
 _IDENTITY = "sweep.json"
 _FILES = (SPENT, "summary.json", "best_config.toml")
-_ANSWER_SECONDS = 10.0  # that a study waits at its start for a storage to answer
-_LOOK_SECONDS = 2.0  # between two looks at what has changed
 
 
 class RecordsCopy:
@@ -52,8 +52,8 @@ class RecordsCopy:
         copy: CopyFolder,
         *,
         resume: str = "",
-        answer_seconds: float = _ANSWER_SECONDS,
-        look_seconds: float = _LOOK_SECONDS,
+        answer_seconds: float = 10.0,
+        look_seconds: float = 2.0,
     ) -> None:
         self.beat_due = 0.0
         self._folder = folder
@@ -76,13 +76,11 @@ class RecordsCopy:
         refusals: list[ConfigError] = []
 
         def ask() -> None:
-            try:
-                self._compare()
-            except ConfigError as error:
-                refusals.append(error)
-            # The copying asks again, and tells.
-            except Exception:
-                return
+            with suppress(Exception):  # the copying asks again, and tells
+                try:
+                    self._compare()
+                except ConfigError as error:
+                    refusals.append(error)
 
         asking = threading.Thread(target=ask, name="records-copy-check", daemon=True)
         asking.start()
@@ -110,7 +108,7 @@ class RecordsCopy:
 
     def beat(self) -> bool:
         self.beat_due = time.monotonic() + self._look_seconds
-        return any(True for _ in self._changed())
+        return next(self._changed(), None) is not None
 
     def away(self, error: Exception) -> str:
         return (
@@ -148,43 +146,48 @@ class RecordsCopy:
         here, uri = self._folder, self._copy.uri
         with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
             there = RunFolder(Path(temporary) / here.name)
-            if self._copy.get(_IDENTITY, there.identity_file):
-                if not is_there(here.identity_file):
-                    raise ConfigError(
-                        f"{uri} holds a run already; continue it with\n  {self._resume}\nor choose "
-                        "another --name."
-                    )
-                try:
-                    if there.id != here.id:
-                        raise ConfigError(
-                            f"{uri} is another run than {here.path} (id {there.id}, and {here.id} "
-                            "here): choose another --name, or move one of the two away."
-                        )
-                    self._copy.fetch(there.path)
-                    epochs = _epochs(there)
-                except RecordError as error:
-                    if not error.file.is_relative_to(there.path):
-                        raise
-                    file = f"{uri}/{error.file.relative_to(there.path)}"
-                    raise ConfigError(
-                        f"{file}: {error.wrong}: damaged, or written by another release. Move "
-                        f"{uri} away, and it is made anew from {here.path}."
-                    ) from None
-                if epochs > _epochs(here):
-                    raise ConfigError(
-                        f"{uri} is further than {here.path}: {epochs} epoch(s), and "
-                        f"{_epochs(here)} here. Move the folder away to go on from the copy, or "
-                        "the copy to go on from the folder; then --resume again."
-                    )
+            try:
+                if self._copy.get(_IDENTITY, there.identity_file):
+                    self._compare_with(there)
+            except RecordError as error:
+                if not error.file.is_relative_to(there.path):
+                    raise
+                file = f"{uri}/{error.file.relative_to(there.path)}"
+                raise ConfigError(
+                    f"{file}: {error.wrong}: damaged, or written by another release. Move {uri} "
+                    f"away, and it is made anew from {here.path}."
+                ) from None
         self._agrees = True
 
+    def _compare_with(self, there: RunFolder) -> None:
+        here, uri = self._folder, self._copy.uri
+        if not is_there(here.identity_file):
+            raise ConfigError(
+                f"{uri} holds a run already; continue it with\n  {self._resume}\nor choose another "
+                "--name."
+            )
+        if there.id != here.id:
+            raise ConfigError(
+                f"{uri} is another run than {here.path} (id {there.id}, and {here.id} here): "
+                "choose another --name, or move one of the two away."
+            )
+        self._copy.fetch(there.path)
+        if _epochs(there) > _epochs(here):
+            raise ConfigError(
+                f"{uri} is further than {here.path}: {_epochs(there)} epoch(s), and "
+                f"{_epochs(here)} here. Move the folder away to go on from the copy, or the copy "
+                "to go on from the folder; then --resume again."
+            )
 
-def copy_of(folder: RunFolder, settings: Settings, *, resume: str) -> RecordsCopy | None:
-    """The copy of a study's records, if they are to be copied; arguments as `RecordsCopy`."""
+
+def checked_copy(plan: StudyPlan, settings: Settings) -> RecordsCopy | None:
+    """The copy of a study's records, if they are to be copied; raises as `RecordsCopy.check`."""
     if settings.storage is None:
         return None
-    copy = CopyFolder(settings.storage, folder.name, patience=0.0)
-    return RecordsCopy(folder, copy, resume=resume)
+    place = CopyFolder(settings.storage, plan.name, patience=0.0)
+    copy = RecordsCopy(folder_of(plan, settings), place, resume=resume_line(plan))
+    copy.check()
+    return copy
 
 
 def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) -> None:
@@ -225,18 +228,16 @@ class CopyFolder:
         self.uri = f"{storage.rstrip('/')}/studies/{name}"
         path = self.uri.removeprefix("file://")
         self._path = Path(path)
-        self._store = self._trials = None
-        if "://" in path:
-            self._store = Storage(self.uri, patience=patience)
-            self._trials = Storage(f"{self.uri}/trials", patience=patience)
+        self._patience = patience
+        self._store = Storage(self.uri, patience=patience) if "://" in path else None
 
     def put(self, file: Path, name: str) -> None:
         if self._store is not None:
             self._store.put(file, name)
-            return
-        target = self._path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, file.read_text(encoding="utf-8"))
+        else:
+            target = self._path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, file.read_text(encoding="utf-8"))
 
     def get(self, name: str, file: Path) -> bool:
         """Fetches a file as a whole; False if it is not there."""
@@ -254,10 +255,11 @@ class CopyFolder:
 
     def fetch(self, folder: Path) -> None:
         """Fetches all that there is but the identity; what is there already is as new."""
-        if self._trials is None:
+        if self._store is None:
             names = _records(self._path)
         else:
-            names = [f"trials/{number}/record.json" for number in self._trials.folders()]
+            trials = Storage(f"{self.uri}/trials", patience=self._patience)
+            names = [f"trials/{number}/record.json" for number in trials.folders()]
         for name in (*_FILES, *names):
             if not is_there(folder / name):
                 self.get(name, folder / name)

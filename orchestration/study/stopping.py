@@ -167,8 +167,11 @@ class Stop:
         if self._save is None or not _work_listens():
             raise Interrupted(number)
         # The main thread goes on, as it may be what passes news while trials are saved.
-        for name, after in (("leave", self._leave_in_time), ("save", self._save_and_interrupt)):
-            threading.Thread(target=after, args=(self._save,), name=name, daemon=True).start()
+        leaving = threading.Timer(self.deadlines.ended, self._leave_if_at_work, (self._save,))
+        saving = threading.Thread(target=self._save_and_interrupt, args=(self._save,))
+        for thread in (leaving, saving):
+            thread.daemon = True
+            thread.start()
 
     def _save_and_interrupt(self, save: Callable[[float], bool]) -> None:
         ends_by_itself = False
@@ -178,13 +181,9 @@ class Stop:
             if not ends_by_itself and self._save is save:
                 _interrupt_work()
 
-    def _leave_in_time(self, save: Callable[[float], bool]) -> None:
-        end = self._told + self.deadlines.ended
-        while self._save is save:
-            if time.monotonic() > end:
-                self.leave()
-                return
-            time.sleep(0.05)
+    def _leave_if_at_work(self, save: Callable[[float], bool]) -> None:
+        if self._save is save:
+            self.leave()
 
 
 def _work_listens() -> bool:

@@ -6,6 +6,7 @@ that trains the trials, to the followers that track and copy the records, and to
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,34 +17,25 @@ from cpfean.fingerprints import encoder_fingerprint
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import State, TrialRecord
 from orchestration.cluster.versions import since_start
-from orchestration.runners.messages import (
-    Begun,
-    Ended,
-    Epoch,
-    Failed,
-    Lost,
-    Message,
-    Note,
-    Resumed,
-    Tested,
-)
+from orchestration.runners import messages
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult, conclude, outcome_metrics
-from orchestration.study.follower import Follower
+from orchestration.study.follower import Follower, Sink
 from orchestration.study.plan import (
     StudyPlan,
     check_room_for_checkpoints,
     checkpoint_root,
+    folder_of,
     meter_of,
     resume_line,
 )
 from orchestration.study.progress import Progress
-from orchestration.study.records_copy import copy_of
-from orchestration.study.sinks import follower_of
-from orchestration.study.spending import Spending
+from orchestration.study.records_copy import checked_copy
 from orchestration.study.stopping import Interrupted, Stop
 from orchestration.study.trials import MAX_LOSSES, StudyError, Trials
+from orchestration.tracking.mlflow_sink import MlflowSink
+from orchestration.tracking.runs import TrackedRun
 from orchestration.versions import git_commit, versions
 
 
@@ -54,6 +46,7 @@ def run_study(
     runner: Runner,
     resume: bool,
     say: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> StudyResult:
     """Runs a study to its end, or on to its end.
 
@@ -61,6 +54,7 @@ def run_study(
         runner: that trains its trials.
         resume: the folder of that name exists, and was made for the same plan.
         say: shows the user a line.
+        clock: seconds from any origin; never goes back.
 
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan, or by other
@@ -73,31 +67,29 @@ def run_study(
     """
     runner.check(plan)
     check_room_for_checkpoints(plan, settings)
-    copy = copy_of(RunFolder(settings.output / plan.name), settings, resume=resume_line(plan))
-    if copy is not None:
-        copy.check()
-    folder = opened_folder(plan, settings, resume=resume)
+    copy = checked_copy(plan, settings)
+    folder = _opened_folder(plan, settings, resume=resume)
     stop = Stop(say)
     with folder.lock(), stop.listening():
-        follow_places(plan, folder, say)
+        _follow_places(plan, folder, say)
         drift = since_start(folder, allowed=plan.allow_drift)
         if plan.retry_failed and (number := folder.reopen_failed()):
             say(f"{number} trial(s) that failed are run once more.")
-        follower = follower_of(
-            plan, settings, folder, say=say, copy=copy, needs_mlflow=runner.needs_mlflow
-        )
-        study = Study(plan, settings, folder, runner, follower, stop=stop, say=say, drift=drift)
-        return study.run()
+        # The copy first: MLflow can be filled from the records.
+        sinks: list[Sink] = [] if copy is None else [copy]
+        if runner.needs_mlflow or importlib.util.find_spec("mlflow") is not None:
+            sinks.append(MlflowSink(settings.tracking_uri, _tracked_run(plan, folder), say=say))
+        else:
+            say("MLflow is not installed: nothing is tracked, records and results are kept.")
+        follower = Follower(sinks, say=say)
+        return Study(
+            plan, settings, folder, runner, follower, stop=stop, say=say, drift=drift, clock=clock
+        ).run()
 
 
-def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFolder:
-    """A new folder for a plan, or the one that was made for it.
-
-    Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan; or one of its
-            files cannot be read.
-    """
-    folder = RunFolder(settings.output / plan.name)
+def _opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFolder:
+    """A new folder for a plan, or the one that was made for it; raises as `run_study`."""
+    folder = folder_of(plan, settings)
     if resume:
         folder.check_same(plan.identity())
         folder.check()
@@ -109,15 +101,34 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
     return folder
 
 
-def follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
+def _tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
+    """How MLflow knows a study."""
+    own = {"cpfean.data": plan.data_fingerprint, "cpfean.data_path": plan.base.data.path}
+    parameters = {
+        "study.trials": plan.trials,
+        "study.workers": plan.workers,
+        "study.space": plan.space.name if plan.space else "",
+    }
+    return TrackedRun(
+        id=folder.id,
+        name=plan.name,
+        kind=plan.kind,
+        tags=own | dict(plan.tags),
+        parameters=parameters | plan.base.flat(),
+        has_parent=plan.of_kind.has_parent,
+    )
+
+
+def _follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
     """Lets the trials of a study read data and text encoder where they are now.
 
     Of what a study is resumed with is known that it holds the same as before.
     """
     now = plan.base.flat()
-    for path, what in (("data.path", "data"), ("model.text.encoder", "text encoder")):
-        if what == "text encoder" and not encoder_fingerprint(plan.base):
-            continue  # it goes by its name
+    places = {"data.path": "data"}
+    if encoder_fingerprint(plan.base):  # else it goes by its name
+        places["model.text.encoder"] = "text encoder"
+    for path, what in places.items():
         moved: set[str] = set()
         for record in folder.records():
             before = record.experiment.flat()[path]
@@ -138,7 +149,7 @@ class Study:
         follower: of the records.
         stop: asked and told by everybody.
         drift: how the versions here differ from those at the start, which is allowed.
-        clock: seconds from any origin; never goes back; None: the system's.
+        clock: seconds from any origin; never goes back.
     """
 
     def __init__(
@@ -152,9 +163,8 @@ class Study:
         stop: Stop,
         say: Callable[[str], None],
         drift: str = "",
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        clock = clock or time.monotonic
         self.plan = plan
         self.settings = settings
         self.folder = folder
@@ -164,9 +174,7 @@ class Study:
         self._follower = follower
         self._drift = drift
         self._trials = Trials(plan, folder, changed=follower.update, say=say, clock=clock)
-        self._spending = Spending(
-            plan.budget, meter_of(plan, folder, clock=clock), nodes=runner.node_types, say=say
-        )
+        self._meter = meter_of(plan, folder, nodes=runner.node_types, say=say, clock=clock)
         self._clock = clock
         self._progress = Progress(clock=clock)
         self._team_sizes: dict[int, int] = {}
@@ -192,15 +200,7 @@ class Study:
                 self._runner.run(self)
             self._check_all_are_settled()
             self._trials.export_search()
-            result = conclude(
-                self.plan,
-                self.settings,
-                self.folder,
-                self._trials.records,
-                self._follower,
-                self._spending,
-                self.say,
-            )
+            result = conclude(self, self._follower, self._meter)
             outcome = "finished"
             return result
         except (Interrupted, KeyboardInterrupt):
@@ -227,8 +227,8 @@ class Study:
         return f"{root}/{self.folder.first_name}-{number:03d}"
 
     def expect(self, *, is_local: bool) -> None:
-        self._spending.check_prices()
-        self._spending.count()
+        self.plan.budget.check_prices(self._runner.node_types())
+        self._meter.count()
         self._progress = Progress(is_local=is_local, clock=self._clock)
 
     def differs(self, versions: str) -> None:
@@ -243,35 +243,34 @@ class Study:
         self._trials.started(number, drift=self._drift)
         self._progress.news()
 
-    def tell(self, number: int, message: Message) -> None:
+    def tell(self, number: int, message: messages.Message) -> None:
         record = self._trials[number]
         match message:
-            case Begun(workers=workers):
+            case messages.Begun(workers=workers):
                 self._progress.begun()
                 self._tell_team_size(record, workers)
-            case Resumed(checkpoint=checkpoint):
+            case messages.Resumed(checkpoint=checkpoint):
                 self.say(f"{record.name}: resuming from {checkpoint}")
-                self._progress.news()
-            case Epoch(history=history, checkpoint=checkpoint, ended=ended):
+            case messages.Epoch(history=history, checkpoint=checkpoint, ended=ended):
                 new = self._trials.trained(number, history, checkpoint, ended=ended)
                 self._progress.news(epochs=new)
                 if new:
                     self._show(record)
-            case Tested(history=history, checkpoint=checkpoint, metrics=metrics):
+            case messages.Tested(history=history, checkpoint=checkpoint, metrics=metrics):
                 self._trials.trained(number, history, checkpoint, ended=True, test=metrics)
-                self._progress.news()
-            case Note(line=line):
+            case messages.Note(line=line):
                 self.say(f"{record.name}: {line}")
-                self._progress.news()
-            case Failed(failure=failure, message=text):
+            case messages.Failed(failure=failure, message=text):
                 self._failed(record, failure, text)
-            case Lost(message=text):
+            case messages.Lost(message=text):
                 self._lost(record, text)
-            case Ended(pruned=pruned):
+            case messages.Ended(pruned=pruned):
                 self._ended(record, pruned=pruned)
+        self._progress.news()
 
     def tick(self) -> None:
-        self._spending.count(only_if_due=True)
+        if self._meter.is_due:
+            self._meter.count()
         silent = self._progress.silent
         if self._progress.is_worth_a_line():
             names = ", ".join(record.name for record in self._trials.running)
@@ -304,17 +303,14 @@ class Study:
             self._trials.fail(record.number, failure, message)
         except StudyError as error:
             self.stop.fail(error)
-        self._progress.news()
 
     def _lost(self, record: TrialRecord, message: str) -> None:
-        if self.stop.signal or self._runner.gone(self.plan) is not None:
+        is_over = self.stop.signal or self._runner.gone(self.plan) is not None
+        times = 0 if is_over else self._trials.lost(record.number)
+        if times:
+            self.say(f"{record.name}: its process was lost; retry {times}/{MAX_LOSSES}.")
+        else:
             self._failed(record, "infra", message)
-            return
-        times = self._trials.lost(record.number)
-        if times == 0:
-            self._failed(record, "infra", message)
-            return
-        self.tell(record.number, Note(line=f"its process was lost; retry {times}/{MAX_LOSSES}."))
 
     def _ended(self, record: TrialRecord, *, pruned: bool) -> None:
         if self.stop.is_asked and not pruned and not record.complete:
@@ -327,12 +323,11 @@ class Study:
         else:
             unclear = "the training ended before its last epoch without an error"
             self._failed(record, "infra", unclear)
-        self._progress.news()
 
     def _may_begin(self) -> bool:
         running = len(self._trials.running)
         left = self.num_open - running
-        return self._spending.allows_another(left=left, running=running)
+        return self._meter.allows_another(left=left, running=running)
 
     def _tell_team_size(self, record: TrialRecord, workers: int) -> None:
         most = max(1, self.plan.workers)
@@ -345,10 +340,10 @@ class Study:
         done, running = len(self._trials.settled), len(self._trials.running)
         eta = self._progress.eta(self._trials.epochs_left)
         of_all = f"{done}/{self.plan.trials} done, {running} running, {eta}"
-        self.say(f"[{of_all}; {self._spending.spent}] {record.name}  {record.newest}")
+        self.say(f"[{of_all}; {self._meter.spent}] {record.name}  {record.newest}")
 
     def _check_all_are_settled(self) -> None:
-        left_out = {r.number for r in self._trials.waiting} if self._spending.used_up else set()
+        left_out = {r.number for r in self._trials.waiting} if self._meter.used_up else set()
         if any(not r.settled and r.number not in left_out for r in self.records):
             raise ServiceError(f"the cluster was lost; continue with:\n{resume_line(self.plan)}")
 
@@ -356,13 +351,12 @@ class Study:
         self._closing.acquire()  # for good: nothing may be written after it
         self._trials.cut_off_all()
         metrics = outcome_metrics(self._trials.settled)
-        meter = self._spending.meter
-        meter.look()
-        meter.save()
-        tags = {"cpfean.used_up": self._spending.used_up or "no"}
+        self._meter.look()
+        self._meter.save()
+        tags = {"cpfean.used_up": self._meter.used_up or "no"}
         if self._drift:
             tags["cpfean.drift"] = self._drift
-        self._follower.update_study(outcome, metrics | meter.metrics(), tags)
+        self._follower.update_study(outcome, metrics | self._meter.metrics(), tags)
         if not self._follower.close(seconds=self.stop.seconds_to_close):
             self.say(
                 f"tracking: not everything is sent; {self._follower.first}the rest is sent by:\n"

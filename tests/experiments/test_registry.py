@@ -12,8 +12,7 @@ from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
 from experiments.methods import COMMON, METHODS
 from experiments.search_spaces import SEARCH_SPACES
-from orchestration.study.ablations import Ablation, plan_trials
-from orchestration.study.comparison import Method, tuning_trials
+from orchestration.study.comparison import Ablation, Method, plan_trials, tuning_trials
 from tests.orchestration.samples import TINY
 
 

@@ -26,12 +26,13 @@ from orchestration.proposals.points import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
-from orchestration.study.ablations import Ablation, seed_runs
 from orchestration.study.budget import Budget
 from orchestration.study.comparison import (
+    Ablation,
     Method,
     compare_methods,
     compare_variants,
+    seed_runs,
     tuned,
     tuning_trials,
 )
@@ -276,17 +277,19 @@ def _runs(where: Settings):
 
 
 def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger_one(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
+    where: Settings,
 ) -> None:
-    real, ahead = time.monotonic, 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead)
+    ahead = 0.0
+
+    def clock() -> float:
+        return time.monotonic() + ahead
 
     def an_hour_each(line: str) -> None:
         nonlocal ahead
         ahead += 3600 * ("epoch 1/1 " in line)
 
     # Methods that are not tuned alike are not compared.
-    cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5))
+    cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5), clock=clock)
     assert [record.state for record in cut.records] == ["finished"] * 3
     assert variants == []
     assert "--max-hours 2.5 is used up" in cut.used_up
@@ -297,7 +300,8 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
     assert parent.data.metrics["study/hours"] == pytest.approx(3.0, abs=0.1)
 
     # Four hours of tuning count: two of four runs are begun.
-    some, variants = compared(where, "c", an_hour_each, Budget(max_hours=5.5), resume=True)
+    larger = Budget(max_hours=5.5)
+    some, variants = compared(where, "c", an_hour_each, larger, resume=True, clock=clock)
     assert len(variants) == 2
     assert [record.state for record in some.records] == ["finished"] * 2
     assert some.used_up
@@ -305,7 +309,7 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
     assert (where.output / "c" / "report" / "table.md").exists()
     assert {run.info.status for run in runs_of(where, "c", "trial")} == {"FINISHED"}
 
-    whole, _ = compared(where, "c", an_hour_each, resume=True)
+    whole, _ = compared(where, "c", an_hour_each, resume=True, clock=clock)
     assert [record.state for record in whole.records] == ["finished"] * 4
     assert whole.used_up == ""
     assert runs_of(where, "c", "parent")[0].data.tags["cpfean.used_up"] == "no"
