@@ -129,46 +129,37 @@ class Budget:
             )
 
 
+@dataclass(eq=False)
 class Meter:
     """Hours and dollars of a study over all its attempts, beside what it may take.
 
-    Args:
+    Attributes:
         file: where they are kept.
-        budget: None for no limits and no prices.
         before: files of studies that count as part of this one.
         nodes: types of the nodes that are held now.
         say: shows the user a line.
         clock: seconds from any origin; never goes back.
-
-    Attributes:
         used_up: the limit that kept trials from being begun; empty as long as none did.
 
     Raises:
         RecordError: a file that is damaged or of another release.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        budget: Budget | None = None,
-        *,
-        before: Sequence[Path] = (),
-        nodes: Callable[[], Sequence[str]] = tuple,
-        say: Callable[[str], None] = print,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    file: Path
+    budget: Budget = Budget()
+    before: Sequence[Path] = ()
+    nodes: Callable[[], Sequence[str]] = tuple
+    say: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self.used_up = ""
-        self._file = file
-        self._budget = budget or Budget()
-        self._nodes = nodes
-        self._say = say
-        self._clock = clock
-        self._last = self._saved = clock()
+        self._last = self._saved = self.clock()
         self._rate: float | None = None
         self._unpriced = 0.0  # seconds of this attempt, as long as no price is known
         self._not_counted: set[str] = set()  # types of nodes of which that was said
-        self._own = _spent(file)
-        self._parts = [self._own, *map(_spent, before)]
+        self._own = _spent(self.file)
+        self._parts = [self._own, *map(_spent, self.before)]
 
     @property
     def hours(self) -> float:
@@ -191,20 +182,20 @@ class Meter:
     @property
     def is_due(self) -> bool:
         """Whether it is time to count, and to write."""
-        return self._clock() - self._saved >= _SAVED_SECONDS
+        return self.clock() - self._saved >= _SAVED_SECONDS
 
     def count(self) -> None:
         """Counts up to now by the nodes that there are now, and writes it down."""
-        hourly, prices = None, self._budget.prices
+        hourly, prices = None, self.budget.prices
         if prices is not None:
-            types = self._nodes()
+            types = self.nodes()
             unknown = set(prices.unknown(types))
             # A limit in dollars was refused at the start if a node had no price; one that joins
             # later is told of, and so is any that is missing in the dollars that are shown.
-            matters = self._budget.max_cost is not None or unknown < set(types)
+            matters = self.budget.max_cost is not None or unknown < set(types)
             if matters and unknown - self._not_counted:
                 names = ", ".join(sorted(unknown))
-                self._say(f"{prices.file} has no price of {names}: not counted.")
+                self.say(f"{prices.file} has no price of {names}: not counted.")
                 self._not_counted |= unknown
             hourly = None if unknown >= set(types) else prices.hourly(types)
         self.look(hourly)
@@ -217,7 +208,7 @@ class Meter:
             hourly: dollars an hour of what is held since then; None: as before. What this attempt
                 took before the first price is known costs that one.
         """
-        now = self._clock()
+        now = self.clock()
         self._rate = self._rate if hourly is None else hourly
         passed, self._last = now - self._last, now
         self._own.seconds += passed
@@ -228,10 +219,10 @@ class Meter:
 
     def save(self) -> None:
         """Writes what was counted, if it can be written: a full disk ends no study by this."""
-        self._saved = self._clock()
+        self._saved = self.clock()
         own = {"seconds": round(self._own.seconds, 3), "dollars": self._own.dollars}
         with suppress(ServiceError):
-            write_json(self._file, own)
+            write_json(self.file, own)
 
     def allows_another(self, *, left: int, running: int) -> bool:
         """Whether one more trial may be begun.
@@ -241,10 +232,10 @@ class Meter:
             running: trials that are underway.
         """
         self.look()
-        reached = self._budget.used_up(hours=self.hours, dollars=self.dollars or 0.0)
+        reached = self.budget.used_up(hours=self.hours, dollars=self.dollars or 0.0)
         if reached and not self.used_up:
             self.used_up = reached
-            self._say(f"{reached}: {left} trial(s) are not begun, {running} running go on.")
+            self.say(f"{reached}: {left} trial(s) are not begun, {running} running go on.")
         return not reached
 
     def metrics(self) -> dict[str, float]:

@@ -10,10 +10,10 @@ run at a time nor on how often the driver was stopped.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cpfean.analysis.report import write_report
 from cpfean.analysis.statistics import SeedRun
@@ -23,7 +23,6 @@ from cpfean.files import is_there
 from cpfean.records.trial_record import TUNING, TrialRecord
 from orchestration.proposals.points import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
-from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan, folder_of
@@ -141,9 +140,8 @@ def compare_methods(
     seeds: Sequence[int],
     settings: Settings,
     resume: bool,
-    runner: Runner,
     say: Callable[[str], None],
-    clock: Callable[[], float] = time.monotonic,
+    **how: Any,
 ) -> tuple[StudyResult, Sequence[Method]]:
     """Tunes the methods, then runs the best of each on the seeds.
 
@@ -151,8 +149,7 @@ def compare_methods(
         plan: name, base, data, workers and folder of results; what to run is filled in.
         points: configurations that each method is tuned over; 1 takes all as they stand.
         seeds: of the runs that are reported; the base's own seed is for tuning.
-        runner: that trains the trials.
-        clock: seconds from any origin; never goes back.
+        how: further arguments of `run_study`.
 
     Raises:
         ConfigError: a comparison that was renamed, and its tuning was not.
@@ -175,8 +172,9 @@ def compare_methods(
             # What is compared has been chosen: a better point would make another study of it.
             tuning = replace(tuning, retry_failed=False)
         say(f"tuning: {points} configurations of each of {len(methods)} methods, judged on dev")
-        goes_on = resume and _exists(tuning, settings)
-        done = run_study(tuning, settings, runner=runner, resume=goes_on, say=say, clock=clock)
+        done = run_study(
+            tuning, settings, resume=resume and _exists(tuning, settings), say=say, **how
+        )
         if done.used_up:
             say("the methods are not tuned alike yet, so they are not compared.")
             return done, []
@@ -186,14 +184,7 @@ def compare_methods(
             listed = ", ".join(f"{path} = {value}" for path, value in own.items())
             say(f"{variant.name}: {listed or 'as it stands'}")
     result = compare_variants(
-        plan,
-        variants,
-        seeds=seeds,
-        settings=settings,
-        resume=resume,
-        runner=runner,
-        say=say,
-        clock=clock,
+        plan, variants, seeds=seeds, settings=settings, resume=resume, say=say, **how
     )
     return result, variants
 
@@ -205,19 +196,17 @@ def compare_variants(
     seeds: Sequence[int],
     settings: Settings,
     resume: bool,
-    runner: Runner,
-    say: Callable[[str], None],
-    clock: Callable[[], float] = time.monotonic,
+    **how: Any,
 ) -> StudyResult:
     """Runs every variant on every seed, tests each and writes the report beside the records.
 
     Args:
         plan: kind, name, base, data, workers and folder of results.
         resume: go on with a study of that name, if there is one.
+        how: further arguments of `run_study`.
     """
     study = seeds_study(plan, variants, seeds=seeds, settings=settings)
-    goes_on = resume and _exists(study, settings)
-    return run_study(study, settings, runner=runner, resume=goes_on, say=say, clock=clock)
+    return run_study(study, settings, resume=resume and _exists(study, settings), **how)
 
 
 def tuning_study(

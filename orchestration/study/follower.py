@@ -20,13 +20,7 @@ from cpfean.records.trial_record import TrialRecord
 
 @dataclass(frozen=True, slots=True)
 class StudyNews:
-    """The study as a whole.
-
-    Attributes:
-        state: as that of a trial.
-        metrics: to be shown on it.
-        tags: beside those that never change.
-    """
+    """The study as a whole: its state, as of a trial, its numbers, and tags that may change."""
 
     state: str
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -259,10 +253,6 @@ class _Delivery:
         self._dirty[subject] = None
 
     @property
-    def done(self) -> bool:
-        return self._current is None and not self._dirty
-
-    @property
     def has_to_be_mended(self) -> bool:
         return bool(self._refused) or self._is_shut
 
@@ -271,7 +261,7 @@ class _Delivery:
         end = time.monotonic() + seconds
         with self._changed:
             # A beat that hangs is not waited for.
-            while not self._ended and not self.done:
+            while not self._ended and (self._current or self._dirty):
                 until = min(end, began + self._pauses.away) if self._away else end
                 if (left := until - time.monotonic()) <= 0:
                     break
@@ -349,8 +339,8 @@ class _Delivery:
 
     def _beat(self) -> None:
         """One that does not arrive is not sent again: there is a next one."""
-        now = time.monotonic()
-        if self._known.closing or now < max(self.sink.beat_due, self._retry_at):
+        due = max(self.sink.beat_due, self._retry_at)
+        if self._known.closing or time.monotonic() < due:
             return
         try:
             is_dirty, away = self.sink.beat(), False
@@ -374,10 +364,10 @@ class _Delivery:
             self._away = not is_refused
             if not is_refused:
                 self._retry_at = now + self._pauses.retry
-            elif subject.kind == "files":
-                self._refused[subject] = now + self._pauses.retry
             else:
-                self._refused[subject] = now + self._pauses.refused
+                is_file = subject.kind == "files"
+                pause = self._pauses.retry if is_file else self._pauses.refused
+                self._refused[subject] = now + pause
         answered = isinstance(error, SinkError)
         what = subject if is_refused else type(error) if answered else None
         if what not in self._told:

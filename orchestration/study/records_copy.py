@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cpfean.errors import ConfigError, ServiceError, message_of
@@ -32,10 +33,11 @@ _IDENTITY = "sweep.json"
 _FILES = (SPENT, "summary.json", "best_config.toml")
 
 
+@dataclass(eq=False)
 class RecordsCopy:
     """Brings the copy of a study's records up to date; a `Sink`.
 
-    Args:
+    Attributes:
         folder: of the study; it need not be there yet.
         copy: where it goes.
         resume: the command that goes on with the study.
@@ -46,21 +48,14 @@ class RecordsCopy:
     name = "records-copy"
     names_resume = True
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        copy: CopyFolder,
-        *,
-        resume: str = "",
-        answer_seconds: float = 10.0,
-        look_seconds: float = 2.0,
-    ) -> None:
+    folder: RunFolder
+    copy: CopyFolder
+    resume: str = ""
+    answer_seconds: float = 10.0
+    look_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
         self.beat_due = 0.0
-        self._folder = folder
-        self._copy = copy
-        self._resume = resume
-        self._answer_seconds = answer_seconds
-        self._look_seconds = look_seconds
         self._agrees = False
         self._copied: dict[str, tuple[int, int, int]] = {}
 
@@ -84,7 +79,7 @@ class RecordsCopy:
 
         asking = threading.Thread(target=ask, name="records-copy-check", daemon=True)
         asking.start()
-        asking.join(self._answer_seconds)
+        asking.join(self.answer_seconds)
         if refusals:
             raise refusals[0]
 
@@ -107,12 +102,12 @@ class RecordsCopy:
         """They stay where they are."""
 
     def beat(self) -> bool:
-        self.beat_due = time.monotonic() + self._look_seconds
+        self.beat_due = time.monotonic() + self.look_seconds
         return next(self._changed(), None) is not None
 
     def away(self, error: Exception) -> str:
         return (
-            f"the records are not copied to {self._copy.uri} ({message_of(error)}); training goes "
+            f"the records are not copied to {self.copy.uri} ({message_of(error)}); training goes "
             "on, and they are when it answers."
         )
 
@@ -120,18 +115,18 @@ class RecordsCopy:
         self, records: Sequence[TrialRecord], files: Mapping[int | None, Sequence[Path]]
     ) -> str:
         return (
-            f"{self._copy.uri} has not got all records; they are in {self._folder.path}, and the "
-            f"rest is copied by\n  {self._resume}"
+            f"{self.copy.uri} has not got all records; they are in {self.folder.path}, and the "
+            f"rest is copied by\n  {self.resume}"
         )
 
     def _copy_changes(self) -> None:
         for name, seen in self._changed():
-            self._copy.put(self._folder.path / name, name)
+            self.copy.put(self.folder.path / name, name)
             self._copied[name] = seen
 
     def _changed(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """The names of files that are not copied as they are now, and by what that is seen."""
-        folder = self._folder.path
+        folder = self.folder.path
         # The identity first: with it the name is taken.
         for name in (_IDENTITY, *_FILES, *_records(folder)):
             try:
@@ -143,11 +138,11 @@ class RecordsCopy:
                 yield name, seen
 
     def _compare(self) -> None:
-        here, uri = self._folder, self._copy.uri
+        here, uri = self.folder, self.copy.uri
         with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
             there = RunFolder(Path(temporary) / here.name)
             try:
-                if self._copy.get(_IDENTITY, there.identity_file):
+                if self.copy.get(_IDENTITY, there.identity_file):
                     self._compare_with(there)
             except RecordError as error:
                 if not error.file.is_relative_to(there.path):
@@ -160,10 +155,10 @@ class RecordsCopy:
         self._agrees = True
 
     def _compare_with(self, there: RunFolder) -> None:
-        here, uri = self._folder, self._copy.uri
+        here, uri = self.folder, self.copy.uri
         if not is_there(here.identity_file):
             raise ConfigError(
-                f"{uri} holds a run already; continue it with\n  {self._resume}\nor choose another "
+                f"{uri} holds a run already; continue it with\n  {self.resume}\nor choose another "
                 "--name."
             )
         if there.id != here.id:
@@ -171,7 +166,7 @@ class RecordsCopy:
                 f"{uri} is another run than {here.path} (id {there.id}, and {here.id} here): "
                 "choose another --name, or move one of the two away."
             )
-        self._copy.fetch(there.path)
+        self.copy.fetch(there.path)
         if _epochs(there) > _epochs(here):
             raise ConfigError(
                 f"{uri} is further than {here.path}: {_epochs(there)} epoch(s), and "

@@ -44,37 +44,31 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+@dataclass(eq=False)
 class Stop:
     """Why a study is to stop, and the way to those who have to hear of it.
 
     Work that can be interrupted in good order listens to SIGUSR1, as Tune does.
 
-    Args:
+    Attributes:
         say: shows the user a line.
         end_process: ends it at once, with an exit code.
-
-    Attributes:
         signal: number of the one that came; 0 if none did.
         error: that makes further work senseless; the first one counts.
         left: called by `leave`, in whatever thread it is called: writes what is to be written and
             ends the process.
     """
 
-    def __init__(
-        self,
-        say: Callable[[str], None],
-        *,
-        deadlines: Deadlines | None = None,
-        end_process: Callable[[int], None] = os._exit,
-    ) -> None:
-        self.deadlines = deadlines or Deadlines()
-        self.signal = 0
-        self.error: CpfeanError | None = None
-        self.left: Callable[[], None] = lambda: None
-        self._say = say
+    say: Callable[[str], None]
+    deadlines: Deadlines = Deadlines()
+    end_process: Callable[[int], None] = os._exit
+    signal: int = 0
+    error: CpfeanError | None = None
+    left: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
         self._told = 0.0
         self._save: Callable[[float], bool] | None = None
-        self.end_process = end_process
 
     @property
     def is_asked(self) -> bool:
@@ -163,7 +157,7 @@ class Stop:
             self.end_process(128 + number)
         self.signal, self._told = number, time.monotonic()
         with suppress(RuntimeError):  # it may have come in the middle of another line
-            self._say("stopping ... (once more to stop at once)")
+            self.say("stopping ... (once more to stop at once)")
         if self._save is None or not _work_listens():
             raise Interrupted(number)
         # The main thread goes on, as it may be what passes news while trials are saved.

@@ -10,9 +10,10 @@ import importlib.util
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from cpfean import commands
-from cpfean.errors import CpfeanError, ServiceError
+from cpfean.errors import ServiceError
 from cpfean.fingerprints import encoder_fingerprint
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import State, TrialRecord
@@ -54,7 +55,6 @@ def run_study(
         runner: that trains its trials.
         resume: the folder of that name exists, and was made for the same plan.
         say: shows the user a line.
-        clock: seconds from any origin; never goes back.
 
     Raises:
         ConfigError: the folder exists, or does not, or was made for another plan, or by other
@@ -141,10 +141,11 @@ def _follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None
             say(f"the {what} is now read from {now[path]}; it was in {', '.join(sorted(moved))}.")
 
 
+@dataclass(eq=False)
 class Study:
     """A study while it runs; to its runner, a `Driver`.
 
-    Args:
+    Attributes:
         folder: of its records; locked.
         follower: of the records.
         stop: asked and told by everybody.
@@ -152,60 +153,51 @@ class Study:
         clock: seconds from any origin; never goes back.
     """
 
-    def __init__(
-        self,
-        plan: StudyPlan,
-        settings: Settings,
-        folder: RunFolder,
-        runner: Runner,
-        follower: Follower,
-        *,
-        stop: Stop,
-        say: Callable[[str], None],
-        drift: str = "",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.plan = plan
-        self.settings = settings
-        self.folder = folder
-        self.stop = stop
-        self.say = say
-        self._runner = runner
-        self._follower = follower
-        self._drift = drift
-        self._trials = Trials(plan, folder, changed=follower.update, say=say, clock=clock)
-        self._meter = meter_of(plan, folder, nodes=runner.node_types, say=say, clock=clock)
-        self._clock = clock
+    plan: StudyPlan
+    settings: Settings
+    folder: RunFolder
+    runner: Runner
+    follower: Follower
+    stop: Stop
+    say: Callable[[str], None]
+    drift: str = ""
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        plan, folder, say, clock = self.plan, self.folder, self.say, self.clock
+        self._trials = Trials(plan, folder, self.follower.update, say, clock)
+        self._meter = meter_of(plan, folder, nodes=self.runner.node_types, say=say, clock=clock)
         self._progress = Progress(clock=clock)
         self._team_sizes: dict[int, int] = {}
         self._closing = threading.Lock()
-        stop.left = self._leave
+        self._resume = resume_line(plan)
+        self.stop.left = self._leave
 
     def run(self) -> StudyResult:
         """Runs it to its end; raises as `run_study`."""
         if self.num_open > 0:
-            self._runner.wait_for_start()
-        self._follower.start()
-        self._follower.update_study("running", {})
-        if self._runner.meet_seconds:
-            self._follower.meet(seconds=self._runner.meet_seconds)
+            self.runner.wait_for_start()
+        self.follower.start()
+        self.follower.update_study("running", {})
+        if self.runner.meet_seconds:
+            self.follower.meet(seconds=self.runner.meet_seconds)
         for record in self.records:
             # An interrupted trial may not be begun again, and MLflow may be another, empty one.
             if record.settled or record.state == "interrupted":
-                self._follower.update(record)
+                self.follower.update(record)
         outcome: State = "failed"
         try:
             self.prepare()
             if self.num_open > 0 and self._may_begin():
-                self._runner.run(self)
+                self.runner.run(self)
             self._check_all_are_settled()
             self._trials.export_search()
-            result = conclude(self, self._follower, self._meter)
+            result = conclude(self, self.follower, self._meter)
             outcome = "finished"
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self.say(f"Stopped; continue with:\n{resume_line(self.plan)}")
+            self.say(f"Stopped; continue with:\n{self._resume}")
             raise
         finally:
             self._close(outcome)
@@ -227,12 +219,12 @@ class Study:
         return f"{root}/{self.folder.first_name}-{number:03d}"
 
     def expect(self, *, is_local: bool) -> None:
-        self.plan.budget.check_prices(self._runner.node_types())
+        self.plan.budget.check_prices(self.runner.node_types())
         self._meter.count()
-        self._progress = Progress(is_local=is_local, clock=self._clock)
+        self._progress = Progress(is_local=is_local, clock=self.clock)
 
     def differs(self, versions: str) -> None:
-        self._drift = "; ".join(text for text in (self._drift, versions) if text)
+        self.drift = "; ".join(text for text in (self.drift, versions) if text)
 
     def next_trial(self) -> TrialRecord | None:
         if self.stop.is_asked or not self._trials.has_next() or not self._may_begin():
@@ -240,7 +232,7 @@ class Study:
         return self._trials.next()
 
     def started(self, number: int) -> None:
-        self._trials.started(number, drift=self._drift)
+        self._trials.started(number, drift=self.drift)
         self._progress.news()
 
     def tell(self, number: int, message: messages.Message) -> None:
@@ -274,7 +266,7 @@ class Study:
         silent = self._progress.silent
         if self._progress.is_worth_a_line():
             names = ", ".join(record.name for record in self._trials.running)
-            demand = self._runner.demand()
+            demand = self.runner.demand()
             asked = f"{self.plan.workers} worker(s) each" if demand is None else str(demand)
             self.say(
                 f"no news for {silent:.0f} s; waiting for {names or 'the first trial'}, {asked}."
@@ -283,20 +275,19 @@ class Study:
             if demand is not None and demand.never_fits and not self._progress.has_begun:
                 raise ServiceError(
                     f"the cluster cannot give what a trial asks for: {demand}. Lower --workers, or "
-                    f"add nodes; then:\n{resume_line(self.plan)}"
+                    f"add nodes; then:\n{self._resume}"
                 )
         if self._progress.has_stalled:
             raise ServiceError(
                 f"nothing has moved for {silent:.0f} s: the cluster does not give "
                 f"{self.plan.workers} worker(s) to a trial, or the workers hang. Everything so "
-                f"far is recorded; see {commands.cluster_status()}, then:\n"
-                f"{resume_line(self.plan)}"
+                f"far is recorded; see {commands.cluster_status()}, then:\n{self._resume}"
             )
 
     def _failed(self, record: TrialRecord, failure: str, message: str) -> None:
         if self.stop.signal:
             return  # its workers have gone because we are to stop
-        if failure in ("infra", "preempted") and (gone := self._runner.gone(self.plan)) is not None:
+        if failure in ("infra", "preempted") and (gone := self.runner.gone(self.plan)) is not None:
             self.stop.fail(gone)
             return  # it was not the trial that failed
         try:
@@ -305,7 +296,7 @@ class Study:
             self.stop.fail(error)
 
     def _lost(self, record: TrialRecord, message: str) -> None:
-        is_over = self.stop.signal or self._runner.gone(self.plan) is not None
+        is_over = self.stop.signal or self.runner.gone(self.plan) is not None
         times = 0 if is_over else self._trials.lost(record.number)
         if times:
             self.say(f"{record.name}: its process was lost; retry {times}/{MAX_LOSSES}.")
@@ -345,7 +336,7 @@ class Study:
     def _check_all_are_settled(self) -> None:
         left_out = {r.number for r in self._trials.waiting} if self._meter.used_up else set()
         if any(not r.settled and r.number not in left_out for r in self.records):
-            raise ServiceError(f"the cluster was lost; continue with:\n{resume_line(self.plan)}")
+            raise ServiceError(f"the cluster was lost; continue with:\n{self._resume}")
 
     def _close(self, outcome: State) -> None:
         self._closing.acquire()  # for good: nothing may be written after it
@@ -354,23 +345,22 @@ class Study:
         self._meter.look()
         self._meter.save()
         tags = {"cpfean.used_up": self._meter.used_up or "no"}
-        if self._drift:
-            tags["cpfean.drift"] = self._drift
-        self._follower.update_study(outcome, metrics | self._meter.metrics(), tags)
-        if not self._follower.close(seconds=self.stop.seconds_to_close):
+        if self.drift:
+            tags["cpfean.drift"] = self.drift
+        self.follower.update_study(outcome, metrics | self._meter.metrics(), tags)
+        if not self.follower.close(seconds=self.stop.seconds_to_close):
             self.say(
-                f"tracking: not everything is sent; {self._follower.first}the rest is sent by:\n"
-                f"{resume_line(self.plan)}"
+                f"tracking: not everything is sent; {self.follower.first}the rest is sent by:"
+                f"\n{self._resume}"
             )
 
     def _leave(self) -> None:
         """Ends the process from another thread, as the main thread hangs in somebody's code."""
         if self._closing.locked():
             return
-        error: CpfeanError | None = self.stop.error
-        stopped = f"Stopped; continue with:\n{resume_line(self.plan)}"
+        error = self.stop.error
         try:
-            self.say(stopped if error is None else str(error))
-            self._close("interrupted" if error is None else "failed")
+            self.say(str(error or f"Stopped; continue with:\n{self._resume}"))
+            self._close("failed" if error else "interrupted")
         finally:
             self.stop.end_process(self.stop.exit_code)

@@ -9,9 +9,9 @@ killed, nor when.
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cpfean.errors import CpfeanError, ServiceError
 from cpfean.records.run_folder import RunFolder
@@ -31,40 +31,32 @@ class StudyError(CpfeanError):
     exit_code = 4
 
 
+@dataclass(eq=False)
 class Trials:
     """The state of every trial.
 
-    Args:
+    Attributes:
         folder: of the study; its records are read once, and written from then on.
         changed: told of each record that has changed.
         say: shows the user a line.
         clock: seconds from any origin; never goes back.
-
-    Attributes:
-        waiting: begun once, and to be run on.
+        waiting: trials that were begun once, and are to be run on.
     """
 
-    def __init__(
-        self,
-        plan: StudyPlan,
-        folder: RunFolder,
-        *,
-        changed: Callable[[TrialRecord], None],
-        say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._plan = plan
-        self._folder = folder
-        self._changed = changed
-        self._say = say
-        self._clock = clock
-        self._records = {record.number: record for record in folder.records()}
+    plan: StudyPlan
+    folder: RunFolder
+    changed: Callable[[TrialRecord], None]
+    say: Callable[[str], None]
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self._records = {record.number: record for record in self.folder.records()}
         self.waiting = [record for record in self._records.values() if not record.settled]
         self._since: dict[int, float] = {}  # the running ones, and up to when they are counted
         self._losses: Counter[int] = Counter()
         self._failures: list[tuple[str, str]] = []
         self._is_exhausted = False
-        self._results = plan.known_results(folder)
+        self._results = self.plan.known_results(self.folder)
         self._proposals: Proposals | None = None
 
     def __getitem__(self, number: int) -> TrialRecord:
@@ -86,68 +78,66 @@ class Trials:
     @property
     def num_open(self) -> int:
         """How many are not settled, those included that are not begun."""
-        return self._plan.trials - len(self.settled)
+        return self.plan.trials - len(self.settled)
 
     @property
     def epochs_left(self) -> int:
         """Epochs still to come, if no further trial is stopped early."""
-        each = self._plan.base.optim.epochs
+        each = self.plan.base.optim.epochs
         begun = sum(each - r.epochs for r in self._records.values() if not r.settled)
-        return begun + each * (self._plan.trials - len(self._records))
+        return begun + each * (self.plan.trials - len(self._records))
 
     def prepare(self) -> None:
         """Takes over what is known already, and says what was found."""
-        if self._plan.space is not None:
+        if self.plan.space is not None:
             self._proposals = Proposals(
-                self._plan.space,
-                name=self._folder.first_name,
-                seed=self._plan.base.seed,
-                baseline=self._plan.space.baseline(self._plan.base),
-                trials=self._plan.trials,
+                self.plan.space,
+                name=self.folder.first_name,
+                seed=self.plan.base.seed,
+                baseline=self.plan.space.baseline(self.plan.base),
+                trials=self.plan.trials,
                 records=self.records,
             )
             if self._records:
                 self.export_search()
         # The driver of these was lost between their last epoch and their end.
         for record in self.waiting:
-            if record.complete and (record.test or not self._plan.tests_all):
+            if record.complete and (record.test or not self.plan.tests_all):
                 self.settle(record.number, "finished")
         self.waiting = [record for record in self.waiting if not record.settled]
-        known = known_records(self._plan, self._results, begun=self._records)
+        known = known_records(self.plan, self._results, begun=self._records)
         for record in known:
             self._records[record.number] = record
             self._write(record)
         self._failures = [_kind_of_failure(r) for r in self.settled if r.state == "failed"]
         if known:
-            self._say(f"{len(known)} of {self._plan.trials} run(s) are known already.")
+            self.say(f"{len(known)} of {self.plan.trials} run(s) are known already.")
         if len(self._records) > len(known):
             cut_off = ", ".join(record.name for record in self.waiting) or "none"
-            self._say(
-                f"resuming {self._plan.name}: {len(self.settled)} settled, cut off: {cut_off}, "
-                f"{self._plan.trials - len(self._records)} new."
+            self.say(
+                f"resuming {self.plan.name}: {len(self.settled)} settled, cut off: {cut_off}, "
+                f"{self.plan.trials - len(self._records)} new."
             )
 
     def has_next(self) -> bool:
         """Whether there may be one more to run."""
-        has_new = len(self._records) < self._plan.trials and not self._is_exhausted
+        has_new = len(self._records) < self.plan.trials and not self._is_exhausted
         return has_new or bool(self.waiting)
 
     def next(self) -> TrialRecord | None:
-        """The next one to run: one that was cut off first, then a new one; None: no more."""
-        if not self.has_next():
-            return None
+        """The next one of which `has_next` tells, cut-off ones first; None: no more after all."""
         if self.waiting:
             return self.waiting.pop(0)
-        number = next(n for n in range(self._plan.trials) if n not in self._records)
+        number = next(n for n in range(self.plan.trials) if n not in self._records)
         search = self._proposals
-        plan = self._plan.fixed[number] if search is None else self._proposed(search, number)
+        plan = self.plan.fixed[number] if search is None else self._proposed(search, number)
         if plan is None:
             self._is_exhausted = True
-            self._say(f"the search space has no more than {number} different configurations.")
+            self.say(f"the search space has no more than {number} different configurations.")
             return None
         record = plan.record(number)
         self._records[number] = record
-        self._folder.write(record)
+        self.folder.write(record)
         return record
 
     def started(self, number: int, *, drift: str) -> None:
@@ -155,7 +145,7 @@ class Trials:
         record = self._records[number]
         record.drift = drift or record.drift
         record.state = "running"
-        self._since[number] = self._clock()
+        self._since[number] = self.clock()
         self._write(record)
 
     def trained(
@@ -201,7 +191,7 @@ class Trials:
         record = self._records[number]
         record.failure, record.message = failure, message
         self.settle(number, "failed")
-        self._say(f"{record.name}: failed ({failure}): {_last_line(message)}")
+        self.say(f"{record.name}: failed ({failure}): {_last_line(message)}")
         self._failures.append(_kind_of_failure(record))
         if (
             len(self._failures) == len(self.settled) == _SAME_FAILURES
@@ -210,7 +200,7 @@ class Trials:
             raise StudyError(
                 f"the first {_SAME_FAILURES} trials failed alike ({failure}), so the rest is not "
                 f"tried:\n{message}\nOnce that is mended, continue with:\n"
-                f"{resume_line(self._plan, retry_failed=True)}"
+                f"{resume_line(self.plan, retry_failed=True)}"
             )
 
     def lost(self, number: int) -> int:
@@ -233,9 +223,9 @@ class Trials:
         if self._proposals is None:
             return
         try:
-            self._proposals.export(self._folder.path / "study.db")
+            self._proposals.export(self.folder.path / "study.db")
         except ServiceError as error:
-            self._say(f"nothing new for optuna-dashboard: {error}")
+            self.say(f"nothing new for optuna-dashboard: {error}")
 
     def _end(self, record: TrialRecord, state: State) -> None:
         """It is not underway any more."""
@@ -245,11 +235,11 @@ class Trials:
         self._write(record)
 
     def _write(self, record: TrialRecord) -> None:
-        self._folder.write(record)
-        self._changed(record)
+        self.folder.write(record)
+        self.changed(record)
 
     def _count_seconds(self, record: TrialRecord) -> None:
-        now = self._clock()
+        now = self.clock()
         if record.number in self._since:
             record.seconds += now - self._since[record.number]
             self._since[record.number] = now
@@ -260,13 +250,13 @@ class Trials:
         repeated = search.duplicates[before:]
         if len(repeated) > _DUPLICATES:
             counted = ", ".join(f"{count} of {name}" for name, count in Counter(repeated).items())
-            self._say(f"{len(repeated)} proposals were duplicates ({counted}), not trained again.")
+            self.say(f"{len(repeated)} proposals were duplicates ({counted}), not trained again.")
         else:
             for name in repeated:
-                self._say(f"a proposal was a duplicate of {name}, not trained again.")
+                self.say(f"a proposal was a duplicate of {name}, not trained again.")
         if drawn is None:
             return None
-        config = self._plan.base.with_overrides(drawn)
+        config = self.plan.base.with_overrides(drawn)
         return TrialPlan(name=f"trial-{number:03d}", overrides=drawn, config=config)
 
 
