@@ -33,12 +33,7 @@ _WITHOUT = "Without it hours and dollars are counted from 0 again."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """Of a node, in dollars an hour.
-
-    Attributes:
-        dollars: on the market where it is bought.
-        on_demand: where nobody takes it away.
-    """
+    """Of a node, in dollars an hour: where it is bought, and where nobody takes it away."""
 
     dollars: float
     on_demand: float
@@ -46,12 +41,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prices:
-    """What nodes cost, by their type.
-
-    Attributes:
-        file: where they come from.
-        nodes: types that have a price.
-    """
+    """What nodes cost by their type, and the file that says so."""
 
     file: Path
     nodes: Mapping[str, Price]
@@ -134,10 +124,8 @@ class Meter:
     """Hours and dollars of a study over all its attempts, beside what it may take.
 
     Attributes:
-        file: where they are kept.
         before: files of studies that count as part of this one.
         nodes: types of the nodes that are held now.
-        say: shows the user a line.
         clock: seconds from any origin; never goes back.
         used_up: the limit that kept trials from being begun; empty as long as none did.
 

@@ -87,30 +87,6 @@ def seed_runs(records: Iterable[TrialRecord]) -> list[SeedRun]:
     ]
 
 
-def tuning_trials(
-    base: ExperimentConfig,
-    methods: Sequence[Method],
-    common: Mapping[str, Choice | Range],
-    *,
-    points: int,
-) -> tuple[TrialPlan, ...]:
-    """The same number of points for every method; the first is the configuration as it stands.
-
-    Raises:
-        ConfigError: a method that this base does not allow.
-    """
-    plans = []
-    for method in methods:
-        space = SearchSpace(
-            name=method.name, question=method.source, parameters={**common, **method.knobs}
-        )
-        # Its own stream: what one method tries does not depend on which others are compared.
-        seed = int(hashlib.sha256(f"{method.name} {base.seed}".encode()).hexdigest()[:8], 16)
-        drawn = [{}, *spread_points(space, points - 1, seed=seed)]
-        plans += [_trial(base, method, f"point-{n:02d}", point) for n, point in enumerate(drawn)]
-    return tuple(plans)
-
-
 def tuned(methods: Sequence[Method], records: Sequence[TrialRecord]) -> list[Method]:
     """Each method with its best point by rSum on dev.
 
@@ -216,9 +192,26 @@ def tuning_study(
     *,
     points: int,
 ) -> StudyPlan:
-    """The first half of a comparison."""
-    trials = tuning_trials(plan.base, methods, common, points=points)
-    return replace(plan, kind="tuning", name=plan.name + TUNING, fixed=trials, trials=len(trials))
+    """The first half of a comparison: the same number of points for every method.
+
+    The first point is the configuration as it stands.
+
+    Raises:
+        ConfigError: a method that the base does not allow.
+    """
+    trials = []
+    for method in methods:
+        parameters = {**common, **method.knobs}
+        space = SearchSpace(name=method.name, question=method.source, parameters=parameters)
+        # Its own stream: what one method tries does not depend on which others are compared.
+        text = f"{method.name} {plan.base.seed}"
+        seed = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+        drawn = [{}, *spread_points(space, points - 1, seed=seed)]
+        trials += [
+            _trial(plan.base, method, f"point-{n:02d}", point) for n, point in enumerate(drawn)
+        ]
+    name = plan.name + TUNING
+    return replace(plan, kind="tuning", name=name, fixed=tuple(trials), trials=len(trials))
 
 
 def seeds_study(

@@ -28,7 +28,6 @@ class StudyResult:
     """What came out.
 
     Attributes:
-        records: all trials, by number.
         best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
         test: its metrics on the test split.
         used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
@@ -63,7 +62,6 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
 
     Args:
         follower: gets what the best trial comes to on the test split, and files.
-        meter: of what the study has taken.
     """
     plan, folder, records = study.plan, study.folder, tuple(study.records)
     best = best_of(records)

@@ -102,24 +102,23 @@ class Pauses:
     away: float = 5.0
 
 
+@dataclass(eq=False)
 class Follower:
     """Keeps sinks up to date in the background; with none, takes note of nothing.
 
-    Args:
+    Attributes:
         sinks: the first ones are waited for first when it is closed.
         say: shows the user a line.
     """
 
-    def __init__(
-        self,
-        sinks: Sequence[Sink] = (),
-        *,
-        say: Callable[[str], None],
-        pauses: Pauses | None = None,
-    ) -> None:
-        self._known = _Known()
-        self._changed = self._known.changed
-        self._deliveries = [_Delivery(sink, self._known, say, pauses or Pauses()) for sink in sinks]
+    sinks: Sequence[Sink]
+    say: Callable[[str], None]
+    pauses: Pauses = Pauses()
+
+    def __post_init__(self) -> None:
+        self._known = known = _Known()
+        self._changed = known.changed
+        self._deliveries = [_Delivery(sink, known, self.say, self.pauses) for sink in self.sinks]
 
     def start(self) -> None:
         """Starts the sending.
@@ -174,9 +173,7 @@ class Follower:
             self._mark(_Subject("files", number))
 
     def close(self, *, seconds: float = 60.0) -> bool:
-        """Waits until all is sent, but no longer than this; not for a sink that is away.
-
-        Tells the user what is not sent.
+        """Waits until all is sent, but no longer, nor for a sink that is away; tells what is not.
 
         Returns:
             Whether all is sent, or a sink has told how to send the rest. It is in the records, and
@@ -223,18 +220,18 @@ class _Known:
         self.closing = False
 
 
+@dataclass(eq=False)
 class _Delivery:
     """What one sink has not got yet, and the thread that sends it."""
 
-    def __init__(
-        self, sink: Sink, known: _Known, say: Callable[[str], None], pauses: Pauses
-    ) -> None:
-        self.sink = sink
+    sink: Sink
+    known: _Known
+    say: Callable[[str], None]
+    pauses: Pauses
+
+    def __post_init__(self) -> None:
         self.has_met = False
-        self._known = known
-        self._changed = known.changed
-        self._say = say
-        self._pauses = pauses
+        self._changed = self.known.changed
         self._dirty: dict[_Subject, None] = {_Subject("study"): None}  # in the order of coming
         self._current: _Subject | None = _Subject("greeting")
         self._refused: dict[_Subject, float] = {}  # until when
@@ -243,7 +240,7 @@ class _Delivery:
         self._ended = True
         self._retry_at = 0.0
         self._is_last_try = self._asked_again = False
-        self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=self.sink.name, daemon=True)
 
     def start(self) -> None:
         self._ended = False
@@ -262,16 +259,16 @@ class _Delivery:
         with self._changed:
             # A beat that hangs is not waited for.
             while not self._ended and (self._current or self._dirty):
-                until = min(end, began + self._pauses.away) if self._away else end
+                until = min(end, began + self.pauses.away) if self._away else end
                 if (left := until - time.monotonic()) <= 0:
                     break
                 self._changed.wait(left)
             held = self._dirty | ({self._current: None} if self._current else {})
-            records = [self._known.records[one.number] for one in held if one.kind == "trial"]
+            records = [self.known.records[one.number] for one in held if one.kind == "trial"]
             named = [one.number for one in held if one.kind == "files"]
-            files = {number: self._known.files.get(number, ()) for number in named}
+            files = {number: self.known.files.get(number, ()) for number in named}
         if held and not self._given_up and (line := self.sink.lacks(records, files)):
-            self._say(line)
+            self.say(line)
         return not held or self.sink.names_resume
 
     def _work(self) -> None:
@@ -294,8 +291,8 @@ class _Delivery:
 
     def _send(self, subject: _Subject) -> None:
         with self._changed:
-            study, record = self._known.study, self._known.records.get(subject.number)
-            paths = self._known.files.get(subject.number, ())
+            study, record = self.known.study, self.known.records.get(subject.number)
+            paths = self.known.files.get(subject.number, ())
         if subject.kind == "study":
             self.sink.send_study(study)
         elif subject.kind == "trial" and record is not None:
@@ -311,7 +308,7 @@ class _Delivery:
         while True:
             self._beat()
             with self._changed:
-                closing = self._known.closing
+                closing = self.known.closing
                 paused = not closing and time.monotonic() < self._retry_at
                 if self._given_up or (self._away and self._is_last_try):
                     return None
@@ -329,18 +326,18 @@ class _Delivery:
         """Numbers before files, which are large; the end of the whole after that of its trials."""
         now = time.monotonic()
         free = [one for one in self._dirty if self._refused.get(one, 0.0) <= now]
-        if not free and self._known.closing and not self._asked_again:
+        if not free and self.known.closing and not self._asked_again:
             # What was refused is asked once more at the end, and that is all.
             self._asked_again = True
             self._refused.clear()
             free = list(self._dirty)
-        order = {"study": 0 if self._known.study.state == "running" else 2, "trial": 1, "files": 3}
+        order = {"study": 0 if self.known.study.state == "running" else 2, "trial": 1, "files": 3}
         return min(free, key=lambda one: order[one.kind], default=None)
 
     def _beat(self) -> None:
         """One that does not arrive is not sent again: there is a next one."""
         due = max(self.sink.beat_due, self._retry_at)
-        if self._known.closing or time.monotonic() < due:
+        if self.known.closing or time.monotonic() < due:
             return
         try:
             is_dirty, away = self.sink.beat(), False
@@ -363,16 +360,16 @@ class _Delivery:
             self._given_up = isinstance(error, GivenUpError)
             self._away = not is_refused
             if not is_refused:
-                self._retry_at = now + self._pauses.retry
+                self._retry_at = now + self.pauses.retry
             else:
                 is_file = subject.kind == "files"
-                pause = self._pauses.retry if is_file else self._pauses.refused
+                pause = self.pauses.retry if is_file else self.pauses.refused
                 self._refused[subject] = now + pause
         answered = isinstance(error, SinkError)
         what = subject if is_refused else type(error) if answered else None
         if what not in self._told:
             self._told.add(what)
-            self._say(str(error) if answered else self.sink.away(error))
+            self.say(str(error) if answered else self.sink.away(error))
 
 
 def _copy(record: TrialRecord) -> TrialRecord:

@@ -30,8 +30,6 @@ class Kind:
         fewer: what to lower if its checkpoints do not fit on the disk.
         has_parent: the tracker has a run of the whole, whose children the trials are.
         has_pictures: what the best model sees is drawn at the end.
-        suffix: of its name, if it is a part of the study whose name comes before that.
-        prelude: the suffix of the study that is a part of it.
     """
 
     script: str
@@ -39,27 +37,19 @@ class Kind:
     fewer: str
     has_parent: bool = True
     has_pictures: bool = False
-    suffix: str = ""
-    prelude: str = ""
 
 
 KINDS: Mapping[str, Kind] = {
     "sweep": Kind(script="sweep.py", tested="best", fewer="--trials", has_pictures=True),
-    "ablations": Kind(
-        script="run_ablations.py", tested="all", fewer="--seeds, or the variants with --only"
-    ),
+    "ablations": Kind(script="run_ablations.py", tested="all", fewer="--seeds or --only"),
     "train": Kind(
         script="train.py",
         tested="best",
         fewer="the size of the model (--set model.dim=...)",
         has_parent=False,
     ),
-    "tuning": Kind(
-        script="compare.py", tested="none", fewer="--tuning or --methods", suffix=TUNING
-    ),
-    "comparison": Kind(
-        script="compare.py", tested="all", fewer="--seeds or --methods", prelude=TUNING
-    ),
+    "tuning": Kind(script="compare.py", tested="none", fewer="--tuning or --methods"),
+    "comparison": Kind(script="compare.py", tested="all", fewer="--seeds or --methods"),
 }
 
 
@@ -195,12 +185,8 @@ def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
     """The room that the checkpoints of a plan need."""
     from cpfean.training.timing import checkpoint_bytes
 
-    return Disk(
-        each=checkpoint_bytes(plan.base, data_folder=plan.data_folder),
-        trials=num_open(plan, settings),
-        kept=KEPT,
-        at_a_time=at_a_time,
-    )
+    each = checkpoint_bytes(plan.base, data_folder=plan.data_folder)
+    return Disk(each=each, trials=num_open(plan, settings), kept=KEPT, at_a_time=at_a_time)
 
 
 def check_room_for_checkpoints(
@@ -211,10 +197,6 @@ def check_room_for_checkpoints(
     free: Callable[[Path], int] = free_bytes,
 ) -> None:
     """Refuses a plan whose checkpoints do not fit where they go, if that is a folder.
-
-    Args:
-        needs: tells the room that they need, as `disk_of`.
-        free: tells the free bytes of a folder.
 
     Raises:
         ServiceError: with the numbers, and the flags that lower them.
@@ -232,13 +214,9 @@ def check_room_for_checkpoints(
 
 
 def meter_of(plan: StudyPlan, folder: RunFolder, **given: Any) -> Meter:
-    """What a study has taken; the tuning of a comparison is part of it.
-
-    Args:
-        given: further arguments of `Meter`.
-    """
-    prelude = plan.of_kind.prelude
-    before = [folder.path.with_name(folder.name + prelude) / SPENT] if prelude else []
+    """A `Meter`, with the arguments given, of a study; a comparison's tuning is part of it."""
+    tuning = folder.path.with_name(folder.name + TUNING) / SPENT
+    before = [tuning] if plan.kind == "comparison" else []
     return Meter(folder.path / SPENT, plan.budget, before=before, **given)
 
 
@@ -248,17 +226,11 @@ def resume_line(
     """What to type to go on: the whole command, for a line of its own.
 
     Args:
-        retry_failed: with the trials that failed.
         changed: flags with other values than before.
     """
-    kind = plan.of_kind
-    return commands.resume(
-        kind.script,
-        plan.typed,
-        run=plan.name.removesuffix(kind.suffix),
-        retry_failed=retry_failed,
-        changed=changed,
-    )
+    script = plan.of_kind.script
+    run = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
+    return commands.resume(script, plan.typed, run=run, retry_failed=retry_failed, changed=changed)
 
 
 def with_more(plan: StudyPlan, meter: Meter) -> str:

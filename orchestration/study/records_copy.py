@@ -213,11 +213,7 @@ def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) 
 
 
 class CopyFolder:
-    """The copy of one study, in a folder or in an object store.
-
-    Args:
-        patience: as in `Storage`.
-    """
+    """The copy of one study, in a folder or in an object store; `patience` as in `Storage`."""
 
     def __init__(self, storage: str, name: str, *, patience: float | None = None) -> None:
         self.uri = f"{storage.rstrip('/')}/studies/{name}"

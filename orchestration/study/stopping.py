@@ -133,10 +133,9 @@ class Stop:
 
     @contextmanager
     def errors_of(self, folder: Path) -> Iterator[None]:
-        """Takes errors of ours from a library that would make a text of them: they stop the study.
+        """Stops the study by errors of ours, or of its folder's disk, before a library hides them.
 
-        Args:
-            folder: of the study, for errors of a disk that name no file.
+        Tune makes texts of what its callbacks raise, and an error of a disk may name no file.
         """
         try:
             yield

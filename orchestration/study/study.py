@@ -68,7 +68,15 @@ def run_study(
     runner.check(plan)
     check_room_for_checkpoints(plan, settings)
     copy = checked_copy(plan, settings)
-    folder = _opened_folder(plan, settings, resume=resume)
+    folder = folder_of(plan, settings)
+    if resume:
+        folder.check_same(plan.identity())
+        folder.check()
+        meter_of(plan, folder)  # which reads what was spent
+    else:
+        folder.create(
+            plan.identity(), commit=git_commit(), versions=versions(), resume=resume_line(plan)
+        )
     stop = Stop(say)
     with folder.lock(), stop.listening():
         _follow_places(plan, folder, say)
@@ -85,20 +93,6 @@ def run_study(
         return Study(
             plan, settings, folder, runner, follower, stop=stop, say=say, drift=drift, clock=clock
         ).run()
-
-
-def _opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFolder:
-    """A new folder for a plan, or the one that was made for it; raises as `run_study`."""
-    folder = folder_of(plan, settings)
-    if resume:
-        folder.check_same(plan.identity())
-        folder.check()
-        meter_of(plan, folder)  # which reads what was spent
-    else:
-        folder.create(
-            plan.identity(), commit=git_commit(), versions=versions(), resume=resume_line(plan)
-        )
-    return folder
 
 
 def _tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
@@ -150,7 +144,6 @@ class Study:
         follower: of the records.
         stop: asked and told by everybody.
         drift: how the versions here differ from those at the start, which is allowed.
-        clock: seconds from any origin; never goes back.
     """
 
     plan: StudyPlan
@@ -167,7 +160,7 @@ class Study:
         plan, folder, say, clock = self.plan, self.folder, self.say, self.clock
         self._trials = Trials(plan, folder, self.follower.update, say, clock)
         self._meter = meter_of(plan, folder, nodes=self.runner.node_types, say=say, clock=clock)
-        self._progress = Progress(clock=clock)
+        self._progress = Progress(clock)
         self._team_sizes: dict[int, int] = {}
         self._closing = threading.Lock()
         self._resume = resume_line(plan)
@@ -190,7 +183,9 @@ class Study:
             self.prepare()
             if self.num_open > 0 and self._may_begin():
                 self.runner.run(self)
-            self._check_all_are_settled()
+            left_out = {r.number for r in self._trials.waiting} if self._meter.used_up else set()
+            if any(not r.settled and r.number not in left_out for r in self.records):
+                raise ServiceError(f"the cluster was lost; continue with:\n{self._resume}")
             self._trials.export_search()
             result = conclude(self, self.follower, self._meter)
             outcome = "finished"
@@ -221,7 +216,7 @@ class Study:
     def expect(self, *, is_local: bool) -> None:
         self.plan.budget.check_prices(self.runner.node_types())
         self._meter.count()
-        self._progress = Progress(is_local=is_local, clock=self.clock)
+        self._progress = Progress(self.clock, is_local=is_local)
 
     def differs(self, versions: str) -> None:
         self.drift = "; ".join(text for text in (self.drift, versions) if text)
@@ -243,13 +238,13 @@ class Study:
                 self._tell_team_size(record, workers)
             case messages.Resumed(checkpoint=checkpoint):
                 self.say(f"{record.name}: resuming from {checkpoint}")
-            case messages.Epoch(history=history, checkpoint=checkpoint, ended=ended):
-                new = self._trials.trained(number, history, checkpoint, ended=ended)
+            case messages.Epoch():
+                new = self._trials.trained(number, message)
                 self._progress.news(epochs=new)
                 if new:
                     self._show(record)
-            case messages.Tested(history=history, checkpoint=checkpoint, metrics=metrics):
-                self._trials.trained(number, history, checkpoint, ended=True, test=metrics)
+            case messages.Tested():
+                self._trials.trained(number, message)
             case messages.Note(line=line):
                 self.say(f"{record.name}: {line}")
             case messages.Failed(failure=failure, message=text):
@@ -265,12 +260,11 @@ class Study:
             self._meter.count()
         silent = self._progress.silent
         if self._progress.is_worth_a_line():
-            names = ", ".join(record.name for record in self._trials.running)
+            running = ", ".join(record.name for record in self._trials.running)
             demand = self.runner.demand()
             asked = f"{self.plan.workers} worker(s) each" if demand is None else str(demand)
-            self.say(
-                f"no news for {silent:.0f} s; waiting for {names or 'the first trial'}, {asked}."
-            )
+            awaited = running or "the first trial"
+            self.say(f"no news for {silent:.0f} s; waiting for {awaited}, {asked}.")
             # Workers that were there may come back: a host that is booted, a spot instance.
             if demand is not None and demand.never_fits and not self._progress.has_begun:
                 raise ServiceError(
@@ -332,11 +326,6 @@ class Study:
         eta = self._progress.eta(self._trials.epochs_left)
         of_all = f"{done}/{self.plan.trials} done, {running} running, {eta}"
         self.say(f"[{of_all}; {self._meter.spent}] {record.name}  {record.newest}")
-
-    def _check_all_are_settled(self) -> None:
-        left_out = {r.number for r in self._trials.waiting} if self._meter.used_up else set()
-        if any(not r.settled and r.number not in left_out for r in self.records):
-            raise ServiceError(f"the cluster was lost; continue with:\n{self._resume}")
 
     def _close(self, outcome: State) -> None:
         self._closing.acquire()  # for good: nothing may be written after it

@@ -17,7 +17,7 @@ from cpfean.errors import CpfeanError, ServiceError
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import State, TrialRecord
 from orchestration.proposals.optuna_study import Proposals
-from orchestration.runners.messages import History
+from orchestration.runners.messages import Epoch, Tested
 from orchestration.study.plan import StudyPlan, TrialPlan, known_records, resume_line
 
 MAX_LOSSES = 3  # of a trial's process, before the trial counts as failed
@@ -38,8 +38,6 @@ class Trials:
     Attributes:
         folder: of the study; its records are read once, and written from then on.
         changed: told of each record that has changed.
-        say: shows the user a line.
-        clock: seconds from any origin; never goes back.
         waiting: trials that were begun once, and are to be run on.
     """
 
@@ -148,26 +146,16 @@ class Trials:
         self._since[number] = self.clock()
         self._write(record)
 
-    def trained(
-        self,
-        number: int,
-        history: History,
-        checkpoint: str,
-        *,
-        ended: bool,
-        test: dict[str, float] | None = None,
-    ) -> int:
-        """It has come so far, and to this on the test split if that was shown to it.
-
-        Returns:
-            How many epochs are new.
-        """
+    def trained(self, number: int, news: Epoch | Tested) -> int:
+        """It has come so far; returns how many epochs are new."""
         record = self._records[number]
         known = record.epochs
-        record.history = [dict(row) for row in history]
-        record.checkpoint = checkpoint or record.checkpoint
-        record.complete = ended
-        record.test = dict(test or record.test)
+        record.history = [dict(row) for row in news.history]
+        record.checkpoint = news.checkpoint or record.checkpoint
+        if isinstance(news, Tested):
+            record.complete, record.test = True, dict(news.metrics or record.test)
+        else:
+            record.complete = news.ended
         self._count_seconds(record)
         self._write(record)
         return record.epochs - known
@@ -193,10 +181,8 @@ class Trials:
         self.settle(number, "failed")
         self.say(f"{record.name}: failed ({failure}): {_last_line(message)}")
         self._failures.append(_kind_of_failure(record))
-        if (
-            len(self._failures) == len(self.settled) == _SAME_FAILURES
-            and len(set(self._failures)) == 1
-        ):
+        are_alike = len(set(self._failures)) == 1
+        if are_alike and len(self._failures) == len(self.settled) == _SAME_FAILURES:
             raise StudyError(
                 f"the first {_SAME_FAILURES} trials failed alike ({failure}), so the rest is not "
                 f"tried:\n{message}\nOnce that is mended, continue with:\n"

@@ -34,7 +34,7 @@ from orchestration.study.comparison import (
     compare_variants,
     seed_runs,
     tuned,
-    tuning_trials,
+    tuning_study,
 )
 from orchestration.study.plan import StudyPlan
 from orchestration.tracking.stores import open_store
@@ -144,14 +144,15 @@ def test_points_are_inside_the_space_spread_and_always_the_same() -> None:
     assert all(1e-4 * 10 ** (i / 4) <= r <= 1e-4 * 10 ** ((i + 1) / 4) for i, r in enumerate(rates))
 
 
-def test_every_method_gets_the_same_budget_and_starts_as_it_stands() -> None:
-    plans = tuning_trials(FAST, METHODS, COMMON, points=3)
+def test_every_method_gets_the_same_budget_and_starts_as_it_stands(where: Settings) -> None:
+    comparison = plan_of(where, "c")
+    plans = tuning_study(comparison, METHODS, COMMON, points=3).fixed
     assert [plan.name for plan in plans] == [
         f"{name}/point-0{point}" for name in (FULL, "pooled") for point in range(3)
     ]
     assert plans[0].config == FAST
     assert all(plan.config.model.alignment.global_weight == 1.0 for plan in plans[3:])
-    alone = tuning_trials(FAST, METHODS[1:], COMMON, points=3)
+    alone = tuning_study(comparison, METHODS[1:], COMMON, points=3).fixed
     assert alone == plans[3:]  # whoever else is compared
 
 
