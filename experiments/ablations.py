@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.study.ablations import Ablation
+from orchestration.study.comparison import Ablation
 
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation(

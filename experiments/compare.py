@@ -57,7 +57,6 @@ def body(arguments: argparse.Namespace) -> int:
     from experiments.dry_run import print_dry_run
     from experiments.outcome import print_closing, print_comparison
     from orchestration.study.comparison import (
-        as_they_stand,
         compare_methods,
         report_folder,
         seeds_study,
@@ -76,7 +75,7 @@ def body(arguments: argparse.Namespace) -> int:
         )
     if arguments.dry_run:
         plans = [tuning_study(plan, chosen, COMMON, points=points)] if points > 1 else []
-        plans.append(seeds_study(plan, as_they_stand(chosen), seeds=seeds, settings=where))
+        plans.append(seeds_study(plan, chosen, seeds=seeds, settings=where))
         return print_dry_run(plans, where, in_process=arguments.in_process)
     with command_line.named(plan, arguments, where) as plan:
         result, variants = compare_methods(

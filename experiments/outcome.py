@@ -17,7 +17,7 @@ def print_comparison(result: StudyResult, report: Path, where: Settings) -> None
     """The table, and where everything is."""
     from cpfean.analysis.report import markdown_table
     from cpfean.analysis.statistics import compare
-    from orchestration.study.ablations import seed_runs
+    from orchestration.study.comparison import seed_runs
 
     print("\n" + markdown_table(compare(seed_runs(result.records))))
     print(f"tables, plots   {report}")

@@ -207,7 +207,7 @@ def _compare_with_the_last(folder: RunFolder, suite: str, asked: argparse.Namesp
     from cpfean.errors import ServiceError
     from cpfean.records.run_folder import RunFolder
     from cpfean.writing import write_text
-    from orchestration.study.ablations import seed_runs
+    from orchestration.study.comparison import seed_runs
     from orchestration.tracking.runs import tag_parent
 
     before = _round_before(folder.path, suite)

@@ -51,12 +51,21 @@ class Results:
         folder: made with the first result.
         data_fingerprint: of the data that all runs asked for are trained on.
         commit: said in what is kept; not part of the key.
+        code: fingerprint of the code that trains; None: of this one.
     """
 
-    def __init__(self, folder: Path, *, data_fingerprint: str, commit: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        data_fingerprint: str,
+        commit: str | None,
+        code: str | None = None,
+    ) -> None:
         self._folder = folder
         self._data = data_fingerprint
         self._commit = commit
+        self._code = code or code_fingerprint()
 
     def file_of(self, config: ExperimentConfig) -> Path:
         """Where the result of a configuration is, or will be."""
@@ -65,7 +74,7 @@ class Results:
         if held := encoder_fingerprint(config):
             here["model.text.encoder"] = held
         moved = config.with_overrides(here)
-        text = "\n".join((moved.fingerprint(), self._data, code_fingerprint()))
+        text = "\n".join((moved.fingerprint(), self._data, self._code))
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
     def fill(self, record: TrialRecord, *, tested: bool) -> bool:
@@ -105,7 +114,7 @@ class Results:
             format=_FORMAT,
             name=record.name,
             data_fingerprint=self._data,
-            code_fingerprint=code_fingerprint(),
+            code_fingerprint=self._code,
             commit=self._commit,
             best_rsum=record.best_rsum,
             test=record.test,

@@ -33,12 +33,7 @@ _WITHOUT = "Without it hours and dollars are counted from 0 again."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """Of a node, in dollars an hour.
-
-    Attributes:
-        dollars: on the market where it is bought.
-        on_demand: where nobody takes it away.
-    """
+    """Of a node, in dollars an hour: where it is bought, and where nobody takes it away."""
 
     dollars: float
     on_demand: float
@@ -46,12 +41,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prices:
-    """What nodes cost, by their type.
-
-    Attributes:
-        file: where they come from.
-        nodes: types that have a price.
-    """
+    """What nodes cost by their type, and the file that says so."""
 
     file: Path
     nodes: Mapping[str, Price]
@@ -65,22 +55,21 @@ class Prices:
         """
         try:
             plain = tomllib.loads(read_file(file, limit=_LARGEST).decode("utf-8-sig"))
+            instances = {
+                name: {market: _dollars(f"instances.{name}", of, market) for market in _MARKETS}
+                for name, of in _tables("instances", plain).items()
+            }
+            nodes = {
+                name: _price(f"nodes.{name}", node, instances)
+                for name, node in _tables("nodes", plain).items()
+            }
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}.") from None
-        instances, nodes = plain.get("instances", {}), plain.get("nodes", {})
-        known = {
-            name: {market: _dollars(file, f"instances.{name}", of, market) for market in _MARKETS}
-            for name, of in _tables(file, "instances", instances).items()
-        }
-        return cls(
-            file=file,
-            nodes={
-                name: _price(file, f"nodes.{name}", node, known)
-                for name, node in _tables(file, "nodes", nodes).items()
-            },
-        )
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+        return cls(file=file, nodes=nodes)
 
     def unknown(self, types: Iterable[str]) -> list[str]:
         """Those of the types that have no price."""
@@ -130,59 +119,75 @@ class Budget:
             )
 
 
+@dataclass(eq=False)
 class Meter:
-    """Hours and dollars of a study over all its attempts.
+    """Hours and dollars of a study over all its attempts, beside what it may take.
 
-    Args:
-        file: where they are kept.
+    Attributes:
         before: files of studies that count as part of this one.
+        nodes: types of the nodes that are held now.
         clock: seconds from any origin; never goes back.
+        used_up: the limit that kept trials from being begun; empty as long as none did.
 
     Raises:
         RecordError: a file that is damaged or of another release.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        *,
-        before: Sequence[Path] = (),
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._file = file
-        self._clock = clock
-        self._last = self._saved = clock()
+    file: Path
+    budget: Budget = Budget()
+    before: Sequence[Path] = ()
+    nodes: Callable[[], Sequence[str]] = tuple
+    say: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.used_up = ""
+        self._last = self._saved = self.clock()
         self._rate: float | None = None
-        self._unpriced = 0.0
-        own = _spent(file)
-        self._seconds, self._dollars = own.seconds, own.dollars
-        self._before = [_spent(other) for other in before]
+        self._unpriced = 0.0  # seconds of this attempt, as long as no price is known
+        self._not_counted: set[str] = set()  # types of nodes of which that was said
+        self._own = _spent(self.file)
+        self._parts = [self._own, *map(_spent, self.before)]
 
     @property
     def hours(self) -> float:
         """Of all attempts, up to the last look at the clock."""
-        return (self._seconds + math.fsum(other.seconds for other in self._before)) / 3600
+        return math.fsum(part.seconds for part in self._parts) / 3600
 
     @property
     def dollars(self) -> float | None:
         """The same in dollars; None if no price was ever known."""
-        known = [
-            dollars
-            for dollars in (self._dollars, *(other.dollars for other in self._before))
-            if dollars is not None
-        ]
+        known = [part.dollars for part in self._parts if part.dollars is not None]
         return math.fsum(known) if known else None
 
     @property
     def spent(self) -> str:
-        """Both for people; dollars only where a price was ever known."""
+        """Hours, and dollars where a price was ever known, up to now; for people."""
+        self.look()
         cost = "" if self.dollars is None else f", ${self.dollars:.2f}"
         return f"{self.hours:.2f} h{cost}"
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to ask what the nodes cost now, and to write."""
-        return self._clock() - self._saved >= _SAVED_SECONDS
+        """Whether it is time to count, and to write."""
+        return self.clock() - self._saved >= _SAVED_SECONDS
+
+    def count(self) -> None:
+        """Counts up to now by the nodes that there are now, and writes it down."""
+        hourly, prices = None, self.budget.prices
+        if prices is not None:
+            types = self.nodes()
+            unknown = set(prices.unknown(types))
+            # A limit in dollars was refused at the start if a node had no price; one that joins
+            # later is told of, and so is any that is missing in the dollars that are shown.
+            matters = self.budget.max_cost is not None or unknown < set(types)
+            if matters and unknown - self._not_counted:
+                names = ", ".join(sorted(unknown))
+                self.say(f"{prices.file} has no price of {names}: not counted.")
+                self._not_counted |= unknown
+            hourly = None if unknown >= set(types) else prices.hourly(types)
+        self.look(hourly)
+        self.save()
 
     def look(self, hourly: float | None = None) -> None:
         """Counts the time since the last look.
@@ -191,20 +196,35 @@ class Meter:
             hourly: dollars an hour of what is held since then; None: as before. What this attempt
                 took before the first price is known costs that one.
         """
-        now = self._clock()
+        now = self.clock()
         self._rate = self._rate if hourly is None else hourly
         passed, self._last = now - self._last, now
-        self._seconds += passed
+        self._own.seconds += passed
         self._unpriced += passed
         if self._rate is not None:
-            self._dollars = (self._dollars or 0.0) + self._unpriced / 3600 * self._rate
+            self._own.dollars = (self._own.dollars or 0.0) + self._unpriced / 3600 * self._rate
             self._unpriced = 0.0
 
     def save(self) -> None:
         """Writes what was counted, if it can be written: a full disk ends no study by this."""
-        self._saved = self._clock()
+        self._saved = self.clock()
+        own = {"seconds": round(self._own.seconds, 3), "dollars": self._own.dollars}
         with suppress(ServiceError):
-            write_json(self._file, {"seconds": round(self._seconds, 3), "dollars": self._dollars})
+            write_json(self.file, own)
+
+    def allows_another(self, *, left: int, running: int) -> bool:
+        """Whether one more trial may be begun.
+
+        Args:
+            left: trials that are not begun, for the line that is said once.
+            running: trials that are underway.
+        """
+        self.look()
+        reached = self.budget.used_up(hours=self.hours, dollars=self.dollars or 0.0)
+        if reached and not self.used_up:
+            self.used_up = reached
+            self.say(f"{reached}: {left} trial(s) are not begun, {running} running go on.")
+        return not reached
 
     def metrics(self) -> dict[str, float]:
         """For the tracker."""
@@ -246,27 +266,6 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def check_disk(
-    disk: Disk, folder: Path, *, lower: str, free: Callable[[Path], int] = free_bytes
-) -> None:
-    """Refuses a plan whose checkpoints do not fit.
-
-    Args:
-        folder: where they go.
-        lower: the flags that make them fewer.
-        free: tells the free bytes there.
-
-    Raises:
-        ServiceError: with the numbers.
-    """
-    there = free(folder)
-    if there < disk.needed:
-        raise ServiceError(
-            f"{folder} has {size(there)} free, and the plan needs {disk}. Lower {lower}, or set "
-            "CPFEAN_STORAGE (or --output) to where there is more."
-        )
-
-
 def eta(seconds: float) -> str:
     """How long something will still take, as a study that runs says it."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -283,7 +282,7 @@ def size(number: float) -> str:
     return f"{number:.3g} GB" if number < 1000 else f"{number:.0f} GB"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Spent:
     """What the file of a meter holds."""
 
@@ -293,38 +292,35 @@ class _Spent:
 
 def _spent(file: Path) -> _Spent:
     """What a file says was spent; nothing if it is not there."""
-    given = read_fields(file, _Spent, without=_WITHOUT, optional=("dollars",))
-    if given is None:
-        return _Spent()
+    given = read_fields(file, _Spent, without=_WITHOUT, optional=("dollars",)) or {}
     for name, value in given.items():
         if value is not None and not 0 <= value < math.inf:
             raise RecordError(file, f"{name} must be 0 or more; got {value}", without=_WITHOUT)
     return _Spent(**given)
 
 
-def _tables(file: Path, name: str, plain: Any) -> dict[str, dict[str, Any]]:
-    if isinstance(plain, dict) and all(isinstance(of, dict) for of in plain.values()):
-        return plain
-    raise ConfigError(f"{file}: [{name}] must have a table for each name, as in prices.toml.")
+def _tables(name: str, plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    tables = plain.get(name, {})
+    if isinstance(tables, dict) and all(isinstance(of, dict) for of in tables.values()):
+        return tables
+    raise ConfigError(f"[{name}] must have a table for each name, as in prices.toml.")
 
 
-def _dollars(file: Path, name: str, plain: Mapping[str, Any], key: str) -> float:
-    value = plain.get(key)
+def _dollars(name: str, table: Mapping[str, Any], key: str) -> float:
+    value = table.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ConfigError(f"{file}: {name}.{key} must be dollars an hour; got {value!r}.")
+        raise ConfigError(f"{name}.{key} must be dollars an hour; got {value!r}.")
     return float(value)
 
 
-def _price(
-    file: Path, name: str, node: Mapping[str, Any], instances: Mapping[str, Mapping[str, float]]
-) -> Price:
+def _price(name: str, node: Mapping[str, Any], instances: Mapping[str, dict[str, float]]) -> Price:
     if "dollars" in node:
-        dollars = _dollars(file, name, node, "dollars")
+        dollars = _dollars(name, node, "dollars")
         return Price(dollars=dollars, on_demand=dollars)
     instance, market = str(node.get("instance")), node.get("market")
     if instance not in instances:
-        raise ConfigError(f"{file}: {name}.instance must be one of [instances]; got {instance!r}.")
+        raise ConfigError(f"{name}.instance must be one of [instances]; got {instance!r}.")
     if market not in _MARKETS:
-        raise ConfigError(f'{file}: {name}.market must be "on_demand" or "spot"; got {market!r}.')
+        raise ConfigError(f'{name}.market must be "on_demand" or "spot"; got {market!r}.')
     of = instances[instance]
     return Price(dollars=of[market], on_demand=of["on_demand"])

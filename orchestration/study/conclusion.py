@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +17,10 @@ from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.writing import write_json, write_text
-from orchestration.settings import Settings
+from orchestration.runners.protocol import Driver
+from orchestration.study.budget import Meter
 from orchestration.study.follower import Follower
-from orchestration.study.plan import StudyPlan, resume_line, with_more
-from orchestration.study.spending import Spending
+from orchestration.study.plan import resume_line, with_more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,6 @@ class StudyResult:
     """What came out.
 
     Attributes:
-        records: all trials, by number.
         best: the finished trial with the highest rSum on dev; a stopped one only if none finished.
         test: its metrics on the test split.
         used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
@@ -58,111 +57,86 @@ def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
     return max(finished or pruned, key=lambda record: record.best_rsum, default=None)
 
 
-def conclude(
-    plan: StudyPlan,
-    settings: Settings,
-    folder: RunFolder,
-    records: tuple[TrialRecord, ...],
-    follower: Follower,
-    spending: Spending,
-    say: Callable[[str], None],
-) -> StudyResult:
+def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
     """The result of a study whose trials are settled: best trial, its test, reports and summary.
 
     Args:
         follower: gets what the best trial comes to on the test split, and files.
-        spending: what the study has taken.
-        say: shows the user a line.
     """
+    plan, folder, records = study.plan, study.folder, tuple(study.records)
     best = best_of(records)
     if best is not None:
         write_text(folder.path / "best_config.toml", best.experiment.to_toml())
         if plan.of_kind.tested == "best":
-            _test(best, plan, settings, folder, say=say)
+            _test(best, study)
             follower.update(best)
             if plan.of_kind.has_pictures:
-                follower.keep_files(_pictures(best, plan, settings, folder, say=say), best)
+                follower.keep_files(_pictures(best, study), best)
         elif plan.tests_all:
             # The checkpoint of a run that was known already may be on another machine.
             with suppress(ServiceError):
                 keep_model(best, folder.path / "best_model")
     if plan.report is not None:
         follower.keep_files(plan.report(records))
-    metrics = {} if best is None else best.test
-    failed = _failures(records)
-    used_up, more = spending.used_up, with_more(plan, spending.meter)
+    failures = Counter(record.failure for record in records if record.state == "failed")
+    failed = ", ".join(f"{count} {failure}" for failure, count in failures.items())
+    used_up, more = meter.used_up, with_more(plan, meter)
     result = StudyResult(
         folder=folder.path,
         records=records,
         best=best,
-        test=metrics,
+        test={} if best is None else best.test,
         used_up=used_up and f"{used_up}; to go on with twice as much:\n{more}",
         failed=failed
         and f"{failed}; to run them once more:\n{resume_line(plan, retry_failed=True)}",
-        spent=spending.spent,
+        spent=meter.spent,
     )
     write_json(folder.path / "summary.json", summary(result))
     return result
 
 
-def _test(
-    best: TrialRecord,
-    plan: StudyPlan,
-    settings: Settings,
-    folder: RunFolder,
-    *,
-    say: Callable[[str], None],
-) -> None:
+def _test(best: TrialRecord, study: Driver) -> None:
     """Shows the best trial the test split, unless that has been done, and keeps its model."""
     from cpfean.training.setup import default_device, test_split_metrics
 
     if best.test:
         return
-    say(f"testing {best.name} ...")
+    study.say(f"testing {best.name} ...")
     best.test = test_split_metrics(
-        keep_model(best, folder.path / "best_model"),
+        keep_model(best, study.folder.path / "best_model"),
         best.experiment,
-        data_folder=plan.data_folder,
-        cache_dir=settings.cache_dir,
+        data_folder=study.plan.data_folder,
+        cache_dir=study.settings.cache_dir,
         device=default_device(),
     )
-    folder.write(best)
+    study.folder.write(best)
 
 
-def _pictures(
-    best: TrialRecord,
-    plan: StudyPlan,
-    settings: Settings,
-    folder: RunFolder,
-    *,
-    say: Callable[[str], None],
-) -> list[Path]:
+def _pictures(best: TrialRecord, study: Driver) -> list[Path]:
     """Pictures of what the best model sees, of which a study can do without."""
     from cpfean.analysis.pictures.queries import draw_study_pictures
 
     try:
         return draw_study_pictures(
-            folder.path / "best_model",
+            study.folder.path / "best_model",
             best.experiment,
-            data_folder=plan.data_folder,
-            cache_dir=settings.cache_dir,
-            output=folder.path / "pictures" / best.name,
+            data_folder=study.plan.data_folder,
+            cache_dir=study.settings.cache_dir,
+            output=study.folder.path / "pictures" / best.name,
         )
     # Whatever is wrong with drawing, the result is there and has been tested.
     except Exception as error:
-        say(f"no pictures of {best.name}: {message_of(error)}")
+        study.say(f"no pictures of {best.name}: {message_of(error)}")
         return []
 
 
 def outcome_metrics(records: Sequence[TrialRecord]) -> dict[str, float]:
     """What settled trials have come to, for the tracker: the tested one, else the best one."""
-    tested = next((record for record in records if record.test), None)
-    best = tested or best_of(records)
+    best = next((record for record in records if record.test), None) or best_of(records)
     if best is None:
         return {}
-    return {"best/val_rsum": best.best_rsum} | {
-        f"test/{name}": value for name, value in best.test.items()
-    }
+    tested = {f"test/{name}": value for name, value in best.test.items()}
+    return {"best/val_rsum": best.best_rsum} | tested
 
 
 def keep_model(record: TrialRecord, folder: Path) -> Path:
@@ -203,9 +177,3 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "used_up": result.used_up,
         "trials": rows,
     }
-
-
-def _failures(records: Sequence[TrialRecord]) -> str:
-    """How many trials failed with what."""
-    counted = Counter(record.failure for record in records if record.state == "failed")
-    return ", ".join(f"{count} {failure}" for failure, count in counted.items())

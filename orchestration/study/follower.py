@@ -20,13 +20,7 @@ from cpfean.records.trial_record import TrialRecord
 
 @dataclass(frozen=True, slots=True)
 class StudyNews:
-    """The study as a whole.
-
-    Attributes:
-        state: as that of a trial.
-        metrics: to be shown on it.
-        tags: beside those that never change.
-    """
+    """The study as a whole: its state, as of a trial, its numbers, and tags that may change."""
 
     state: str
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -108,27 +102,23 @@ class Pauses:
     away: float = 5.0
 
 
-_PAUSES = Pauses()
-
-
+@dataclass(eq=False)
 class Follower:
     """Keeps sinks up to date in the background; with none, takes note of nothing.
 
-    Args:
+    Attributes:
         sinks: the first ones are waited for first when it is closed.
         say: shows the user a line.
     """
 
-    def __init__(
-        self,
-        sinks: Sequence[Sink] = (),
-        *,
-        say: Callable[[str], None],
-        pauses: Pauses = _PAUSES,
-    ) -> None:
-        self._known = _Known()
-        self._changed = self._known.changed
-        self._deliveries = [_Delivery(sink, self._known, say, pauses) for sink in sinks]
+    sinks: Sequence[Sink]
+    say: Callable[[str], None]
+    pauses: Pauses = Pauses()
+
+    def __post_init__(self) -> None:
+        self._known = known = _Known()
+        self._changed = known.changed
+        self._deliveries = [_Delivery(sink, known, self.say, self.pauses) for sink in self.sinks]
 
     def start(self) -> None:
         """Starts the sending.
@@ -147,9 +137,7 @@ class Follower:
         What is wrong with it is told by then, before hours are spent on a training.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: all(delivery.has_met for delivery in self._deliveries), timeout=seconds
-            )
+            self._changed.wait_for(lambda: all(d.has_met for d in self._deliveries), seconds)
 
     def update(self, record: TrialRecord) -> None:
         """Takes note of a trial; returns at once."""
@@ -185,9 +173,7 @@ class Follower:
             self._mark(_Subject("files", number))
 
     def close(self, *, seconds: float = 60.0) -> bool:
-        """Waits until all is sent, but no longer than this; not for a sink that is away.
-
-        Tells the user what is not sent.
+        """Waits until all is sent, but no longer, nor for a sink that is away; tells what is not.
 
         Returns:
             Whether all is sent, or a sink has told how to send the rest. It is in the records, and
@@ -207,8 +193,8 @@ class Follower:
     @property
     def first(self) -> str:
         """What has to come before a resume that sends the rest; empty if it needs nothing."""
-        mended = any(delivery.has_to_be_mended for delivery in self._deliveries)
-        return "once that is mended, " if mended else ""
+        to_mend = any(delivery.has_to_be_mended for delivery in self._deliveries)
+        return "once that is mended, " if to_mend else ""
 
     def _mark(self, subject: _Subject) -> None:
         for delivery in self._deliveries:
@@ -234,18 +220,18 @@ class _Known:
         self.closing = False
 
 
+@dataclass(eq=False)
 class _Delivery:
     """What one sink has not got yet, and the thread that sends it."""
 
-    def __init__(
-        self, sink: Sink, known: _Known, say: Callable[[str], None], pauses: Pauses
-    ) -> None:
-        self.sink = sink
+    sink: Sink
+    known: _Known
+    say: Callable[[str], None]
+    pauses: Pauses
+
+    def __post_init__(self) -> None:
         self.has_met = False
-        self._known = known
-        self._changed = known.changed
-        self._say = say
-        self._pauses = pauses
+        self._changed = self.known.changed
         self._dirty: dict[_Subject, None] = {_Subject("study"): None}  # in the order of coming
         self._current: _Subject | None = _Subject("greeting")
         self._refused: dict[_Subject, float] = {}  # until when
@@ -254,7 +240,7 @@ class _Delivery:
         self._ended = True
         self._retry_at = 0.0
         self._is_last_try = self._asked_again = False
-        self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=self.sink.name, daemon=True)
 
     def start(self) -> None:
         self._ended = False
@@ -262,10 +248,6 @@ class _Delivery:
 
     def mark(self, subject: _Subject) -> None:
         self._dirty[subject] = None
-
-    @property
-    def done(self) -> bool:
-        return self._current is None and not self._dirty
 
     @property
     def has_to_be_mended(self) -> bool:
@@ -276,17 +258,17 @@ class _Delivery:
         end = time.monotonic() + seconds
         with self._changed:
             # A beat that hangs is not waited for.
-            while not self._ended and not self.done:
-                until = min(end, began + self._pauses.away) if self._away else end
+            while not self._ended and (self._current or self._dirty):
+                until = min(end, began + self.pauses.away) if self._away else end
                 if (left := until - time.monotonic()) <= 0:
                     break
                 self._changed.wait(left)
             held = self._dirty | ({self._current: None} if self._current else {})
-            records = [self._known.records[one.number] for one in held if one.kind == "trial"]
+            records = [self.known.records[one.number] for one in held if one.kind == "trial"]
             named = [one.number for one in held if one.kind == "files"]
-            files = {number: self._known.files.get(number, ()) for number in named}
+            files = {number: self.known.files.get(number, ()) for number in named}
         if held and not self._given_up and (line := self.sink.lacks(records, files)):
-            self._say(line)
+            self.say(line)
         return not held or self.sink.names_resume
 
     def _work(self) -> None:
@@ -309,8 +291,8 @@ class _Delivery:
 
     def _send(self, subject: _Subject) -> None:
         with self._changed:
-            study, record = self._known.study, self._known.records.get(subject.number)
-            paths = self._known.files.get(subject.number, ())
+            study, record = self.known.study, self.known.records.get(subject.number)
+            paths = self.known.files.get(subject.number, ())
         if subject.kind == "study":
             self.sink.send_study(study)
         elif subject.kind == "trial" and record is not None:
@@ -326,7 +308,7 @@ class _Delivery:
         while True:
             self._beat()
             with self._changed:
-                closing = self._known.closing
+                closing = self.known.closing
                 paused = not closing and time.monotonic() < self._retry_at
                 if self._given_up or (self._away and self._is_last_try):
                     return None
@@ -336,28 +318,26 @@ class _Delivery:
                     return subject
                 if closing:
                     return None
-                due = self._retry_at if paused else min([self.sink.beat_due, *self._due()])
+                again = [until for one, until in self._refused.items() if one in self._dirty]
+                due = self._retry_at if paused else min([self.sink.beat_due, *again])
                 self._changed.wait(max(0.0, min(due - time.monotonic(), threading.TIMEOUT_MAX)))
-
-    def _due(self) -> list[float]:
-        return [until for subject, until in self._refused.items() if subject in self._dirty]
 
     def _pick(self) -> _Subject | None:
         """Numbers before files, which are large; the end of the whole after that of its trials."""
         now = time.monotonic()
         free = [one for one in self._dirty if self._refused.get(one, 0.0) <= now]
-        if not free and self._known.closing and not self._asked_again:
+        if not free and self.known.closing and not self._asked_again:
             # What was refused is asked once more at the end, and that is all.
             self._asked_again = True
             self._refused.clear()
             free = list(self._dirty)
-        order = {"study": 0 if self._known.study.state == "running" else 2, "trial": 1, "files": 3}
+        order = {"study": 0 if self.known.study.state == "running" else 2, "trial": 1, "files": 3}
         return min(free, key=lambda one: order[one.kind], default=None)
 
     def _beat(self) -> None:
         """One that does not arrive is not sent again: there is a next one."""
-        now = time.monotonic()
-        if self._known.closing or now < max(self.sink.beat_due, self._retry_at):
+        due = max(self.sink.beat_due, self._retry_at)
+        if self.known.closing or time.monotonic() < due:
             return
         try:
             is_dirty, away = self.sink.beat(), False
@@ -379,17 +359,17 @@ class _Delivery:
             self._is_shut = isinstance(error, ShutError)
             self._given_up = isinstance(error, GivenUpError)
             self._away = not is_refused
-            if is_refused:
-                is_file = subject.kind == "files"
-                pause = self._pauses.retry if is_file else self._pauses.refused
-                self._refused[subject] = now + pause
+            if not is_refused:
+                self._retry_at = now + self.pauses.retry
             else:
-                self._retry_at = now + self._pauses.retry
+                is_file = subject.kind == "files"
+                pause = self.pauses.retry if is_file else self.pauses.refused
+                self._refused[subject] = now + pause
         answered = isinstance(error, SinkError)
         what = subject if is_refused else type(error) if answered else None
         if what not in self._told:
             self._told.add(what)
-            self._say(str(error) if answered else self.sink.away(error))
+            self.say(str(error) if answered else self.sink.away(error))
 
 
 def _copy(record: TrialRecord) -> TrialRecord:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
+from cpfean.errors import ServiceError
 from cpfean.fingerprints import encoder_fingerprint
 from cpfean.records.results import Results
 from cpfean.records.run_folder import RunFolder
@@ -17,7 +17,7 @@ from cpfean.records.trial_record import TUNING, TrialRecord
 from cpfean.storage.checkpoints import KEPT
 from orchestration.proposals.search_space import SearchSpace
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT, Budget, Disk, Meter, check_disk, free_bytes
+from orchestration.study.budget import SPENT, Budget, Disk, Meter, free_bytes, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +30,6 @@ class Kind:
         fewer: what to lower if its checkpoints do not fit on the disk.
         has_parent: the tracker has a run of the whole, whose children the trials are.
         has_pictures: what the best model sees is drawn at the end.
-        suffix: of its name, if it is a part of the study whose name comes before that.
-        prelude: the suffix of the study that is a part of it.
     """
 
     script: str
@@ -39,33 +37,19 @@ class Kind:
     fewer: str
     has_parent: bool = True
     has_pictures: bool = False
-    suffix: str = ""
-    prelude: str = ""
 
 
 KINDS: Mapping[str, Kind] = {
     "sweep": Kind(script="sweep.py", tested="best", fewer="--trials", has_pictures=True),
-    "ablations": Kind(
-        script="run_ablations.py", tested="all", fewer="--seeds, or the variants with --only"
-    ),
+    "ablations": Kind(script="run_ablations.py", tested="all", fewer="--seeds or --only"),
     "train": Kind(
         script="train.py",
         tested="best",
         fewer="the size of the model (--set model.dim=...)",
         has_parent=False,
     ),
-    "tuning": Kind(
-        script="compare.py",
-        tested="none",
-        fewer="--tuning, or the methods with --methods",
-        suffix=TUNING,
-    ),
-    "comparison": Kind(
-        script="compare.py",
-        tested="all",
-        fewer="--seeds, or the methods with --methods",
-        prelude=TUNING,
-    ),
+    "tuning": Kind(script="compare.py", tested="none", fewer="--tuning or --methods"),
+    "comparison": Kind(script="compare.py", tested="all", fewer="--seeds or --methods"),
 }
 
 
@@ -76,6 +60,11 @@ class TrialPlan:
     name: str
     overrides: Mapping[str, Plain]
     config: ExperimentConfig
+
+    def record(self, number: int) -> TrialRecord:
+        """Of the trial before it runs."""
+        own, config = dict(self.overrides), self.config.to_dict()
+        return TrialRecord(number=number, name=self.name, overrides=own, config=config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,34 +142,28 @@ class StudyPlan:
         }
 
 
-def planned_record(number: int, plan: TrialPlan) -> TrialRecord:
-    """The record of a trial that is yet to run."""
-    return TrialRecord(
-        number=number,
-        name=plan.name,
-        overrides=dict(plan.overrides),
-        config=plan.config.to_dict(),
-    )
+def known_records(
+    plan: StudyPlan, results: Results | None, *, begun: Collection[int]
+) -> list[TrialRecord]:
+    """Finished records of the trials, but for those that were begun, whose runs are known."""
+    if results is None:
+        return []
+    new = [trial.record(n) for n, trial in enumerate(plan.fixed) if n not in begun]
+    return [record for record in new if results.fill(record, tested=plan.tests_all)]
 
 
 def num_open(plan: StudyPlan, settings: Settings) -> int:
     """Trials of a plan that would have to be trained now."""
-    folder = RunFolder(settings.output / plan.name)
-    records = {record.number: record for record in folder.records()}
-    settled = {
-        number
-        for number, record in records.items()
-        if record.settled and not (plan.retry_failed and record.state == "failed")
-    }
-    results = plan.known_results(folder)
-    if results is not None:
-        settled |= {
-            number
-            for number, trial in enumerate(plan.fixed)
-            if number not in records
-            and results.fill(planned_record(number, trial), tested=plan.tests_all)
-        }
-    return max(0, plan.trials - len(settled))
+    folder = folder_of(plan, settings)
+    records = folder.records()
+    settled = sum(r.settled and not (plan.retry_failed and r.state == "failed") for r in records)
+    known = known_records(plan, plan.known_results(folder), begun={r.number for r in records})
+    return max(0, plan.trials - settled - len(known))
+
+
+def folder_of(plan: StudyPlan, settings: Settings) -> RunFolder:
+    """Where the records of a study are or will be."""
+    return RunFolder(settings.output / plan.name)
 
 
 def storage_of(plan: StudyPlan, settings: Settings) -> Path | None:
@@ -202,16 +185,16 @@ def disk_of(plan: StudyPlan, settings: Settings, *, at_a_time: int) -> Disk:
     """The room that the checkpoints of a plan need."""
     from cpfean.training.timing import checkpoint_bytes
 
-    return Disk(
-        each=checkpoint_bytes(plan.base, data_folder=plan.data_folder),
-        trials=num_open(plan, settings),
-        kept=KEPT,
-        at_a_time=at_a_time,
-    )
+    each = checkpoint_bytes(plan.base, data_folder=plan.data_folder)
+    return Disk(each=each, trials=num_open(plan, settings), kept=KEPT, at_a_time=at_a_time)
 
 
 def check_room_for_checkpoints(
-    plan: StudyPlan, settings: Settings, *, free: Callable[[Path], int] = free_bytes
+    plan: StudyPlan,
+    settings: Settings,
+    *,
+    needs: Callable[..., Disk] = disk_of,
+    free: Callable[[Path], int] = free_bytes,
 ) -> None:
     """Refuses a plan whose checkpoints do not fit where they go, if that is a folder.
 
@@ -222,16 +205,19 @@ def check_room_for_checkpoints(
     if folder is None or num_open(plan, settings) == 0:
         return
     # How many run at a time is known when Ray has started; it is one at least.
-    check_disk(disk_of(plan, settings, at_a_time=1), folder, lower=plan.of_kind.fewer, free=free)
+    disk, there = needs(plan, settings, at_a_time=1), free(folder)
+    if there < disk.needed:
+        raise ServiceError(
+            f"{folder} has {size(there)} free, and the plan needs {disk}. Lower "
+            f"{plan.of_kind.fewer}, or set CPFEAN_STORAGE (or --output) to where there is more."
+        )
 
 
-def meter_of(
-    plan: StudyPlan, folder: RunFolder, *, clock: Callable[[], float] = time.monotonic
-) -> Meter:
-    """What a study has taken; the tuning of a comparison is part of it."""
-    prelude = plan.of_kind.prelude
-    before = [folder.path.with_name(folder.name + prelude) / SPENT] if prelude else []
-    return Meter(folder.path / SPENT, before=before, clock=clock)
+def meter_of(plan: StudyPlan, folder: RunFolder, **given: Any) -> Meter:
+    """A `Meter`, with the arguments given, of a study; a comparison's tuning is part of it."""
+    tuning = folder.path.with_name(folder.name + TUNING) / SPENT
+    before = [tuning] if plan.kind == "comparison" else []
+    return Meter(folder.path / SPENT, plan.budget, before=before, **given)
 
 
 def resume_line(
@@ -240,17 +226,11 @@ def resume_line(
     """What to type to go on: the whole command, for a line of its own.
 
     Args:
-        retry_failed: with the trials that failed.
         changed: flags with other values than before.
     """
-    kind = plan.of_kind
-    return commands.resume(
-        kind.script,
-        plan.typed,
-        run=plan.name.removesuffix(kind.suffix),
-        retry_failed=retry_failed,
-        changed=changed,
-    )
+    script = plan.of_kind.script
+    run = plan.name.removesuffix(TUNING) if plan.kind == "tuning" else plan.name
+    return commands.resume(script, plan.typed, run=run, retry_failed=retry_failed, changed=changed)
 
 
 def with_more(plan: StudyPlan, meter: Meter) -> str:

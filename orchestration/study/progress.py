@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from orchestration.study.budget import eta
 
@@ -13,28 +13,25 @@ _CLUSTER_LIMIT_SECONDS = 3600.0  # a cluster may have to start its machines
 _FIRST_EPOCH_SECONDS = 4 * 3600.0  # nobody knows yet how long one takes
 
 
+@dataclass(eq=False)
 class Progress:
-    """Takes note of news, and judges the time since the last.
+    """Takes note of news, and judges the time since the last; by a clock that never goes back."""
 
-    Args:
-        clock: seconds from any origin; never goes back.
-    """
+    clock: Callable[[], float]
+    is_local: bool = True
 
-    def __init__(
-        self, *, is_local: bool = True, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._clock = clock
-        self._start = self._last = clock()
+    def __post_init__(self) -> None:
+        self._start = self._last = self.clock()
         self._epochs = 0
         self._slowest = 0.0
-        self._floor = _LIMIT_SECONDS if is_local else _CLUSTER_LIMIT_SECONDS
+        self._floor = _LIMIT_SECONDS if self.is_local else _CLUSTER_LIMIT_SECONDS
         self._next_notice = _SILENCE_SECONDS
         self.has_begun = False
 
     @property
     def silent(self) -> float:
         """Seconds since the last news."""
-        return self._clock() - self._last
+        return self.clock() - self._last
 
     @property
     def has_stalled(self) -> bool:
@@ -62,7 +59,7 @@ class Progress:
         if epochs > 0:
             self._slowest = max(self._slowest, self.silent)
             self._epochs += epochs
-        self._last = self._clock()
+        self._last = self.clock()
         self._next_notice = max(_SILENCE_SECONDS, 3 * self._slowest)
 
     def eta(self, epochs_left: int) -> str:

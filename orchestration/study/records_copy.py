@@ -13,6 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cpfean.errors import ConfigError, ServiceError, message_of
@@ -25,17 +27,17 @@ from cpfean.writing import write_text
 from orchestration.settings import Settings
 from orchestration.study.budget import SPENT
 from orchestration.study.follower import GivenUpError, StudyNews
+from orchestration.study.plan import StudyPlan, folder_of, resume_line
 
 _IDENTITY = "sweep.json"
 _FILES = (SPENT, "summary.json", "best_config.toml")
-_ANSWER_SECONDS = 10.0  # that a study waits at its start for a storage to answer
-_LOOK_SECONDS = 2.0  # between two looks at what has changed
 
 
+@dataclass(eq=False)
 class RecordsCopy:
     """Brings the copy of a study's records up to date; a `Sink`.
 
-    Args:
+    Attributes:
         folder: of the study; it need not be there yet.
         copy: where it goes.
         resume: the command that goes on with the study.
@@ -46,21 +48,14 @@ class RecordsCopy:
     name = "records-copy"
     names_resume = True
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        copy: CopyFolder,
-        *,
-        resume: str = "",
-        answer_seconds: float = _ANSWER_SECONDS,
-        look_seconds: float = _LOOK_SECONDS,
-    ) -> None:
+    folder: RunFolder
+    copy: CopyFolder
+    resume: str = ""
+    answer_seconds: float = 10.0
+    look_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
         self.beat_due = 0.0
-        self._folder = folder
-        self._copy = copy
-        self._resume = resume
-        self._answer_seconds = answer_seconds
-        self._look_seconds = look_seconds
         self._agrees = False
         self._copied: dict[str, tuple[int, int, int]] = {}
 
@@ -76,17 +71,15 @@ class RecordsCopy:
         refusals: list[ConfigError] = []
 
         def ask() -> None:
-            try:
-                self._compare()
-            except ConfigError as error:
-                refusals.append(error)
-            # The copying asks again, and tells.
-            except Exception:
-                return
+            with suppress(Exception):  # the copying asks again, and tells
+                try:
+                    self._compare()
+                except ConfigError as error:
+                    refusals.append(error)
 
         asking = threading.Thread(target=ask, name="records-copy-check", daemon=True)
         asking.start()
-        asking.join(self._answer_seconds)
+        asking.join(self.answer_seconds)
         if refusals:
             raise refusals[0]
 
@@ -109,12 +102,12 @@ class RecordsCopy:
         """They stay where they are."""
 
     def beat(self) -> bool:
-        self.beat_due = time.monotonic() + self._look_seconds
-        return any(True for _ in self._changed())
+        self.beat_due = time.monotonic() + self.look_seconds
+        return next(self._changed(), None) is not None
 
     def away(self, error: Exception) -> str:
         return (
-            f"the records are not copied to {self._copy.uri} ({message_of(error)}); training goes "
+            f"the records are not copied to {self.copy.uri} ({message_of(error)}); training goes "
             "on, and they are when it answers."
         )
 
@@ -122,18 +115,18 @@ class RecordsCopy:
         self, records: Sequence[TrialRecord], files: Mapping[int | None, Sequence[Path]]
     ) -> str:
         return (
-            f"{self._copy.uri} has not got all records; they are in {self._folder.path}, and the "
-            f"rest is copied by\n  {self._resume}"
+            f"{self.copy.uri} has not got all records; they are in {self.folder.path}, and the "
+            f"rest is copied by\n  {self.resume}"
         )
 
     def _copy_changes(self) -> None:
         for name, seen in self._changed():
-            self._copy.put(self._folder.path / name, name)
+            self.copy.put(self.folder.path / name, name)
             self._copied[name] = seen
 
     def _changed(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """The names of files that are not copied as they are now, and by what that is seen."""
-        folder = self._folder.path
+        folder = self.folder.path
         # The identity first: with it the name is taken.
         for name in (_IDENTITY, *_FILES, *_records(folder)):
             try:
@@ -145,46 +138,51 @@ class RecordsCopy:
                 yield name, seen
 
     def _compare(self) -> None:
-        here, uri = self._folder, self._copy.uri
+        here, uri = self.folder, self.copy.uri
         with tempfile.TemporaryDirectory(prefix="cpfean-") as temporary:
             there = RunFolder(Path(temporary) / here.name)
-            if self._copy.get(_IDENTITY, there.identity_file):
-                if not is_there(here.identity_file):
-                    raise ConfigError(
-                        f"{uri} holds a run already; continue it with\n  {self._resume}\nor choose "
-                        "another --name."
-                    )
-                try:
-                    if there.id != here.id:
-                        raise ConfigError(
-                            f"{uri} is another run than {here.path} (id {there.id}, and {here.id} "
-                            "here): choose another --name, or move one of the two away."
-                        )
-                    self._copy.fetch(there.path)
-                    epochs = _epochs(there)
-                except RecordError as error:
-                    if not error.file.is_relative_to(there.path):
-                        raise
-                    file = f"{uri}/{error.file.relative_to(there.path)}"
-                    raise ConfigError(
-                        f"{file}: {error.wrong}: damaged, or written by another release. Move "
-                        f"{uri} away, and it is made anew from {here.path}."
-                    ) from None
-                if epochs > _epochs(here):
-                    raise ConfigError(
-                        f"{uri} is further than {here.path}: {epochs} epoch(s), and "
-                        f"{_epochs(here)} here. Move the folder away to go on from the copy, or "
-                        "the copy to go on from the folder; then --resume again."
-                    )
+            try:
+                if self.copy.get(_IDENTITY, there.identity_file):
+                    self._compare_with(there)
+            except RecordError as error:
+                if not error.file.is_relative_to(there.path):
+                    raise
+                file = f"{uri}/{error.file.relative_to(there.path)}"
+                raise ConfigError(
+                    f"{file}: {error.wrong}: damaged, or written by another release. Move {uri} "
+                    f"away, and it is made anew from {here.path}."
+                ) from None
         self._agrees = True
 
+    def _compare_with(self, there: RunFolder) -> None:
+        here, uri = self.folder, self.copy.uri
+        if not is_there(here.identity_file):
+            raise ConfigError(
+                f"{uri} holds a run already; continue it with\n  {self.resume}\nor choose another "
+                "--name."
+            )
+        if there.id != here.id:
+            raise ConfigError(
+                f"{uri} is another run than {here.path} (id {there.id}, and {here.id} here): "
+                "choose another --name, or move one of the two away."
+            )
+        self.copy.fetch(there.path)
+        if _epochs(there) > _epochs(here):
+            raise ConfigError(
+                f"{uri} is further than {here.path}: {_epochs(there)} epoch(s), and "
+                f"{_epochs(here)} here. Move the folder away to go on from the copy, or the copy "
+                "to go on from the folder; then --resume again."
+            )
 
-def copy_of(folder: RunFolder, settings: Settings, *, resume: str) -> RecordsCopy | None:
-    """The copy of a study's records, if they are to be copied; arguments as `RecordsCopy`."""
+
+def checked_copy(plan: StudyPlan, settings: Settings) -> RecordsCopy | None:
+    """The copy of a study's records, if they are to be copied; raises as `RecordsCopy.check`."""
     if settings.storage is None:
         return None
-    copy = CopyFolder(settings.storage, folder.name, patience=0.0)
-    return RecordsCopy(folder, copy, resume=resume)
+    place = CopyFolder(settings.storage, plan.name, patience=0.0)
+    copy = RecordsCopy(folder_of(plan, settings), place, resume=resume_line(plan))
+    copy.check()
+    return copy
 
 
 def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) -> None:
@@ -215,28 +213,22 @@ def fetch_records(name: str, settings: Settings, *, say: Callable[[str], None]) 
 
 
 class CopyFolder:
-    """The copy of one study, in a folder or in an object store.
-
-    Args:
-        patience: as in `Storage`.
-    """
+    """The copy of one study, in a folder or in an object store; `patience` as in `Storage`."""
 
     def __init__(self, storage: str, name: str, *, patience: float | None = None) -> None:
         self.uri = f"{storage.rstrip('/')}/studies/{name}"
         path = self.uri.removeprefix("file://")
         self._path = Path(path)
-        self._store = self._trials = None
-        if "://" in path:
-            self._store = Storage(self.uri, patience=patience)
-            self._trials = Storage(f"{self.uri}/trials", patience=patience)
+        self._patience = patience
+        self._store = Storage(self.uri, patience=patience) if "://" in path else None
 
     def put(self, file: Path, name: str) -> None:
         if self._store is not None:
             self._store.put(file, name)
-            return
-        target = self._path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, file.read_text(encoding="utf-8"))
+        else:
+            target = self._path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, file.read_text(encoding="utf-8"))
 
     def get(self, name: str, file: Path) -> bool:
         """Fetches a file as a whole; False if it is not there."""
@@ -254,10 +246,11 @@ class CopyFolder:
 
     def fetch(self, folder: Path) -> None:
         """Fetches all that there is but the identity; what is there already is as new."""
-        if self._trials is None:
+        if self._store is None:
             names = _records(self._path)
         else:
-            names = [f"trials/{number}/record.json" for number in self._trials.folders()]
+            trials = Storage(f"{self.uri}/trials", patience=self._patience)
+            names = [f"trials/{number}/record.json" for number in trials.folders()]
         for name in (*_FILES, *names):
             if not is_there(folder / name):
                 self.get(name, folder / name)

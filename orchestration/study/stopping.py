@@ -44,37 +44,31 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+@dataclass(eq=False)
 class Stop:
     """Why a study is to stop, and the way to those who have to hear of it.
 
     Work that can be interrupted in good order listens to SIGUSR1, as Tune does.
 
-    Args:
+    Attributes:
         say: shows the user a line.
         end_process: ends it at once, with an exit code.
-
-    Attributes:
         signal: number of the one that came; 0 if none did.
         error: that makes further work senseless; the first one counts.
         left: called by `leave`, in whatever thread it is called: writes what is to be written and
             ends the process.
     """
 
-    def __init__(
-        self,
-        say: Callable[[str], None],
-        *,
-        deadlines: Deadlines | None = None,
-        end_process: Callable[[int], None] = os._exit,
-    ) -> None:
-        self.deadlines = deadlines or Deadlines()
-        self.signal = 0
-        self.error: CpfeanError | None = None
-        self.left: Callable[[], None] = lambda: None
-        self._say = say
+    say: Callable[[str], None]
+    deadlines: Deadlines = Deadlines()
+    end_process: Callable[[int], None] = os._exit
+    signal: int = 0
+    error: CpfeanError | None = None
+    left: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
         self._told = 0.0
         self._save: Callable[[float], bool] | None = None
-        self.end_process = end_process
 
     @property
     def is_asked(self) -> bool:
@@ -139,10 +133,9 @@ class Stop:
 
     @contextmanager
     def errors_of(self, folder: Path) -> Iterator[None]:
-        """Takes errors of ours from a library that would make a text of them: they stop the study.
+        """Stops the study by errors of ours, or of its folder's disk, before a library hides them.
 
-        Args:
-            folder: of the study, for errors of a disk that name no file.
+        Tune makes texts of what its callbacks raise, and an error of a disk may name no file.
         """
         try:
             yield
@@ -163,12 +156,15 @@ class Stop:
             self.end_process(128 + number)
         self.signal, self._told = number, time.monotonic()
         with suppress(RuntimeError):  # it may have come in the middle of another line
-            self._say("stopping ... (once more to stop at once)")
+            self.say("stopping ... (once more to stop at once)")
         if self._save is None or not _work_listens():
             raise Interrupted(number)
         # The main thread goes on, as it may be what passes news while trials are saved.
-        for name, after in (("leave", self._leave_in_time), ("save", self._save_and_interrupt)):
-            threading.Thread(target=after, args=(self._save,), name=name, daemon=True).start()
+        leaving = threading.Timer(self.deadlines.ended, self._leave_if_at_work, (self._save,))
+        saving = threading.Thread(target=self._save_and_interrupt, args=(self._save,))
+        for thread in (leaving, saving):
+            thread.daemon = True
+            thread.start()
 
     def _save_and_interrupt(self, save: Callable[[float], bool]) -> None:
         ends_by_itself = False
@@ -178,13 +174,9 @@ class Stop:
             if not ends_by_itself and self._save is save:
                 _interrupt_work()
 
-    def _leave_in_time(self, save: Callable[[float], bool]) -> None:
-        end = self._told + self.deadlines.ended
-        while self._save is save:
-            if time.monotonic() > end:
-                self.leave()
-                return
-            time.sleep(0.05)
+    def _leave_if_at_work(self, save: Callable[[float], bool]) -> None:
+        if self._save is save:
+            self.leave()
 
 
 def _work_listens() -> bool:

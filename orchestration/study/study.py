@@ -6,44 +6,37 @@ that trains the trials, to the followers that track and copy the records, and to
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from cpfean import commands
-from cpfean.errors import CpfeanError, ServiceError
+from cpfean.errors import ServiceError
 from cpfean.fingerprints import encoder_fingerprint
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import State, TrialRecord
 from orchestration.cluster.versions import since_start
-from orchestration.runners.messages import (
-    Begun,
-    Ended,
-    Epoch,
-    Failed,
-    Lost,
-    Message,
-    Note,
-    Resumed,
-    Tested,
-)
+from orchestration.runners import messages
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult, conclude, outcome_metrics
-from orchestration.study.follower import Follower
+from orchestration.study.follower import Follower, Sink
 from orchestration.study.plan import (
     StudyPlan,
     check_room_for_checkpoints,
     checkpoint_root,
+    folder_of,
     meter_of,
     resume_line,
 )
 from orchestration.study.progress import Progress
-from orchestration.study.records_copy import copy_of
-from orchestration.study.sinks import follower_of
-from orchestration.study.spending import Spending
+from orchestration.study.records_copy import checked_copy
 from orchestration.study.stopping import Interrupted, Stop
 from orchestration.study.trials import MAX_LOSSES, StudyError, Trials
+from orchestration.tracking.mlflow_sink import MlflowSink
+from orchestration.tracking.runs import TrackedRun
 from orchestration.versions import git_commit, versions
 
 
@@ -54,6 +47,7 @@ def run_study(
     runner: Runner,
     resume: bool,
     say: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> StudyResult:
     """Runs a study to its end, or on to its end.
 
@@ -73,31 +67,8 @@ def run_study(
     """
     runner.check(plan)
     check_room_for_checkpoints(plan, settings)
-    copy = copy_of(RunFolder(settings.output / plan.name), settings, resume=resume_line(plan))
-    if copy is not None:
-        copy.check()
-    folder = opened_folder(plan, settings, resume=resume)
-    stop = Stop(say)
-    with folder.lock(), stop.listening():
-        follow_places(plan, folder, say)
-        drift = since_start(folder, allowed=plan.allow_drift)
-        if plan.retry_failed and (number := folder.reopen_failed()):
-            say(f"{number} trial(s) that failed are run once more.")
-        follower = follower_of(
-            plan, settings, folder, say=say, copy=copy, needs_mlflow=runner.needs_mlflow
-        )
-        study = Study(plan, settings, folder, runner, follower, stop=stop, say=say, drift=drift)
-        return study.run()
-
-
-def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFolder:
-    """A new folder for a plan, or the one that was made for it.
-
-    Raises:
-        ConfigError: the folder exists, or does not, or was made for another plan; or one of its
-            files cannot be read.
-    """
-    folder = RunFolder(settings.output / plan.name)
+    copy = checked_copy(plan, settings)
+    folder = folder_of(plan, settings)
     if resume:
         folder.check_same(plan.identity())
         folder.check()
@@ -106,18 +77,52 @@ def opened_folder(plan: StudyPlan, settings: Settings, *, resume: bool) -> RunFo
         folder.create(
             plan.identity(), commit=git_commit(), versions=versions(), resume=resume_line(plan)
         )
-    return folder
+    stop = Stop(say)
+    with folder.lock(), stop.listening():
+        _follow_places(plan, folder, say)
+        drift = since_start(folder, allowed=plan.allow_drift)
+        if plan.retry_failed and (number := folder.reopen_failed()):
+            say(f"{number} trial(s) that failed are run once more.")
+        # The copy first: MLflow can be filled from the records.
+        sinks: list[Sink] = [] if copy is None else [copy]
+        if runner.needs_mlflow or importlib.util.find_spec("mlflow") is not None:
+            sinks.append(MlflowSink(settings.tracking_uri, _tracked_run(plan, folder), say=say))
+        else:
+            say("MLflow is not installed: nothing is tracked, records and results are kept.")
+        follower = Follower(sinks, say=say)
+        return Study(
+            plan, settings, folder, runner, follower, stop=stop, say=say, drift=drift, clock=clock
+        ).run()
 
 
-def follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
+def _tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
+    """How MLflow knows a study."""
+    own = {"cpfean.data": plan.data_fingerprint, "cpfean.data_path": plan.base.data.path}
+    parameters = {
+        "study.trials": plan.trials,
+        "study.workers": plan.workers,
+        "study.space": plan.space.name if plan.space else "",
+    }
+    return TrackedRun(
+        id=folder.id,
+        name=plan.name,
+        kind=plan.kind,
+        tags=own | dict(plan.tags),
+        parameters=parameters | plan.base.flat(),
+        has_parent=plan.of_kind.has_parent,
+    )
+
+
+def _follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]) -> None:
     """Lets the trials of a study read data and text encoder where they are now.
 
     Of what a study is resumed with is known that it holds the same as before.
     """
     now = plan.base.flat()
-    for path, what in (("data.path", "data"), ("model.text.encoder", "text encoder")):
-        if what == "text encoder" and not encoder_fingerprint(plan.base):
-            continue  # it goes by its name
+    places = {"data.path": "data"}
+    if encoder_fingerprint(plan.base):  # else it goes by its name
+        places["model.text.encoder"] = "text encoder"
+    for path, what in places.items():
         moved: set[str] = set()
         for record in folder.records():
             before = record.experiment.flat()[path]
@@ -130,82 +135,64 @@ def follow_places(plan: StudyPlan, folder: RunFolder, say: Callable[[str], None]
             say(f"the {what} is now read from {now[path]}; it was in {', '.join(sorted(moved))}.")
 
 
+@dataclass(eq=False)
 class Study:
     """A study while it runs; to its runner, a `Driver`.
 
-    Args:
+    Attributes:
         folder: of its records; locked.
         follower: of the records.
         stop: asked and told by everybody.
         drift: how the versions here differ from those at the start, which is allowed.
-        clock: seconds from any origin; never goes back; None: the system's.
     """
 
-    def __init__(
-        self,
-        plan: StudyPlan,
-        settings: Settings,
-        folder: RunFolder,
-        runner: Runner,
-        follower: Follower,
-        *,
-        stop: Stop,
-        say: Callable[[str], None],
-        drift: str = "",
-        clock: Callable[[], float] | None = None,
-    ) -> None:
-        clock = clock or time.monotonic
-        self.plan = plan
-        self.settings = settings
-        self.folder = folder
-        self.stop = stop
-        self.say = say
-        self._runner = runner
-        self._follower = follower
-        self._drift = drift
-        self._trials = Trials(plan, folder, changed=follower.update, say=say, clock=clock)
-        self._spending = Spending(
-            plan.budget, meter_of(plan, folder, clock=clock), nodes=runner.node_types, say=say
-        )
-        self._clock = clock
-        self._progress = Progress(clock=clock)
+    plan: StudyPlan
+    settings: Settings
+    folder: RunFolder
+    runner: Runner
+    follower: Follower
+    stop: Stop
+    say: Callable[[str], None]
+    drift: str = ""
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        plan, folder, say, clock = self.plan, self.folder, self.say, self.clock
+        self._trials = Trials(plan, folder, self.follower.update, say, clock)
+        self._meter = meter_of(plan, folder, nodes=self.runner.node_types, say=say, clock=clock)
+        self._progress = Progress(clock)
         self._team_sizes: dict[int, int] = {}
         self._closing = threading.Lock()
-        stop.left = self._leave
+        self._resume = resume_line(plan)
+        self.stop.left = self._leave
 
     def run(self) -> StudyResult:
         """Runs it to its end; raises as `run_study`."""
         if self.num_open > 0:
-            self._runner.wait_for_start()
-        self._follower.start()
-        self._follower.update_study("running", {})
-        if self._runner.meet_seconds:
-            self._follower.meet(seconds=self._runner.meet_seconds)
+            self.runner.wait_for_start()
+        self.follower.start()
+        self.follower.update_study("running", {})
+        if self.runner.meet_seconds:
+            self.follower.meet(seconds=self.runner.meet_seconds)
         for record in self.records:
             # An interrupted trial may not be begun again, and MLflow may be another, empty one.
             if record.settled or record.state == "interrupted":
-                self._follower.update(record)
+                self.follower.update(record)
         outcome: State = "failed"
         try:
             self.prepare()
             if self.num_open > 0 and self._may_begin():
-                self._runner.run(self)
-            self._check_all_are_settled()
+                self.runner.run(self)
+            left_out = {r.number for r in self._trials.waiting} if self._meter.used_up else set()
+            if any(not r.settled and r.number not in left_out for r in self.records):
+                raise ServiceError(f"the cluster was lost; continue with:\n{self._resume}")
             self._trials.export_search()
-            result = conclude(
-                self.plan,
-                self.settings,
-                self.folder,
-                self._trials.records,
-                self._follower,
-                self._spending,
-                self.say,
-            )
+            result = conclude(self, self.follower, self._meter)
             outcome = "finished"
             return result
         except (Interrupted, KeyboardInterrupt):
             outcome = "interrupted"
-            self.say(f"Stopped; continue with:\n{resume_line(self.plan)}")
+            self.say(f"Stopped; continue with:\n{self._resume}")
             raise
         finally:
             self._close(outcome)
@@ -227,12 +214,12 @@ class Study:
         return f"{root}/{self.folder.first_name}-{number:03d}"
 
     def expect(self, *, is_local: bool) -> None:
-        self._spending.check_prices()
-        self._spending.count()
-        self._progress = Progress(is_local=is_local, clock=self._clock)
+        self.plan.budget.check_prices(self.runner.node_types())
+        self._meter.count()
+        self._progress = Progress(self.clock, is_local=is_local)
 
     def differs(self, versions: str) -> None:
-        self._drift = "; ".join(text for text in (self._drift, versions) if text)
+        self.drift = "; ".join(text for text in (self.drift, versions) if text)
 
     def next_trial(self) -> TrialRecord | None:
         if self.stop.is_asked or not self._trials.has_next() or not self._may_begin():
@@ -240,81 +227,75 @@ class Study:
         return self._trials.next()
 
     def started(self, number: int) -> None:
-        self._trials.started(number, drift=self._drift)
+        self._trials.started(number, drift=self.drift)
         self._progress.news()
 
-    def tell(self, number: int, message: Message) -> None:
+    def tell(self, number: int, message: messages.Message) -> None:
         record = self._trials[number]
         match message:
-            case Begun(workers=workers):
+            case messages.Begun(workers=workers):
                 self._progress.begun()
                 self._tell_team_size(record, workers)
-            case Resumed(checkpoint=checkpoint):
+            case messages.Resumed(checkpoint=checkpoint):
                 self.say(f"{record.name}: resuming from {checkpoint}")
-                self._progress.news()
-            case Epoch(history=history, checkpoint=checkpoint, ended=ended):
-                new = self._trials.trained(number, history, checkpoint, ended=ended)
+            case messages.Epoch():
+                new = self._trials.trained(number, message)
                 self._progress.news(epochs=new)
                 if new:
                     self._show(record)
-            case Tested(history=history, checkpoint=checkpoint, metrics=metrics):
-                self._trials.trained(number, history, checkpoint, ended=True, test=metrics)
-                self._progress.news()
-            case Note(line=line):
+            case messages.Tested():
+                self._trials.trained(number, message)
+            case messages.Note(line=line):
                 self.say(f"{record.name}: {line}")
-                self._progress.news()
-            case Failed(failure=failure, message=text):
+            case messages.Failed(failure=failure, message=text):
                 self._failed(record, failure, text)
-            case Lost(message=text):
+            case messages.Lost(message=text):
                 self._lost(record, text)
-            case Ended(pruned=pruned):
+            case messages.Ended(pruned=pruned):
                 self._ended(record, pruned=pruned)
+        self._progress.news()
 
     def tick(self) -> None:
-        self._spending.count(only_if_due=True)
+        if self._meter.is_due:
+            self._meter.count()
         silent = self._progress.silent
         if self._progress.is_worth_a_line():
-            names = ", ".join(record.name for record in self._trials.running)
-            demand = self._runner.demand()
+            running = ", ".join(record.name for record in self._trials.running)
+            demand = self.runner.demand()
             asked = f"{self.plan.workers} worker(s) each" if demand is None else str(demand)
-            self.say(
-                f"no news for {silent:.0f} s; waiting for {names or 'the first trial'}, {asked}."
-            )
+            awaited = running or "the first trial"
+            self.say(f"no news for {silent:.0f} s; waiting for {awaited}, {asked}.")
             # Workers that were there may come back: a host that is booted, a spot instance.
             if demand is not None and demand.never_fits and not self._progress.has_begun:
                 raise ServiceError(
                     f"the cluster cannot give what a trial asks for: {demand}. Lower --workers, or "
-                    f"add nodes; then:\n{resume_line(self.plan)}"
+                    f"add nodes; then:\n{self._resume}"
                 )
         if self._progress.has_stalled:
             raise ServiceError(
                 f"nothing has moved for {silent:.0f} s: the cluster does not give "
                 f"{self.plan.workers} worker(s) to a trial, or the workers hang. Everything so "
-                f"far is recorded; see {commands.cluster_status()}, then:\n"
-                f"{resume_line(self.plan)}"
+                f"far is recorded; see {commands.cluster_status()}, then:\n{self._resume}"
             )
 
     def _failed(self, record: TrialRecord, failure: str, message: str) -> None:
         if self.stop.signal:
             return  # its workers have gone because we are to stop
-        if failure in ("infra", "preempted") and (gone := self._runner.gone(self.plan)) is not None:
+        if failure in ("infra", "preempted") and (gone := self.runner.gone(self.plan)) is not None:
             self.stop.fail(gone)
             return  # it was not the trial that failed
         try:
             self._trials.fail(record.number, failure, message)
         except StudyError as error:
             self.stop.fail(error)
-        self._progress.news()
 
     def _lost(self, record: TrialRecord, message: str) -> None:
-        if self.stop.signal or self._runner.gone(self.plan) is not None:
+        is_over = self.stop.signal or self.runner.gone(self.plan) is not None
+        times = 0 if is_over else self._trials.lost(record.number)
+        if times:
+            self.say(f"{record.name}: its process was lost; retry {times}/{MAX_LOSSES}.")
+        else:
             self._failed(record, "infra", message)
-            return
-        times = self._trials.lost(record.number)
-        if times == 0:
-            self._failed(record, "infra", message)
-            return
-        self.tell(record.number, Note(line=f"its process was lost; retry {times}/{MAX_LOSSES}."))
 
     def _ended(self, record: TrialRecord, *, pruned: bool) -> None:
         if self.stop.is_asked and not pruned and not record.complete:
@@ -327,12 +308,11 @@ class Study:
         else:
             unclear = "the training ended before its last epoch without an error"
             self._failed(record, "infra", unclear)
-        self._progress.news()
 
     def _may_begin(self) -> bool:
         running = len(self._trials.running)
         left = self.num_open - running
-        return self._spending.allows_another(left=left, running=running)
+        return self._meter.allows_another(left=left, running=running)
 
     def _tell_team_size(self, record: TrialRecord, workers: int) -> None:
         most = max(1, self.plan.workers)
@@ -345,38 +325,31 @@ class Study:
         done, running = len(self._trials.settled), len(self._trials.running)
         eta = self._progress.eta(self._trials.epochs_left)
         of_all = f"{done}/{self.plan.trials} done, {running} running, {eta}"
-        self.say(f"[{of_all}; {self._spending.spent}] {record.name}  {record.newest}")
-
-    def _check_all_are_settled(self) -> None:
-        left_out = {r.number for r in self._trials.waiting} if self._spending.used_up else set()
-        if any(not r.settled and r.number not in left_out for r in self.records):
-            raise ServiceError(f"the cluster was lost; continue with:\n{resume_line(self.plan)}")
+        self.say(f"[{of_all}; {self._meter.spent}] {record.name}  {record.newest}")
 
     def _close(self, outcome: State) -> None:
         self._closing.acquire()  # for good: nothing may be written after it
         self._trials.cut_off_all()
         metrics = outcome_metrics(self._trials.settled)
-        meter = self._spending.meter
-        meter.look()
-        meter.save()
-        tags = {"cpfean.used_up": self._spending.used_up or "no"}
-        if self._drift:
-            tags["cpfean.drift"] = self._drift
-        self._follower.update_study(outcome, metrics | meter.metrics(), tags)
-        if not self._follower.close(seconds=self.stop.seconds_to_close):
+        self._meter.look()
+        self._meter.save()
+        tags = {"cpfean.used_up": self._meter.used_up or "no"}
+        if self.drift:
+            tags["cpfean.drift"] = self.drift
+        self.follower.update_study(outcome, metrics | self._meter.metrics(), tags)
+        if not self.follower.close(seconds=self.stop.seconds_to_close):
             self.say(
-                f"tracking: not everything is sent; {self._follower.first}the rest is sent by:\n"
-                f"{resume_line(self.plan)}"
+                f"tracking: not everything is sent; {self.follower.first}the rest is sent by:"
+                f"\n{self._resume}"
             )
 
     def _leave(self) -> None:
         """Ends the process from another thread, as the main thread hangs in somebody's code."""
         if self._closing.locked():
             return
-        error: CpfeanError | None = self.stop.error
-        stopped = f"Stopped; continue with:\n{resume_line(self.plan)}"
+        error = self.stop.error
         try:
-            self.say(stopped if error is None else str(error))
-            self._close("interrupted" if error is None else "failed")
+            self.say(str(error or f"Stopped; continue with:\n{self._resume}"))
+            self._close("failed" if error else "interrupted")
         finally:
             self.stop.end_process(self.stop.exit_code)

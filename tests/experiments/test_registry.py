@@ -12,8 +12,8 @@ from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
 from experiments.methods import COMMON, METHODS
 from experiments.search_spaces import SEARCH_SPACES
-from orchestration.study.ablations import Ablation, plan_trials
-from orchestration.study.comparison import Method, tuning_trials
+from orchestration.study.comparison import Ablation, Method, plan_trials, tuning_study
+from orchestration.study.plan import StudyPlan
 from tests.orchestration.samples import TINY
 
 
@@ -52,7 +52,16 @@ def test_every_ablation_trains_and_builds_nothing_that_it_switches_off(
 def test_every_ablation_and_search_space_fits_every_baseline(baseline: str) -> None:
     config = BASELINES[baseline]
     assert len(plan_trials(config, ABLATIONS, [0, 1])) == 2 * len(ABLATIONS)
-    assert len(tuning_trials(config, METHODS, COMMON, points=3)) == 3 * len(METHODS)
+    plan = StudyPlan(
+        kind="comparison",
+        name="c",
+        base=config,
+        workers=1,
+        data_folder=Path(),
+        data_fingerprint="",
+        trials=0,
+    )
+    assert tuning_study(plan, METHODS, COMMON, points=3).trials == 3 * len(METHODS)
     for space in SEARCH_SPACES.values():
         space.check(config)
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from cpfean.json_files import RecordError
-from cpfean.records import results
 from cpfean.records.results import Results
 from cpfean.records.trial_record import TrialRecord
 from tests.orchestration.samples import TINY, record
 
 
-def store(folder: Path, data: str = "data") -> Results:
-    return Results(folder, data_fingerprint=data, commit="abc")
+def store(folder: Path, data: str = "data", code: str | None = None) -> Results:
+    return Results(folder, data_fingerprint=data, commit="abc", code=code)
 
 
 def done(**fields) -> TrialRecord:
@@ -33,15 +32,12 @@ def test_a_kept_run_comes_back_with_all_that_a_table_needs(tmp_path: Path) -> No
     assert waiting.name == "another/name"
 
 
-def test_another_configuration_data_or_code_is_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_configuration_data_or_code_is_another_run(tmp_path: Path) -> None:
     store(tmp_path).keep(done())
     other = TINY.with_overrides({"seed": 1})
     assert not store(tmp_path).fill(record(0, config=other.to_dict()), tested=True)
     assert not store(tmp_path, data="other").fill(record(0), tested=True)
-    monkeypatch.setattr(results, "code_fingerprint", lambda: "0" * 12)
-    assert not store(tmp_path).fill(record(0), tested=True)
+    assert not store(tmp_path, code="0" * 12).fill(record(0), tested=True)
 
 
 def test_where_data_and_encoder_lie_says_nothing_but_what_they_hold_does(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class Driven(Study):
         kind: str = "ablations",
         trials: int = 4,
         fixed: bool = False,
-        deadlines: Deadlines | None = None,
+        deadlines: Deadlines = Deadlines(),  # noqa: B008
         address: str | None = None,
         prepare: bool = True,
         **plan: Any,

@@ -11,7 +11,6 @@ from cpfean.errors import ConfigError, ServiceError
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TUNING
 from orchestration.settings import Settings
-from orchestration.study import plan as plans
 from orchestration.study.budget import (
     OTHER,
     SPENT,
@@ -20,7 +19,6 @@ from orchestration.study.budget import (
     Meter,
     Price,
     Prices,
-    check_disk,
     eta,
     size,
 )
@@ -165,12 +163,21 @@ def test_a_limit_in_dollars_needs_the_price_of_every_node() -> None:
             Budget(max_cost=5, prices=given).check_prices(["other"])
 
 
-def test_checkpoints_that_do_not_fit_are_refused_with_the_numbers_and_the_flag() -> None:
+def test_checkpoints_that_do_not_fit_are_refused_with_the_numbers_and_the_flag(
+    tmp_path: Path,
+) -> None:
     disk = Disk(each=1_000_000, trials=6, kept=2, at_a_time=2)
     assert disk.needed == 14_000_000
-    check_disk(disk, Path("/s"), lower="--trials", free=lambda _: 14_000_000)
+    settings = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="", storage="/s")
+
+    def check(free: int) -> None:
+        check_room_for_checkpoints(
+            plan(tmp_path), settings, needs=lambda *_, **__: disk, free=lambda _: free
+        )
+
+    check(14_000_000)
     with pytest.raises(ServiceError) as refused:
-        check_disk(disk, Path("/s"), lower="--trials", free=lambda _: 13_999_999)
+        check(13_999_999)
     assert refused.value.exit_code == 5
     for said in (
         "/s has 14 MB free",
@@ -188,9 +195,7 @@ def plan(tmp_path: Path, **fields: Any) -> StudyPlan:
 
 
 @pytest.mark.parametrize("kind", ["sweep", "ablations", "train", "tuning", "comparison"])
-def test_a_study_is_refused_before_its_folder_is_made(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_is_refused_before_its_folder_is_made(kind: str, tmp_path: Path) -> None:
     asked: list[Path] = []
 
     def free(folder: Path) -> int:
@@ -198,10 +203,11 @@ def test_a_study_is_refused_before_its_folder_is_made(
         return 12_999
 
     enough = Disk(each=1000, trials=6, kept=2, at_a_time=1)
-    monkeypatch.setattr(plans, "disk_of", lambda *_, **__: enough)
     settings = Settings(output=tmp_path / "runs", cache_dir=tmp_path, tracking_uri="")
     with pytest.raises(ServiceError, match=r"12\.999|13 kB"):
-        check_room_for_checkpoints(plan(tmp_path, kind=kind), settings, free=free)
+        check_room_for_checkpoints(
+            plan(tmp_path, kind=kind), settings, needs=lambda *_, **__: enough, free=free
+        )
     assert asked == [tmp_path / "runs" / "s"]
     assert not (tmp_path / "runs").exists()
 
@@ -210,9 +216,7 @@ def test_a_study_is_refused_before_its_folder_is_made(
     ("storage", "looked_at"),
     [("/mnt/shared", "/mnt/shared"), ("file:///mnt/x", "/mnt/x"), ("s3://bucket/runs", None)],
 )
-def test_only_a_folder_has_an_end(
-    storage: str, looked_at: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_folder_has_an_end(storage: str, looked_at: str | None, tmp_path: Path) -> None:
     asked: list[str] = []
 
     def free(folder: Path) -> int:
@@ -220,9 +224,8 @@ def test_only_a_folder_has_an_end(
         return 10**12
 
     small = Disk(each=1000, trials=6, kept=2, at_a_time=1)
-    monkeypatch.setattr(plans, "disk_of", lambda *_, **__: small)
     settings = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="", storage=storage)
-    check_room_for_checkpoints(plan(tmp_path), settings, free=free)
+    check_room_for_checkpoints(plan(tmp_path), settings, needs=lambda *_, **__: small, free=free)
     assert asked == ([] if looked_at is None else [looked_at])
 
 

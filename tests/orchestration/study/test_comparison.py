@@ -26,14 +26,15 @@ from orchestration.proposals.points import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
-from orchestration.study.ablations import Ablation, seed_runs
 from orchestration.study.budget import Budget
 from orchestration.study.comparison import (
+    Ablation,
     Method,
     compare_methods,
     compare_variants,
+    seed_runs,
     tuned,
-    tuning_trials,
+    tuning_study,
 )
 from orchestration.study.plan import StudyPlan
 from orchestration.tracking.stores import open_store
@@ -143,14 +144,15 @@ def test_points_are_inside_the_space_spread_and_always_the_same() -> None:
     assert all(1e-4 * 10 ** (i / 4) <= r <= 1e-4 * 10 ** ((i + 1) / 4) for i, r in enumerate(rates))
 
 
-def test_every_method_gets_the_same_budget_and_starts_as_it_stands() -> None:
-    plans = tuning_trials(FAST, METHODS, COMMON, points=3)
+def test_every_method_gets_the_same_budget_and_starts_as_it_stands(where: Settings) -> None:
+    comparison = plan_of(where, "c")
+    plans = tuning_study(comparison, METHODS, COMMON, points=3).fixed
     assert [plan.name for plan in plans] == [
         f"{name}/point-0{point}" for name in (FULL, "pooled") for point in range(3)
     ]
     assert plans[0].config == FAST
     assert all(plan.config.model.alignment.global_weight == 1.0 for plan in plans[3:])
-    alone = tuning_trials(FAST, METHODS[1:], COMMON, points=3)
+    alone = tuning_study(comparison, METHODS[1:], COMMON, points=3).fixed
     assert alone == plans[3:]  # whoever else is compared
 
 
@@ -276,17 +278,19 @@ def _runs(where: Settings):
 
 
 def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger_one(
-    where: Settings, monkeypatch: pytest.MonkeyPatch
+    where: Settings,
 ) -> None:
-    real, ahead = time.monotonic, 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead)
+    ahead = 0.0
+
+    def clock() -> float:
+        return time.monotonic() + ahead
 
     def an_hour_each(line: str) -> None:
         nonlocal ahead
         ahead += 3600 * ("epoch 1/1 " in line)
 
     # Methods that are not tuned alike are not compared.
-    cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5))
+    cut, variants = compared(where, "c", an_hour_each, Budget(max_hours=2.5), clock=clock)
     assert [record.state for record in cut.records] == ["finished"] * 3
     assert variants == []
     assert "--max-hours 2.5 is used up" in cut.used_up
@@ -297,7 +301,8 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
     assert parent.data.metrics["study/hours"] == pytest.approx(3.0, abs=0.1)
 
     # Four hours of tuning count: two of four runs are begun.
-    some, variants = compared(where, "c", an_hour_each, Budget(max_hours=5.5), resume=True)
+    larger = Budget(max_hours=5.5)
+    some, variants = compared(where, "c", an_hour_each, larger, resume=True, clock=clock)
     assert len(variants) == 2
     assert [record.state for record in some.records] == ["finished"] * 2
     assert some.used_up
@@ -305,7 +310,7 @@ def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger
     assert (where.output / "c" / "report" / "table.md").exists()
     assert {run.info.status for run in runs_of(where, "c", "trial")} == {"FINISHED"}
 
-    whole, _ = compared(where, "c", an_hour_each, resume=True)
+    whole, _ = compared(where, "c", an_hour_each, resume=True, clock=clock)
     assert [record.state for record in whole.records] == ["finished"] * 4
     assert whole.used_up == ""
     assert runs_of(where, "c", "parent")[0].data.tags["cpfean.used_up"] == "no"
