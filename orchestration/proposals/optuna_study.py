@@ -8,7 +8,7 @@ optuna-dashboard shows is an export, which nothing reads back.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,6 @@ class Proposals:
         seed: of the sampler.
         baseline: proposed first.
         trials: how many will be asked for; small sweeps start to learn earlier.
-        records: of the trials so far.
 
     Attributes:
         duplicates: names of the trials that proposals were repeats of, in their order.
@@ -56,7 +55,6 @@ class Proposals:
         seed: int,
         baseline: Mapping[str, Plain] | None,
         trials: int,
-        records: Sequence[TrialRecord] = (),
     ) -> None:
         self._optuna = quiet_optuna()
         self._space = space
@@ -64,21 +62,25 @@ class Proposals:
         self._seed = seed
         self._baseline = baseline
         self._num_startup = max(2, min(10, trials // 3))
-        self._known = {record.number: record for record in records}
         self.duplicates: list[str] = []
 
     def ask(self, number: int, seen: Sequence[TrialRecord]) -> dict[str, Plain] | None:
-        """A new point for trial `number`; None if the space has no other left.
-
-        Args:
-            seen: all trials so far.
-        """
-        self._known |= {record.number: record for record in seen}
+        """A new point for trial `number`, given all so far; None if the space has no other left."""
         points = [record.overrides for record in seen]
         if self._baseline is not None and self._baseline not in points:
             return dict(self._baseline)
         study = self._study(seen)
-        guided, at_random = self._samplers(number)
+        # Others for each trial, as the seed says.
+        seeds = np.random.SeedSequence([self._seed, number]).generate_state(2)
+        first, second = map(int, seeds)
+        guided = self._optuna.samplers.TPESampler(
+            seed=first,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=self._num_startup,
+        )
+        at_random = self._optuna.samplers.RandomSampler(seed=second)
         for attempt in range(_TRIES):
             study.sampler = guided if attempt < _GUIDED else at_random
             trial = study.ask()
@@ -94,12 +96,8 @@ class Proposals:
                 study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         return None
 
-    def tell(self, record: TrialRecord) -> None:
-        """Notes how a trial stands now, for the export."""
-        self._known[record.number] = record
-
-    def export(self, file: Path) -> None:
-        """Writes the study as a database for optuna-dashboard, whole or not at all.
+    def export(self, file: Path, records: Sequence[TrialRecord]) -> None:
+        """Writes all trials as a database for optuna-dashboard, whole or not at all.
 
         One that is there is replaced: nothing reads it back.
 
@@ -116,7 +114,7 @@ class Proposals:
         try:
             _remove(new)
             memory = optuna.storages.InMemoryStorage()
-            self._study(self._known.values(), memory).set_metric_names([METRIC])
+            self._study(records, memory).set_metric_names([METRIC])
             # In a URL that is put together by hand a path would end at its first question mark.
             url = URL.create("sqlite", database=str(new)).render_as_string()
             database = optuna.storages.RDBStorage(url)
@@ -134,7 +132,7 @@ class Proposals:
             raise cannot_write(file, error) from error
 
     def _study(
-        self, records: Iterable[TrialRecord], storage: optuna.storages.BaseStorage | None = None
+        self, records: Sequence[TrialRecord], storage: optuna.storages.BaseStorage | None = None
     ) -> optuna.Study:
         """A study in memory that has every trial, in their order."""
         optuna = self._optuna
@@ -160,21 +158,6 @@ class Proposals:
             elif record.state == "failed":
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return study
-
-    def _samplers(
-        self, number: int
-    ) -> tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler]:
-        """One that learns and one that does not; other ones for each trial, as the seed says."""
-        optuna = self._optuna
-        first, second = map(int, np.random.SeedSequence([self._seed, number]).generate_state(2))
-        guided = optuna.samplers.TPESampler(
-            seed=first,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            n_startup_trials=self._num_startup,
-        )
-        return guided, optuna.samplers.RandomSampler(seed=second)
 
 
 def _remove(database: Path) -> None:

@@ -34,14 +34,13 @@ def draw(trial: optuna.trial.BaseTrial, space: SearchSpace) -> dict[str, Plain]:
     """A point of a space as a trial suggests it; what does not apply there is left out."""
     drawn: dict[str, Plain] = {}
     for path, values in space.parameters.items():
-        if not space.applies(path, drawn):
-            continue
-        if isinstance(values, Choice):
-            choice = trial.suggest_categorical(path, values.values)
-            assert choice is not None
-            drawn[path] = choice
-        else:
-            drawn[path] = _number(trial, path, values)
+        if space.applies(path, drawn):
+            if isinstance(values, Choice):
+                choice = trial.suggest_categorical(path, values.values)
+                assert choice is not None
+                drawn[path] = choice
+            else:
+                drawn[path] = _number(trial, path, values)
     return drawn
 
 
@@ -62,20 +61,18 @@ def spread_points(space: SearchSpace, count: int, *, seed: int) -> list[dict[str
     sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
     study = optuna.create_study(sampler=sampler)
     points: list[dict[str, Plain]] = []
-    for number in range(count + 1):
+    for _ in range(count + 1):
         trial = study.ask()
-        point = {path: _place(trial, path, values) for path, values in space.parameters.items()}
+        point: dict[str, Plain] = {}
+        for path, values in space.parameters.items():
+            if isinstance(values, Choice):
+                place = trial.suggest_int(path, 0, len(values.values) - 1)
+                point[path] = values.values[place]
+            else:
+                point[path] = _number(trial, path, values)
         study.tell(trial, 0.0)
-        if number:  # before it knows the space, from its first trial, the sampler draws at random
-            points.append(point)
-    return points
-
-
-def _place(trial: optuna.trial.BaseTrial, path: str, values: Choice | Range) -> Plain:
-    """One coordinate; choices as whole numbers, which the quasi-random sampler covers evenly."""
-    if isinstance(values, Choice):
-        return values.values[trial.suggest_int(path, 0, len(values.values) - 1)]
-    return _number(trial, path, values)
+        points.append(point)
+    return points[1:]  # the first is drawn at random: it tells the sampler what the space is
 
 
 def _number(trial: optuna.trial.BaseTrial, path: str, values: Range) -> int | float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig
 from cpfean.storage.checkpoint_names import epoch_of
 from cpfean.storage.checkpoints import CheckpointFolder
-from orchestration.runners.messages import Epoch, Message, Order, Resumed, Tested
+from orchestration.runners.messages import Epoch, Message, Order, Resumed
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint, TrainingState
@@ -83,26 +83,28 @@ def train(
     if newest is not None:
         team.tell(Resumed(epoch=epoch_of(newest), checkpoint=folder.at(newest)))
     reporter = _Reporter(folder, team, to_be_tested=order.test)
-    with ExitStack() as stack:
+    with nullcontext() if newest is None else folder.opened(newest) as checkpoint:
         result = fit(
             config,
             data_folder=data,
             cache_dir=cache_dir,
             reporter=reporter,
-            resume_from=None if newest is None else stack.enter_context(folder.opened(newest)),
+            resume_from=checkpoint,
             device=device,
             notice=_Notice(folder, is_to_stop),
         )
+    test = {}
     if order.test:
         newest = team.agree(folder.newest_valid() if team.is_first else None)
         with folder.opened(newest) as checkpoint:
-            metrics = test_split_metrics(
+            test = test_split_metrics(
                 checkpoint, config, data_folder=data, cache_dir=cache_dir, device=device
             )
-        team.tell(Tested(history=result.history, checkpoint=folder.at(newest), metrics=metrics))
-    elif newest is not None and not reporter.has_reported:
-        # It was at its end before, when its driver was lost.
-        team.tell(Epoch(history=result.history, checkpoint=folder.at(newest), ended=True))
+    elif newest is None or reporter.has_reported:
+        return
+    # Without a test: it was at its end before, when its driver was lost.
+    saved = folder.at(newest)
+    team.tell(Epoch(history=result.history, checkpoint=saved, ended=True, test=test))
 
 
 class _Reporter:

@@ -36,17 +36,15 @@ def trigger_of(cron: str) -> CronTrigger:
     from apscheduler.triggers.cron import CronTrigger
 
     fields = cron.split()
+    if len(fields) not in (5, 6):
+        raise ConfigError(
+            "--cron needs five fields (minute hour day month weekday), e.g. '0 2 * * *' for two "
+            f"o'clock every night, UTC; got {cron!r}."
+        )
     try:
-        if len(fields) == 5:
-            return CronTrigger.from_crontab(cron, timezone=UTC)
-        if len(fields) == 6:
-            return CronTrigger(timezone=UTC, **dict(zip(_FIELDS, fields, strict=True)))
+        return CronTrigger(timezone=UTC, **dict(zip(_FIELDS[-len(fields) :], fields, strict=True)))
     except ValueError as error:
         raise ConfigError(f"--cron {cron!r}: {error}.") from None
-    raise ConfigError(
-        f"--cron needs five fields (minute hour day month weekday), e.g. '0 2 * * *' for two "
-        f"o'clock every night, UTC; got {cron!r}."
-    )
 
 
 def next_time(trigger: CronTrigger, now: datetime) -> datetime | None:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from cpfean.json_files import RecordError, aside, checked, of_type, read_table
 from cpfean.writing import cannot_write, write_json
 from orchestration.schedule.due_times import due_slots, next_time, time_of, trigger_of
 
+_FILE = "suites.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 _WITHOUT = "Without it no suite is known; the journal beside it keeps what has been run."
 
@@ -46,18 +47,15 @@ class Suite:
                 f"with a letter or digit; got {self.name[:100]!r}."
             )
         trigger_of(self.cron)
-        try:
-            has_offset = datetime.fromisoformat(self.added).tzinfo is not None
-        except ValueError:
-            has_offset = False
-        if not has_offset:
-            raise ConfigError(f"added must be a time with an offset; got {self.added[:100]!r}.")
+        with suppress(ValueError):
+            if datetime.fromisoformat(self.added).tzinfo is not None:
+                return
+        raise ConfigError(f"added must be a time with an offset; got {self.added[:100]!r}.")
 
     def due(self, newest: str, now: datetime) -> list[str]:
         """The slots that have passed since one that was dealt with ("": none was); oldest first."""
-        since = datetime.fromisoformat(self.added)
-        if newest:
-            since = max(since, time_of(newest))
+        added = datetime.fromisoformat(self.added)
+        since = max(added, time_of(newest)) if newest else added
         return due_slots(trigger_of(self.cron), now, since=since)
 
     def next(self, now: datetime) -> datetime | None:
@@ -72,7 +70,7 @@ def read_suites(folder: Path) -> dict[str, Suite]:
         RecordError: the file is damaged, or of another release.
         ServiceError: others may write to it, or an earlier release has left its own.
     """
-    file, old = _file(folder), folder / "schedule.db"
+    file, old = folder / _FILE, folder / "schedule.db"
     if is_there(old):
         raise ServiceError(
             f"{old}: suites of an earlier release, as pickles. Reading those would run what is in "
@@ -108,7 +106,7 @@ def edited_suites(folder: Path) -> Iterator[dict[str, Suite]]:
     Raises:
         RecordError, ServiceError: as `read_suites`; or the file cannot be written.
     """
-    file = _file(folder)
+    file = folder / _FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Not the file itself, which is replaced whenever it is written.
@@ -123,7 +121,3 @@ def edited_suites(folder: Path) -> Iterator[dict[str, Suite]]:
         for suite in plain.values():
             del suite["name"]
         write_json(file, plain, mode=0o600)
-
-
-def _file(folder: Path) -> Path:
-    return folder / "suites.json"

@@ -25,7 +25,6 @@ from orchestration.runners.messages import (
     Message,
     Note,
     Resumed,
-    Tested,
 )
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
@@ -252,14 +251,11 @@ class Study:
             case Resumed(checkpoint=checkpoint):
                 self.say(f"{record.name}: resuming from {checkpoint}")
                 self._progress.news()
-            case Epoch(history=history, checkpoint=checkpoint, ended=ended):
-                new = self._trials.trained(number, history, checkpoint, ended=ended)
+            case Epoch(history=history, checkpoint=checkpoint, ended=ended, test=test):
+                new = self._trials.trained(number, history, checkpoint, ended=ended, test=test)
                 self._progress.news(epochs=new)
                 if new:
                     self._show(record)
-            case Tested(history=history, checkpoint=checkpoint, metrics=metrics):
-                self._trials.trained(number, history, checkpoint, ended=True, test=metrics)
-                self._progress.news()
             case Note(line=line):
                 self.say(f"{record.name}: {line}")
                 self._progress.news()

@@ -107,7 +107,6 @@ class Trials:
                 seed=self._plan.base.seed,
                 baseline=self._plan.space.baseline(self._plan.base),
                 trials=self._plan.trials,
-                records=self.records,
             )
             if self._records:
                 self.export_search()
@@ -190,8 +189,6 @@ class Trials:
         # What two versions have trained is the result of neither.
         if state == "finished" and self._results is not None and not record.drift:
             self._results.keep(record)
-        if self._proposals is not None:
-            self._proposals.tell(record)
 
     def fail(self, number: int, failure: str, message: str) -> None:
         """It has failed.
@@ -237,7 +234,7 @@ class Trials:
         if self._proposals is None:
             return
         try:
-            self._proposals.export(self._folder.path / "study.db")
+            self._proposals.export(self._folder.path / "study.db", self.records)
         except ServiceError as error:
             self._say(f"nothing new for optuna-dashboard: {error}")
 
