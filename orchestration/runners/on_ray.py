@@ -73,10 +73,9 @@ class OnRay:
         has_left = threading.Event()
         try:
             if not cluster.is_local:
-                watching = threading.Thread(
+                threading.Thread(
                     target=self.watch_head, args=(study, has_left), name="head", daemon=True
-                )
-                watching.start()
+                ).start()
                 cluster = workers_awaited(
                     cluster, say=study.say, now=lambda: cluster_now(is_local=False)
                 )

@@ -167,11 +167,11 @@ class Halving(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP and not result.get("ended"):
+        if decision == TrialScheduler.STOP:
+            if result.get("ended"):  # it is finished, however it compares
+                return TrialScheduler.CONTINUE
             self.stopped.add(trial.trial_id)
-            return decision
-        # What has come to its end anyway is finished, however it compares.
-        return TrialScheduler.CONTINUE if decision == TrialScheduler.STOP else decision
+        return decision
 
 
 class Callbacks(tune.Callback):
@@ -194,18 +194,16 @@ class Callbacks(tune.Callback):
     def __reduce__(self) -> tuple[type, tuple[None, None]]:
         return (Callbacks, (None, None))  # in a snapshot: nothing of the driver's state
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         with self._study.stop.errors_of(self._study.folder.path):
             self._study.tick()
 
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         with self._study.stop.errors_of(self._study.folder.path):
             self._study.started(trial.config["number"])
 
     def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **_: Any
     ) -> None:
         message = result.get(MESSAGE)
         # None: nothing new. A failure Tune tells of next, as the end of the trial.
@@ -213,15 +211,13 @@ class Callbacks(tune.Callback):
             self._tell(trial, message)
 
     def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
         last = (trial.last_result or {}).get(MESSAGE)
         pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
         self._tell(trial, last if isinstance(last, Failed) else Ended(pruned=pruned))
 
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         """The trial's process is gone: what goes wrong in it otherwise is a message."""
         with self._study.stop.errors_of(self._study.folder.path):
             self._tell(trial, _gone(trial))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import is_there, read_file
 from cpfean.json_files import LARGEST, of_type
-from orchestration.schedule.due_times import slot_of
+from orchestration.schedule.suites import slot_of
 
 logger = logging.getLogger("cpfean.schedule")
 
