@@ -18,16 +18,9 @@ import urllib.request
 from datetime import UTC, datetime
 from http.client import HTTPException
 
-METADATA = "http://169.254.169.254"
-_NOTICE = "/latest/meta-data/spot/instance-action"
 _PAUSE_SECONDS = 5.0  # as often as AWS asks for
 _ANSWER_SECONDS = 2.0
 _RESERVE_SECONDS = 10  # AWS names the earliest moment, and clocks differ
-
-
-def main() -> None:
-    """Waits for the notice and passes it on; the AWS tools' own variable names another server."""
-    listen(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or METADATA)
 
 
 def listen(metadata: str, *, pause: float = _PAUSE_SECONDS) -> None:
@@ -79,8 +72,9 @@ def _ask(metadata: str) -> bytes:
     # A token for each look: none expires while we wait.
     ttl = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     token = read("/latest/api/token", ttl, method="PUT").decode("ascii")
-    return read(_NOTICE, {"X-aws-ec2-metadata-token": token})
+    return read("/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
 
 
 if __name__ == "__main__":
-    main()
+    # The AWS tools' own variable names another server.
+    listen(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254")

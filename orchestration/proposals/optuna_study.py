@@ -1,27 +1,30 @@
-"""Proposals by Optuna, whose study is made from the records of the trials whenever it is needed.
+"""Points of a search space that Optuna draws: one after another, or a set that covers it evenly.
 
-The records are the only state: a proposal depends on them, the seed and the trial's number alone,
+Optuna's study is made from the records of the trials whenever it is needed. The records are the only state: a proposal depends on them, the seed and the trial's number alone,
 so that one that a killed driver made and did not record is made once more. The file that
 optuna-dashboard shows is an export, which nothing reads back.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpfean import commands
 from cpfean.config import Plain
-from cpfean.errors import ServiceError
+from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import is_there
 from cpfean.records.trial_record import METRIC, TrialRecord
 from cpfean.writing import cannot_write
-from orchestration.proposals.points import draw, quiet_optuna
-from orchestration.proposals.search_space import SearchSpace
+from orchestration.proposals.search_space import Choice, Range, SearchSpace
 
 if TYPE_CHECKING:
     import optuna
@@ -56,7 +59,7 @@ class Proposals:
         baseline: Mapping[str, Plain] | None,
         trials: int,
     ) -> None:
-        self._optuna = quiet_optuna()
+        self._optuna = _quiet_optuna()
         self._space = space
         self._name = name
         self._seed = seed
@@ -84,7 +87,7 @@ class Proposals:
         for attempt in range(_TRIES):
             study.sampler = guided if attempt < _GUIDED else at_random
             trial = study.ask()
-            drawn = draw(trial, self._space)
+            drawn = _draw(trial, self._space)
             if drawn not in points:
                 return drawn
             twin = seen[points.index(drawn)]
@@ -148,7 +151,7 @@ class Proposals:
                 notes["failure"] = record.failure
             study.enqueue_trial(record.overrides, user_attrs=notes)
             trial = study.ask()
-            draw(trial, self._space)
+            _draw(trial, self._space)
             for row in record.history:
                 trial.report(row[METRIC], int(row["epoch"]))
             if record.state == "finished":
@@ -164,3 +167,70 @@ def _remove(database: Path) -> None:
     """Removes a database, with the journal that a killed writer has left beside it."""
     for suffix in ("", "-journal", "-wal", "-shm"):
         Path(f"{database}{suffix}").unlink(missing_ok=True)
+
+
+def _quiet_optuna() -> ModuleType:
+    """Optuna, which says nothing of every trial, nor that options of many years are experimental.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def _draw(trial: optuna.trial.BaseTrial, space: SearchSpace) -> dict[str, Plain]:
+    """A point of a space as a trial suggests it; what does not apply there is left out."""
+    drawn: dict[str, Plain] = {}
+    for path, values in space.parameters.items():
+        if space.applies(path, drawn):
+            if isinstance(values, Choice):
+                choice = trial.suggest_categorical(path, values.values)
+                assert choice is not None
+                drawn[path] = choice
+            else:
+                drawn[path] = _number(trial, path, values)
+    return drawn
+
+
+def spread_points(space: SearchSpace, count: int, *, seed: int) -> list[dict[str, Plain]]:
+    """Points spread evenly over a space without conditions: a scrambled Sobol sequence.
+
+    Choices are drawn like the rest, by their place in the list. The same for the same seed.
+    """
+    if count < 1:
+        return []
+    try:
+        optuna = _quiet_optuna()
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Optuna draws the configurations to tune over, and is not installed ({error}): "
+            f"{commands.pip_install('optuna')}, or take the methods as they stand with --tuning 1."
+        ) from None
+    sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
+    study = optuna.create_study(sampler=sampler)
+    points: list[dict[str, Plain]] = []
+    for _ in range(count + 1):
+        trial = study.ask()
+        point: dict[str, Plain] = {}
+        for path, values in space.parameters.items():
+            if isinstance(values, Choice):
+                place = trial.suggest_int(path, 0, len(values.values) - 1)
+                point[path] = values.values[place]
+            else:
+                point[path] = _number(trial, path, values)
+        study.tell(trial, 0.0)
+        points.append(point)
+    return points[1:]  # the first is drawn at random: it tells the sampler what the space is
+
+
+def _number(trial: optuna.trial.BaseTrial, path: str, values: Range) -> int | float:
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        step = int(values.step or 1)
+        return trial.suggest_int(path, values.low, values.high, step=step, log=values.log)
+    drawn = trial.suggest_float(path, values.low, values.high, step=values.step, log=values.log)
+    return round(drawn, 10)  # steps of 0.01 leave tails such as 0.15000000000000002

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -35,33 +35,24 @@ def classify(error: BaseException) -> tuple[str, str]:
     return "bug", last_lines(str((blamed or [error])[0]))
 
 
-def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
-    """Ranks that do not answer any more, and ranks that are gone."""
-    silent: list[int] = []
-    gone: list[int] = []
-    for rank, failure in _failures_by_rank(error):
-        if _is_called(failure, "WorkerHealthCheckTimeout"):
-            silent.append(rank)
-        elif _is_loss(failure):
-            gone.append(rank)
-    return silent, gone
-
-
-def waiting_ranks(error: BaseException) -> set[int]:
-    """Ranks that waited for another one in vain."""
-    failures = _failures_by_rank(error)
-    return {rank for rank, failure in failures if cause_of(failure, LostPartnerError)}
+def lost_ranks(error: BaseException) -> tuple[list[int], list[int], list[int]]:
+    """Ranks that do not answer any more, that are gone, and that waited for another one in vain."""
+    silent, gone, waiting = list[int](), list[int](), list[int]()
+    for cause in causes_of(error):
+        if isinstance(cause, WorkerGroupError):
+            for rank, failure in sorted(cause.worker_failures.items()):
+                if _is_called(failure, "WorkerHealthCheckTimeout"):
+                    silent.append(rank)
+                elif _is_loss(failure):
+                    gone.append(rank)
+                if cause_of(failure, LostPartnerError):
+                    waiting.append(rank)
+    return silent, gone, waiting
 
 
 def has_waited(error: BaseException) -> bool:
     """Whether workers were waited for in vain: there is no room for them, and no failure."""
     return any(_is_called(cause, "WorkerGroupStartupTimeout") for cause in causes_of(error))
-
-
-def _failures_by_rank(error: BaseException) -> Iterator[tuple[int, BaseException]]:
-    for cause in causes_of(error):
-        if isinstance(cause, WorkerGroupError):
-            yield from sorted(cause.worker_failures.items())
 
 
 def _is_preemption(error: BaseException) -> bool:

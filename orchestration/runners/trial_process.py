@@ -18,13 +18,7 @@ from cpfean.errors import CheckpointError, ServiceError, StoppedError
 from cpfean.records.trial_record import METRIC
 from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.runners.messages import Begun, Epoch, Failed, Message, Note, Order, Resumed
-from orchestration.runners.ray_errors import (
-    cause_of,
-    classify,
-    has_waited,
-    lost_ranks,
-    waiting_ranks,
-)
+from orchestration.runners.ray_errors import cause_of, classify, has_waited, lost_ranks
 from orchestration.runners.worker_pool import PoolOptions, WorkerPool
 from orchestration.settings import prepare_environment
 
@@ -101,16 +95,13 @@ class TrialProcess(tune.Trainable):
             return {"done": False} if message is None else result_of(message)
         # What is none of these is a defect of ours, which fails the trial and not this process.
         except Exception as error:
-            self._dismiss()
+            self.cleanup()
             failure, text = classify(error)
             return result_of(Failed(failure=failure, message=text))
 
-    def cleanup(self) -> None:
-        self._dismiss()
-
     def _message(self) -> Message:
         if not self._is_given and self._has_room_for_more():
-            self._dismiss()
+            self.cleanup()
         if self._pool is None:
             self._pool = self._make_pool(self._options, name=f"pool-{uuid.uuid4().hex[:8]}")
         if self._is_given:
@@ -141,7 +132,7 @@ class TrialProcess(tune.Trainable):
         """What becomes of the trial after an error: a note on how it goes on, or its failure."""
         refused = cause_of(error, ServiceError)  # by a disk or a store
         what = str(refused).splitlines()[0].rstrip(".") if refused else self._lost(error)
-        self._dismiss()
+        self.cleanup()
         if has_waited(error):
             return None
         failure, message = classify(error)
@@ -168,17 +159,18 @@ class TrialProcess(tune.Trainable):
 
     def _lost(self, error: BaseException) -> str:
         """Who is lost, as far as it is known; what may come back of them is fenced."""
-        silent, gone = lost_ranks(error)
+        silent, gone, waiting = lost_ranks(error)
         hosts = {} if self._pool is None else self._pool.hosts()
         if not (silent or gone):
             # Those who waited in vain are told of first; if all but one did, it is that one.
-            missing = sorted(set(hosts) - waiting_ranks(error))
+            missing = sorted(set(hosts) - set(waiting))
             gone = missing if len(missing) == 1 else []
         what = "worker lost" if gone or not silent else f"node silent {self._options.silence} s"
         named = ", ".join(f"rank {rank} on {hosts.get(rank, '?')}" for rank in gone or silent)
         return f"{what} ({named}), fenced" if named else f"{what}, fenced"
 
-    def _dismiss(self) -> None:
+    def cleanup(self) -> None:
+        """Sends the workers home; Tune calls it at the end."""
         pool, self._pool, self._is_given = self._pool, None, False
         if pool is not None:
             pool.close(seconds=_CLOSE_SECONDS)

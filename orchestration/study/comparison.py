@@ -20,7 +20,7 @@ from cpfean.errors import ConfigError
 from cpfean.files import is_there
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TUNING, TrialRecord
-from orchestration.proposals.points import spread_points
+from orchestration.proposals.optuna_study import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings
