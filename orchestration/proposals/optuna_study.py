@@ -1,13 +1,13 @@
 """Points of a search space that Optuna draws: one after another, or a set that covers it evenly.
 
-Optuna's study is made from the records of the trials whenever it is needed. The records are the only state: a proposal depends on them, the seed and the trial's number alone,
-so that one that a killed driver made and did not record is made once more. The file that
-optuna-dashboard shows is an export, which nothing reads back.
+Optuna's study is made from the records of the trials whenever it is needed. They are the only
+state: a proposal depends on them, the seed and the trial's number alone, so that one that a killed
+driver made and did not record is made once more. The file that optuna-dashboard shows is an export,
+which nothing reads back.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,6 @@ class Proposals:
 
     Args:
         name: of the study, as optuna-dashboard lists it.
-        seed: of the sampler.
         baseline: proposed first.
         trials: how many will be asked for; small sweeps start to learn earlier.
 
@@ -170,15 +169,10 @@ def _remove(database: Path) -> None:
 
 
 def _quiet_optuna() -> ModuleType:
-    """Optuna, which says nothing of every trial, nor that options of many years are experimental.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """Optuna, silent on every trial, and on options that have been experimental for years."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 

@@ -188,10 +188,8 @@ def workers_awaited(
     start, and `ray up` returns when the head is up.
 
     Args:
-        now: the cluster as it is now.
         missing: what is missing if so many workers are there; empty if nothing is.
         seconds: that they are waited for at most.
-        pause: between two looks.
     """
     end = time.monotonic() + seconds
     told = False

@@ -55,7 +55,6 @@ def train(
 
     Args:
         cache_dir: on this node.
-        device: of this process.
         is_to_stop: whether the processes will have to stop soon; they save before their next step.
         data_folder: the data, checked; None: what the configuration says, fetched if need be.
 
@@ -102,7 +101,7 @@ def train(
             )
     elif newest is None or link.has_reported:
         return
-    # Without a test: it was at its end before, when its driver was lost.
+    # Without a test it was at its end before, when its driver was lost.
     saved = folder.at(newest)
     team.tell(Epoch(history=result.history, checkpoint=saved, ended=True, test=test))
 

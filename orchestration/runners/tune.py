@@ -224,7 +224,8 @@ class Callbacks(tune.Callback):
 
     def save_all(self, seconds: float) -> bool:
         """Lets trials save where they are; Tune has to be interrupted then."""
-        stop_all({team.pool for team in self._teams.values()}, seconds=seconds)
+        teams = list(self._teams.values())  # this is not the thread that Tune calls back in
+        stop_all({team.pool for team in teams}, seconds=seconds)
         return False
 
     def free_all(self) -> None:

@@ -36,7 +36,6 @@ class PoolOptions:
     """What the workers of trials are.
 
     Attributes:
-        resources: that trials take.
         cache_dir: on their nodes.
         storage: folder or URL that all nodes reach.
         is_local: all is on one machine, which nobody takes away.

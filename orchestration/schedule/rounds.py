@@ -69,21 +69,13 @@ class Schedule:
         return suite
 
     def remove(self, name: str) -> None:
-        """Removes a suite; a round that runs goes on.
-
-        Raises:
-            ConfigError: there is none of that name.
-        """
+        """Removes a suite, a round that runs goes on; raises ConfigError if there is none."""
         with edited_suites(self.folder) as suites:
             _check_known(name, suites)
             del suites[name]
 
     def resume(self, name: str) -> None:
-        """Forgets the failed rounds of a suite: its next slot is run.
-
-        Raises:
-            ConfigError: there is none of that name.
-        """
+        """Forgets a suite's failed rounds: its next slot is run; raises as `remove` does."""
         _check_known(name, read_suites(self.folder))
         self.note(name, "", "resumed")
 
@@ -151,11 +143,7 @@ class Schedule:
         *,
         wait: Callable[[float], None] = time.sleep,
     ) -> NoReturn:
-        """Ticks whenever a suite is due, and every 30 s; until something is raised, as by Ctrl-C.
-
-        Args:
-            wait: for so many seconds.
-        """
+        """Ticks when a suite is due, and every 30 s, until something is raised, as by Ctrl-C."""
         while True:
             try:
                 # Asked before the tick: what becomes due during it is not waited with.

@@ -67,10 +67,7 @@ class Suite:
         raise ConfigError(f"added must be a time with an offset; got {self.added[:100]!r}.")
 
     def due(self, newest: str, now: datetime) -> list[str]:
-        """The slots that have passed since one that was dealt with ("": none was); oldest first.
-
-        Of many the newest 101.
-        """
+        """The newest slots, 101 at most, since one that was dealt with, or ""; oldest first."""
         since = datetime.fromisoformat(self.added)
         if newest:
             since = max(since, datetime.strptime(newest, _SLOT).replace(tzinfo=UTC))
