@@ -18,16 +18,9 @@ import urllib.request
 from datetime import UTC, datetime
 from http.client import HTTPException
 
-METADATA = "http://169.254.169.254"
-_NOTICE = "/latest/meta-data/spot/instance-action"
 _PAUSE_SECONDS = 5.0  # as often as AWS asks for
 _ANSWER_SECONDS = 2.0
 _RESERVE_SECONDS = 10  # AWS names the earliest moment, and clocks differ
-
-
-def main() -> None:
-    """Waits for the notice and passes it on; the AWS tools' own variable names another server."""
-    listen(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or METADATA)
 
 
 def listen(metadata: str, *, pause: float = _PAUSE_SECONDS) -> None:
@@ -67,21 +60,21 @@ def _passed_on(metadata: str) -> bool:
 
 def _ask(metadata: str) -> bytes:
     """What the metadata says of the notice; as long as there is none, that is an HTTPError."""
-    # A token for each look: none expires while we wait. No proxy knows the way to this address.
+    # No proxy knows the way to this address.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def read(path: str, headers: dict[str, str], method: str = "GET") -> bytes:
+        request = urllib.request.Request(metadata + path, headers=headers, method=method)
+        with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
+            body: bytes = answer.read(65536)
+        return body
+
+    # A token for each look: none expires while we wait.
     ttl = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-    token = _read(opener, f"{metadata}/latest/api/token", ttl, method="PUT").decode("ascii")
-    return _read(opener, f"{metadata}{_NOTICE}", {"X-aws-ec2-metadata-token": token})
-
-
-def _read(
-    opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str], method: str = "GET"
-) -> bytes:
-    request = urllib.request.Request(url, headers=headers, method=method)
-    with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
-        body: bytes = answer.read(65536)
-    return body
+    token = read("/latest/api/token", ttl, method="PUT").decode("ascii")
+    return read("/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
 
 
 if __name__ == "__main__":
-    main()
+    # The AWS tools' own variable names another server.
+    listen(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254")

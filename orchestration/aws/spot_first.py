@@ -50,7 +50,9 @@ class SpotFirst(AWSNodeProvider):
             if "InstanceMarketOptions" not in node_config or refusal.category not in NO_SPOT:
                 raise
             with self._one_at_a_time:
-                allowed = min(count, self._most - self._num_on_demand())
+                workers = self.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER})
+                on_spot = [self.cached_nodes[id].spot_instance_request_id for id in workers]
+                allowed = min(count, self._most - sum(not request for request in on_spot))
                 if allowed < 1:
                     raise
                 _log.warning(
@@ -59,8 +61,3 @@ class SpotFirst(AWSNodeProvider):
                 ordinary = dict(node_config)
                 del ordinary["InstanceMarketOptions"]
                 return super().create_node(ordinary, tags, allowed)
-
-    def _num_on_demand(self) -> int:
-        """Workers of this cluster that are there and not on spot."""
-        workers = self.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER})
-        return sum(not self.cached_nodes[id].spot_instance_request_id for id in workers)

@@ -1,27 +1,30 @@
-"""Proposals by Optuna, whose study is made from the records of the trials whenever it is needed.
+"""Points of a search space that Optuna draws: one after another, or a set that covers it evenly.
 
-The records are the only state: a proposal depends on them, the seed and the trial's number alone,
-so that one that a killed driver made and did not record is made once more. The file that
-optuna-dashboard shows is an export, which nothing reads back.
+Optuna's study is made from the records of the trials whenever it is needed. They are the only
+state: a proposal depends on them, the seed and the trial's number alone, so that one that a killed
+driver made and did not record is made once more. The file that optuna-dashboard shows is an export,
+which nothing reads back.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpfean import commands
 from cpfean.config import Plain
-from cpfean.errors import ServiceError
+from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import is_there
 from cpfean.records.trial_record import METRIC, TrialRecord
 from cpfean.writing import cannot_write
-from orchestration.proposals.points import draw, quiet_optuna
-from orchestration.proposals.search_space import SearchSpace
+from orchestration.proposals.search_space import Choice, Range, SearchSpace
 
 if TYPE_CHECKING:
     import optuna
@@ -39,10 +42,8 @@ class Proposals:
 
     Args:
         name: of the study, as optuna-dashboard lists it.
-        seed: of the sampler.
         baseline: proposed first.
         trials: how many will be asked for; small sweeps start to learn earlier.
-        records: of the trials so far.
 
     Attributes:
         duplicates: names of the trials that proposals were repeats of, in their order.
@@ -56,33 +57,36 @@ class Proposals:
         seed: int,
         baseline: Mapping[str, Plain] | None,
         trials: int,
-        records: Sequence[TrialRecord] = (),
     ) -> None:
-        self._optuna = quiet_optuna()
+        self._optuna = _quiet_optuna()
         self._space = space
         self._name = name
         self._seed = seed
         self._baseline = baseline
         self._num_startup = max(2, min(10, trials // 3))
-        self._known = {record.number: record for record in records}
         self.duplicates: list[str] = []
 
     def ask(self, number: int, seen: Sequence[TrialRecord]) -> dict[str, Plain] | None:
-        """A new point for trial `number`; None if the space has no other left.
-
-        Args:
-            seen: all trials so far.
-        """
-        self._known |= {record.number: record for record in seen}
+        """A new point for trial `number`, given all so far; None if the space has no other left."""
         points = [record.overrides for record in seen]
         if self._baseline is not None and self._baseline not in points:
             return dict(self._baseline)
         study = self._study(seen)
-        guided, at_random = self._samplers(number)
+        # Others for each trial, as the seed says.
+        seeds = np.random.SeedSequence([self._seed, number]).generate_state(2)
+        first, second = map(int, seeds)
+        guided = self._optuna.samplers.TPESampler(
+            seed=first,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=self._num_startup,
+        )
+        at_random = self._optuna.samplers.RandomSampler(seed=second)
         for attempt in range(_TRIES):
             study.sampler = guided if attempt < _GUIDED else at_random
             trial = study.ask()
-            drawn = draw(trial, self._space)
+            drawn = _draw(trial, self._space)
             if drawn not in points:
                 return drawn
             twin = seen[points.index(drawn)]
@@ -94,12 +98,8 @@ class Proposals:
                 study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         return None
 
-    def tell(self, record: TrialRecord) -> None:
-        """Notes how a trial stands now, for the export."""
-        self._known[record.number] = record
-
-    def export(self, file: Path) -> None:
-        """Writes the study as a database for optuna-dashboard, whole or not at all.
+    def export(self, file: Path, records: Sequence[TrialRecord]) -> None:
+        """Writes all trials as a database for optuna-dashboard, whole or not at all.
 
         One that is there is replaced: nothing reads it back.
 
@@ -116,7 +116,7 @@ class Proposals:
         try:
             _remove(new)
             memory = optuna.storages.InMemoryStorage()
-            self._study(self._known.values(), memory).set_metric_names([METRIC])
+            self._study(records, memory).set_metric_names([METRIC])
             # In a URL that is put together by hand a path would end at its first question mark.
             url = URL.create("sqlite", database=str(new)).render_as_string()
             database = optuna.storages.RDBStorage(url)
@@ -134,7 +134,7 @@ class Proposals:
             raise cannot_write(file, error) from error
 
     def _study(
-        self, records: Iterable[TrialRecord], storage: optuna.storages.BaseStorage | None = None
+        self, records: Sequence[TrialRecord], storage: optuna.storages.BaseStorage | None = None
     ) -> optuna.Study:
         """A study in memory that has every trial, in their order."""
         optuna = self._optuna
@@ -150,7 +150,7 @@ class Proposals:
                 notes["failure"] = record.failure
             study.enqueue_trial(record.overrides, user_attrs=notes)
             trial = study.ask()
-            draw(trial, self._space)
+            _draw(trial, self._space)
             for row in record.history:
                 trial.report(row[METRIC], int(row["epoch"]))
             if record.state == "finished":
@@ -161,23 +161,70 @@ class Proposals:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return study
 
-    def _samplers(
-        self, number: int
-    ) -> tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler]:
-        """One that learns and one that does not; other ones for each trial, as the seed says."""
-        optuna = self._optuna
-        first, second = map(int, np.random.SeedSequence([self._seed, number]).generate_state(2))
-        guided = optuna.samplers.TPESampler(
-            seed=first,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            n_startup_trials=self._num_startup,
-        )
-        return guided, optuna.samplers.RandomSampler(seed=second)
-
 
 def _remove(database: Path) -> None:
     """Removes a database, with the journal that a killed writer has left beside it."""
     for suffix in ("", "-journal", "-wal", "-shm"):
         Path(f"{database}{suffix}").unlink(missing_ok=True)
+
+
+def _quiet_optuna() -> ModuleType:
+    """Optuna, silent on every trial, and on options that have been experimental for years."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def _draw(trial: optuna.trial.BaseTrial, space: SearchSpace) -> dict[str, Plain]:
+    """A point of a space as a trial suggests it; what does not apply there is left out."""
+    drawn: dict[str, Plain] = {}
+    for path, values in space.parameters.items():
+        if space.applies(path, drawn):
+            if isinstance(values, Choice):
+                choice = trial.suggest_categorical(path, values.values)
+                assert choice is not None
+                drawn[path] = choice
+            else:
+                drawn[path] = _number(trial, path, values)
+    return drawn
+
+
+def spread_points(space: SearchSpace, count: int, *, seed: int) -> list[dict[str, Plain]]:
+    """Points spread evenly over a space without conditions: a scrambled Sobol sequence.
+
+    Choices are drawn like the rest, by their place in the list. The same for the same seed.
+    """
+    if count < 1:
+        return []
+    try:
+        optuna = _quiet_optuna()
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Optuna draws the configurations to tune over, and is not installed ({error}): "
+            f"{commands.pip_install('optuna')}, or take the methods as they stand with --tuning 1."
+        ) from None
+    sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
+    study = optuna.create_study(sampler=sampler)
+    points: list[dict[str, Plain]] = []
+    for _ in range(count + 1):
+        trial = study.ask()
+        point: dict[str, Plain] = {}
+        for path, values in space.parameters.items():
+            if isinstance(values, Choice):
+                place = trial.suggest_int(path, 0, len(values.values) - 1)
+                point[path] = values.values[place]
+            else:
+                point[path] = _number(trial, path, values)
+        study.tell(trial, 0.0)
+        points.append(point)
+    return points[1:]  # the first is drawn at random: it tells the sampler what the space is
+
+
+def _number(trial: optuna.trial.BaseTrial, path: str, values: Range) -> int | float:
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        step = int(values.step or 1)
+        return trial.suggest_int(path, values.low, values.high, step=step, log=values.log)
+    drawn = trial.suggest_float(path, values.low, values.high, step=values.step, log=values.log)
+    return round(drawn, 10)  # steps of 0.01 leave tails such as 0.15000000000000002

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cpfean.config import ExperimentConfig, Plain, field_types
@@ -98,7 +98,7 @@ class SearchSpace:
             ConfigError: a path that does not exist, or a combination that cannot be run.
         """
         known = dict(field_types(ExperimentConfig))
-        for path in self.parameters:
+        for path in self.parameters:  # also where no corner has it
             if path not in known:
                 raise ConfigError(f"search space {self.name!r}: no setting {path!r}.")
         for corner in self.corners():
@@ -111,8 +111,6 @@ class SearchSpace:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that two spaces share only if they propose the same values."""
         return {
-            path: list(values.values)
-            if isinstance(values, Choice)
-            else {"low": values.low, "high": values.high, "step": values.step, "log": values.log}
+            path: list(values.values) if isinstance(values, Choice) else asdict(values)
             for path, values in self.parameters.items()
         }

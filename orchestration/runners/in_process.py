@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cpfean.errors import CpfeanError, ServiceError, StoppedError
+from cpfean.errors import CpfeanError, StoppedError
 from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoints import CheckpointFolder
-from orchestration.cluster.capacity import Demand
 from orchestration.runners.messages import Begun, Ended, Failed, Message, Order
-from orchestration.runners.protocol import Driver
+from orchestration.runners.protocol import Driver, Runner
 from orchestration.runners.training import Abandoned, train
 from orchestration.study.budget import OTHER
 from orchestration.study.failures import known_failure
@@ -21,7 +20,7 @@ from orchestration.study.plan import StudyPlan
 from orchestration.study.stopping import Interrupted, Stop
 
 
-class InProcess:
+class InProcess(Runner):
     """A runner without Ray.
 
     Of several trials, one that fails is recorded and the next one follows; of a single one the
@@ -33,8 +32,6 @@ class InProcess:
 
     def check(self, plan: StudyPlan) -> None:
         plan.budget.check_prices(self.node_types())
-
-    def wait_for_start(self) -> None: ...
 
     def run(self, study: Driver) -> None:
         study.expect(is_local=True)
@@ -56,12 +53,6 @@ class InProcess:
 
     def node_types(self) -> Sequence[str]:
         return [OTHER]
-
-    def demand(self) -> Demand | None:
-        return None
-
-    def gone(self, plan: StudyPlan) -> ServiceError | None:
-        return None
 
 
 def _train(study: Driver, record: TrialRecord) -> None:
@@ -95,10 +86,7 @@ def _train(study: Driver, record: TrialRecord) -> None:
 
 @contextmanager
 def _interruptible(stop: Stop) -> Iterator[None]:
-    """Lets a signal wait until the training has saved before its next step.
-
-    It may be long before there is a next step: after some seconds it ends where it is.
-    """
+    """Lets a signal wait, for some seconds, until the training has saved before its next step."""
     has_ended = threading.Event()
 
     def end(_number: int, _frame: object) -> None:

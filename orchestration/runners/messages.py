@@ -6,7 +6,7 @@ last three come from the runner itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 History = tuple[dict[str, float], ...]
@@ -65,25 +65,13 @@ class Epoch:
         history: the metrics of all epochs so far, so that a driver that was away misses nothing.
         checkpoint: address of the newest one.
         ended: nothing more is to come of the trial.
+        test: metrics of the best epoch on the test split; empty if it was not tested.
     """
 
     history: History
     checkpoint: str
     ended: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tested:
-    """The trial has ended and its best epoch was tested.
-
-    Attributes:
-        history, checkpoint: as in `Epoch`.
-        metrics: on the test split.
-    """
-
-    history: History
-    checkpoint: str
-    metrics: dict[str, float]
+    test: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,4 +112,4 @@ class Ended:
     pruned: bool
 
 
-Message = Begun | Resumed | Epoch | Tested | Note | Failed | Lost | Ended
+Message = Begun | Resumed | Epoch | Note | Failed | Lost | Ended

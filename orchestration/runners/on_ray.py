@@ -26,8 +26,8 @@ class OnRay:
     Args:
         settings: with the address of a cluster, or without.
         look_seconds: between two looks at whether the head of the cluster still answers.
-        trainable: Tune's, that runs one trial after another; None: a process with its workers.
         ask: asks nodes for their versions, as `orchestration.cluster.versions.ask_nodes`.
+        trainable: as of `orchestration.runners.tune.run_trials`.
     """
 
     meet_seconds = 0.0
@@ -61,19 +61,21 @@ class OnRay:
     def run(self, study: Driver) -> None:
         from orchestration.cluster import connection
         from orchestration.cluster.nodes import cluster_now
-        from orchestration.runners.trial_process import TrialProcess
         from orchestration.runners.tune import run_trials
         from orchestration.runners.worker_pool import PoolOptions
+
+        def begun() -> None:
+            if not cluster.is_local:  # it may have got other nodes for the workers
+                self.look_at_nodes(study)
 
         cluster = connection.connect(self._settings, give_up=study.stop.leave)
         self._is_joined = True
         has_left = threading.Event()
         try:
             if not cluster.is_local:
-                watching = threading.Thread(
+                threading.Thread(
                     target=self.watch_head, args=(study, has_left), name="head", daemon=True
-                )
-                watching.start()
+                ).start()
                 cluster = workers_awaited(
                     cluster, say=study.say, now=lambda: cluster_now(is_local=False)
                 )
@@ -88,22 +90,14 @@ class OnRay:
             study.expect(is_local=cluster.is_local)
             if not cluster.is_local:
                 self._resources = resources
-            run_trials(
-                study,
-                PoolOptions(
-                    workers=resources.workers,
-                    min_workers=resources.min_workers or resources.workers,
-                    cpus=resources.cpus,
-                    use_gpu=resources.use_gpu,
-                    cache_dir=str(self._settings.cache_dir),
-                    storage=checkpoint_root(study.folder, self._settings),
-                    is_local=cluster.is_local,
-                    silence=self._settings.silence,
-                ),
-                at_a_time=resources.concurrent,
-                begun=lambda: self._workers_came(study),
-                trainable=self._trainable or TrialProcess,
+            options = PoolOptions(
+                resources=resources,
+                cache_dir=str(self._settings.cache_dir),
+                storage=checkpoint_root(study.folder, self._settings),
+                is_local=cluster.is_local,
+                silence=self._settings.silence,
             )
+            run_trials(study, options, begun=begun, trainable=self._trainable)
         # Of a cluster that is lost Ray tells in many ways.
         except Exception as error:
             if isinstance(error, CpfeanError) or (gone := self.gone(study.plan)) is None:
@@ -165,11 +159,6 @@ class OnRay:
                     study.stop.leave()
                 return
 
-    def _workers_came(self, study: Driver) -> None:
-        """A cluster may have got other nodes for them."""
-        if self._known_nodes:
-            self.look_at_nodes(study)
-
     def look_at_nodes(self, study: Driver) -> None:
         """Compares the versions of nodes that have not been asked with those here.
 
@@ -199,11 +188,8 @@ def workers_awaited(
     start, and `ray up` returns when the head is up.
 
     Args:
-        say: shows the user a line.
-        now: the cluster as it is now.
         missing: what is missing if so many workers are there; empty if nothing is.
         seconds: that they are waited for at most.
-        pause: between two looks.
     """
     end = time.monotonic() + seconds
     told = False

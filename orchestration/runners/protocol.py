@@ -81,6 +81,7 @@ class Runner(Protocol):
 
     def wait_for_start(self) -> None:
         """Until what was started ahead of time is there; importing MLflow beside Ray can hang."""
+        return
 
     def run(self, study: Driver) -> None:
         """Runs trials until the study has no more, or is stopped.
@@ -95,6 +96,8 @@ class Runner(Protocol):
 
     def demand(self) -> Demand | None:
         """What a trial asks for beside what there is; None: this machine, or not known."""
+        return None
 
     def gone(self, plan: StudyPlan) -> ServiceError | None:
         """What to say if the cluster that trials run on does not answer any more; else None."""
+        return None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import WorkerGroupError
 
-from cpfean.errors import (
-    LostPartnerError,
-    ServiceError,
-)
+from cpfean.errors import LostPartnerError
 from orchestration.study.failures import known_failure
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 def classify(error: BaseException) -> tuple[str, str]:
@@ -23,63 +22,42 @@ def classify(error: BaseException) -> tuple[str, str]:
     causes = list(causes_of(error))
     if known := known_failure(causes):
         failure, message = known
-        return failure, _tail(message)
-    for cause in causes:
-        if isinstance(cause, OutOfMemoryError):  # Ray has ended a process before the system would
-            return "oom", _tail(str(cause))
-    if any(_is_preemption(cause) for cause in causes):
-        return "preempted", _tail(str(error))
+        return failure, last_lines(message)
+    if out := cause_of(error, OutOfMemoryError):  # Ray has ended a process before the system would
+        return "oom", last_lines(str(out))
+    if any(map(_is_preemption, causes)):
+        return "preempted", last_lines(str(error))
     # A worker with an error of its own takes the others' connections along: then it is to blame.
     roots = [cause for cause in causes if not _inner(cause)]
     if any(map(_is_loss, causes)) and all(map(_is_loss, roots)):
-        return "infra", _tail(str(error))
+        return "infra", last_lines(str(error))
     blamed = [cause for cause in roots if not _is_loss(cause)]
-    return "bug", _tail(str((blamed or [error])[0]))
+    return "bug", last_lines(str((blamed or [error])[0]))
 
 
-def lost_ranks(error: BaseException) -> tuple[list[int], list[int]]:
-    """Ranks that do not answer any more, and ranks that are gone."""
-    silent: list[int] = []
-    gone: list[int] = []
+def lost_ranks(error: BaseException) -> tuple[list[int], list[int], list[int]]:
+    """Ranks that do not answer any more, that are gone, and that waited for another one in vain."""
+    silent, gone, waiting = list[int](), list[int](), list[int]()
     for cause in causes_of(error):
         if isinstance(cause, WorkerGroupError):
             for rank, failure in sorted(cause.worker_failures.items()):
-                if type(failure).__name__.startswith("WorkerHealthCheckTimeout"):
+                if _is_called(failure, "WorkerHealthCheckTimeout"):
                     silent.append(rank)
                 elif _is_loss(failure):
                     gone.append(rank)
-    return silent, gone
-
-
-def waiting_ranks(error: BaseException) -> set[int]:
-    """Ranks that waited for another one in vain."""
-    return {
-        rank
-        for cause in causes_of(error)
-        if isinstance(cause, WorkerGroupError)
-        for rank, failure in cause.worker_failures.items()
-        if any(isinstance(inner, LostPartnerError) for inner in causes_of(failure))
-    }
-
-
-def refusal(error: BaseException) -> str:
-    """What a disk or a store has said, if that is what is wrong."""
-    for cause in causes_of(error):
-        if isinstance(cause, ServiceError):
-            return str(cause).splitlines()[0].rstrip(".")
-    return ""
+                if cause_of(failure, LostPartnerError):
+                    waiting.append(rank)
+    return silent, gone, waiting
 
 
 def has_waited(error: BaseException) -> bool:
     """Whether workers were waited for in vain: there is no room for them, and no failure."""
-    return any(
-        type(cause).__name__.startswith("WorkerGroupStartupTimeout") for cause in causes_of(error)
-    )
+    return any(_is_called(cause, "WorkerGroupStartupTimeout") for cause in causes_of(error))
 
 
 def _is_preemption(error: BaseException) -> bool:
     """Whether Ray knows that the host was taken away."""
-    return type(error).__name__ == "PreemptionError" or bool(getattr(error, "preempted", False))
+    return _is_called(error, "PreemptionError") or bool(getattr(error, "preempted", False))
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -92,10 +70,20 @@ def _is_loss(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     return (
         isinstance(error, RayActorError | ConnectionError | TimeoutError)
-        or type(error).__name__.startswith(lost)
+        or _is_called(error, *lost)
         or "DistError" in names  # torch's, of NCCL and of the rendezvous
         or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
     )
+
+
+def _is_called(error: BaseException, *names: str) -> bool:
+    """Whether the name of its class begins so; some of Ray's classes can be imported nowhere."""
+    return type(error).__name__.startswith(names)
+
+
+def cause_of(error: BaseException, kind: type[_Error]) -> _Error | None:
+    """The first of that kind among an error and all that is wrapped in it."""
+    return next((cause for cause in causes_of(error) if isinstance(cause, kind)), None)
 
 
 def causes_of(error: BaseException) -> Iterable[BaseException]:
@@ -123,5 +111,6 @@ def _inner(error: BaseException) -> list[BaseException]:
     return [one for one in wrapped if isinstance(one, BaseException)]
 
 
-def _tail(text: str, *, lines: int = 30) -> str:
-    return "\n".join(text.strip().splitlines()[-lines:])
+def last_lines(text: str) -> str:
+    """What a record keeps of an error."""
+    return "\n".join(text.strip().splitlines()[-30:])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cpfean.config import ExperimentConfig
 from cpfean.storage.checkpoint_names import epoch_of
 from cpfean.storage.checkpoints import CheckpointFolder
-from orchestration.runners.messages import Epoch, Message, Order, Resumed, Tested
+from orchestration.runners.messages import Epoch, Message, Order, Resumed
 
 if TYPE_CHECKING:
     from cpfean.training.checkpoint import Checkpoint, TrainingState
@@ -55,7 +55,6 @@ def train(
 
     Args:
         cache_dir: on this node.
-        device: of this process.
         is_to_stop: whether the processes will have to stop soon; they save before their next step.
         data_folder: the data, checked; None: what the configuration says, fetched if need be.
 
@@ -82,37 +81,46 @@ def train(
     newest = team.agree(folder.newest_valid(fits=fits) if team.is_first else None)
     if newest is not None:
         team.tell(Resumed(epoch=epoch_of(newest), checkpoint=folder.at(newest)))
-    reporter = _Reporter(folder, team, to_be_tested=order.test)
-    with ExitStack() as stack:
+    link = _Link(order, folder, team, is_to_stop)
+    with nullcontext() if newest is None else folder.opened(newest) as checkpoint:
         result = fit(
             config,
             data_folder=data,
             cache_dir=cache_dir,
-            reporter=reporter,
-            resume_from=None if newest is None else stack.enter_context(folder.opened(newest)),
+            reporter=link,
+            resume_from=checkpoint,
             device=device,
-            notice=_Notice(folder, is_to_stop),
+            notice=link,
         )
+    test = {}
     if order.test:
         newest = team.agree(folder.newest_valid() if team.is_first else None)
         with folder.opened(newest) as checkpoint:
-            metrics = test_split_metrics(
+            test = test_split_metrics(
                 checkpoint, config, data_folder=data, cache_dir=cache_dir, device=device
             )
-        team.tell(Tested(history=result.history, checkpoint=folder.at(newest), metrics=metrics))
-    elif newest is not None and not reporter.has_reported:
-        # It was at its end before, when its driver was lost.
-        team.tell(Epoch(history=result.history, checkpoint=folder.at(newest), ended=True))
+    elif newest is None or link.has_reported:
+        return
+    # Without a test it was at its end before, when its driver was lost.
+    saved = folder.at(newest)
+    team.tell(Epoch(history=result.history, checkpoint=saved, ended=True, test=test))
 
 
-class _Reporter:
-    """Saves each epoch, tells of it, and waits to hear whether there is to be a next one."""
+class _Link:
+    """What ties a training to its team: epochs are saved and told of; word comes to go on or stop.
 
-    def __init__(self, folder: CheckpointFolder, team: Team, *, to_be_tested: bool) -> None:
+    Args:
+        is_to_stop: whether the processes will have to stop soon.
+    """
+
+    def __init__(
+        self, order: Order, folder: CheckpointFolder, team: Team, is_to_stop: Callable[[], bool]
+    ) -> None:
+        self.given = is_to_stop
         self.has_reported = False
+        self._is_tested = order.test
         self._folder = folder
         self._team = team
-        self._to_be_tested = to_be_tested
 
     def report(self, report: EpochReport, checkpoint: Checkpoint | None) -> None:
         self.has_reported = True
@@ -121,23 +129,12 @@ class _Reporter:
         if checkpoint is not None:
             saved = self._folder.save(checkpoint)
             # A trial that is to be tested is at its end after that.
-            ended = is_last and not self._to_be_tested
+            ended = is_last and not self._is_tested
             self._team.tell(Epoch(history=report.history, checkpoint=saved, ended=ended))
             if not is_last:
                 is_wanted = self._team.is_wanted(report.epoch)
         if not is_last and not self._team.agree(is_wanted):
             raise Abandoned
-
-
-class _Notice:
-    """Word that the trial has to stop before its next step, and where it saves then."""
-
-    def __init__(self, folder: CheckpointFolder, is_to_stop: Callable[[], bool]) -> None:
-        self._folder = folder
-        self._is_to_stop = is_to_stop
-
-    def given(self) -> bool:
-        return self._is_to_stop()
 
     def save(self, checkpoint: Checkpoint | None) -> None:
         # However late it is: what is not whole by then is passed over.

@@ -17,24 +17,8 @@ from ray.train import TrainingFailedError
 from cpfean.errors import CheckpointError, ServiceError, StoppedError
 from cpfean.records.trial_record import METRIC
 from cpfean.storage.checkpoints import CheckpointFolder
-from orchestration.runners.messages import (
-    Begun,
-    Epoch,
-    Failed,
-    Message,
-    Note,
-    Order,
-    Resumed,
-    Tested,
-)
-from orchestration.runners.ray_errors import (
-    causes_of,
-    classify,
-    has_waited,
-    lost_ranks,
-    refusal,
-    waiting_ranks,
-)
+from orchestration.runners.messages import Begun, Epoch, Failed, Message, Note, Order, Resumed
+from orchestration.runners.ray_errors import cause_of, classify, has_waited, lost_ranks
 from orchestration.runners.worker_pool import PoolOptions, WorkerPool
 from orchestration.settings import prepare_environment
 
@@ -51,18 +35,11 @@ def result_of(message: Message) -> dict[str, Any]:
 
     On top there is only what a scheduler looks at: Tune keeps statistics of every number there.
     """
-    match message:
-        case Epoch(history=history, ended=ended):
-            judged = {name: history[-1][name] for name in ("epoch", METRIC)}
-            return judged | {MESSAGE: message, "ended": ended, "done": ended}
-        case Tested(history=history):
-            judged = {name: history[-1][name] for name in ("epoch", METRIC)}
-            return judged | {MESSAGE: message, "ended": True, "done": True}
-        case Failed():
-            # As a result and not as an error, which would cost this process as well.
-            return {MESSAGE: message, "done": True}
-        case _:
-            return {MESSAGE: message, "done": False}
+    if isinstance(message, Epoch):
+        judged = {name: message.history[-1][name] for name in ("epoch", METRIC)}
+        return judged | {MESSAGE: message, "ended": message.ended, "done": message.ended}
+    # A failure is a result and not an error, which would cost this process as well.
+    return {MESSAGE: message, "done": isinstance(message, Failed)}
 
 
 class TrialProcess(tune.Trainable):
@@ -83,7 +60,6 @@ class TrialProcess(tune.Trainable):
 
         Args:
             config: of the first trial.
-            options: of the pool.
             make_pool: makes one, of options and a name.
             available: what of the cluster is not in use.
             pause: waits so many seconds.
@@ -91,7 +67,7 @@ class TrialProcess(tune.Trainable):
         prepare_environment()
         assert options is not None
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(options.silence))
-        if options.min_workers < options.workers:
+        if options.is_elastic:
             # Right after a host is lost it is still counted on; the next count will be right.
             os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_ELASTIC_START_SECONDS)
         if options.is_local:
@@ -100,18 +76,15 @@ class TrialProcess(tune.Trainable):
         self._options = options
         self._make_pool, self._available, self._pause = make_pool, available, pause
         self._pool: WorkerPool | None = None
-        self._workers = options.workers
-        self._begin()
+        self._workers = options.resources.workers
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._begin()
-        return True
-
-    def _begin(self) -> None:
         self._is_given = False
         self._epoch = 0
         self._retries = 0
         self._first_loss = ""
+        return True
 
     def step(self) -> dict[str, Any]:
         try:
@@ -122,16 +95,13 @@ class TrialProcess(tune.Trainable):
             return {"done": False} if message is None else result_of(message)
         # What is none of these is a defect of ours, which fails the trial and not this process.
         except Exception as error:
-            self._dismiss()
+            self.cleanup()
             failure, text = classify(error)
             return result_of(Failed(failure=failure, message=text))
 
-    def cleanup(self) -> None:
-        self._dismiss()
-
     def _message(self) -> Message:
-        if not self._is_given and self._workers < self._options.workers and self._has_room():
-            self._dismiss()
+        if not self._is_given and self._has_room_for_more():
+            self.cleanup()
         if self._pool is None:
             self._pool = self._make_pool(self._options, name=f"pool-{uuid.uuid4().hex[:8]}")
         if self._is_given:
@@ -154,15 +124,15 @@ class TrialProcess(tune.Trainable):
                 self._workers = workers
             case Resumed(epoch=epoch):
                 self._epoch = epoch
-            case Epoch(history=history) | Tested(history=history):
+            case Epoch(history=history):
                 self._epoch = int(history[-1]["epoch"])
         return message
 
     def _after(self, error: BaseException) -> Message | None:
         """What becomes of the trial after an error: a note on how it goes on, or its failure."""
-        refused = refusal(error)
-        what = refused or self._lost(error)
-        self._dismiss()
+        refused = cause_of(error, ServiceError)  # by a disk or a store
+        what = str(refused).splitlines()[0].rstrip(".") if refused else self._lost(error)
+        self.cleanup()
         if has_waited(error):
             return None
         failure, message = classify(error)
@@ -177,28 +147,30 @@ class TrialProcess(tune.Trainable):
                 self._pause(_PAUSE_SECONDS * self._retries)
             retry = f"retry {self._retries}/{MAX_RETRIES}"
             return Note(line=f"{what}; {retry} from epoch {self._epoch}.")
-        if any(isinstance(cause, StoppedError) for cause in causes_of(error)):
+        if cause_of(error, StoppedError):
             return Note(line=f"preempted: {message} It goes on there.")
         return Note(line=f"preempted; goes on from epoch {self._epoch}.")
 
-    def _has_room(self) -> bool:
-        """Whether one more worker would fit; only between trials is it worth a new pool."""
-        kind, number = ("GPU", 1) if self._options.use_gpu else ("CPU", self._options.cpus)
-        return bool(self._available().get(kind, 0) >= number)
+    def _has_room_for_more(self) -> bool:
+        """Whether a worker is missing and would fit; only between trials is it worth a new pool."""
+        asked = self._options.resources
+        kind, number = ("GPU", 1) if asked.use_gpu else ("CPU", asked.cpus)
+        return self._workers < asked.workers and self._available().get(kind, 0) >= number
 
     def _lost(self, error: BaseException) -> str:
         """Who is lost, as far as it is known; what may come back of them is fenced."""
-        silent, gone = lost_ranks(error)
+        silent, gone, waiting = lost_ranks(error)
         hosts = {} if self._pool is None else self._pool.hosts()
         if not (silent or gone):
             # Those who waited in vain are told of first; if all but one did, it is that one.
-            missing = sorted(set(hosts) - waiting_ranks(error))
+            missing = sorted(set(hosts) - set(waiting))
             gone = missing if len(missing) == 1 else []
         what = "worker lost" if gone or not silent else f"node silent {self._options.silence} s"
         named = ", ".join(f"rank {rank} on {hosts.get(rank, '?')}" for rank in gone or silent)
         return f"{what} ({named}), fenced" if named else f"{what}, fenced"
 
-    def _dismiss(self) -> None:
+    def cleanup(self) -> None:
+        """Sends the workers home; Tune calls it at the end."""
         pool, self._pool, self._is_given = self._pool, None, False
         if pool is not None:
             pool.close(seconds=_CLOSE_SECONDS)

@@ -13,8 +13,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
@@ -23,56 +23,45 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cpfean.records.trial_record import METRIC, TrialRecord
-from orchestration.runners.messages import Begun, Ended, Failed, Lost
+from orchestration.runners.messages import Begun, Ended, Failed, Lost, Message
 from orchestration.runners.protocol import Driver
+from orchestration.runners.ray_errors import last_lines
 from orchestration.runners.trial_process import MESSAGE, TrialProcess
 from orchestration.runners.worker_pool import HEAD, PoolOptions, free, stop_all
 from orchestration.study.trials import MAX_LOSSES
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EarlyStopping:
-    """Successive halving: what is clearly behind after `grace` epochs, and so on, is stopped."""
-
-    grace: int
-    epochs: int
-    reduction: float = 2.0
 
 
 def run_trials(
     study: Driver,
     options: PoolOptions,
     *,
-    at_a_time: int,
     begun: Callable[[], None] = lambda: None,
-    trainable: type[Any] = TrialProcess,
+    trainable: type[Any] | None = None,
 ) -> None:
     """Runs trials until the study has no more.
 
     Args:
-        options: of the workers of each trial.
-        at_a_time: trials that run beside each other.
         begun: called when a trial's workers are there.
-        trainable: that runs one trial after another.
+        trainable: that runs one trial after another; None: a process with its workers.
     """
     # Tune repeats as an error what the study has said of its trials.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     scheduler: Halving | FIFOScheduler = FIFOScheduler()
     if study.plan.grace:
-        rule = EarlyStopping(grace=study.plan.grace, epochs=study.plan.base.optim.epochs)
-        scheduler = Halving(rule, study.records)
+        epochs = study.plan.base.optim.epochs
+        scheduler = Halving(study.records, grace=study.plan.grace, epochs=epochs)
     # On one machine the processes of several trials only slow each other down as they start.
     source = Source(study, first_alone=options.is_local)
     callbacks = Callbacks(study, scheduler, begun=[source.begun, begun])
-    resources = tune.PlacementGroupFactory([{HEAD: 0.001}])
+    trial_process = tune.with_parameters(trainable or TrialProcess, options=options)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trainable, options=options), resources),
+        tune.with_resources(trial_process, tune.PlacementGroupFactory([{HEAD: 0.001}])),
         tune_config=tune.TuneConfig(
             search_alg=source,
             scheduler=scheduler,
             # What is lost is a new trial to Tune.
             num_samples=(1 + MAX_LOSSES) * study.num_open,
-            max_concurrent_trials=at_a_time,
+            max_concurrent_trials=options.resources.concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
@@ -140,26 +129,30 @@ class Source(Searcher):
 class Halving(ASHAScheduler):
     """ASHA that knows the trials of earlier drivers, and which trials it stopped itself.
 
+    What is behind half of the others after `grace` epochs, twice as many and so on, is stopped.
+
     Args:
         past: trials of earlier drivers.
+        epochs: of a trial that is not stopped.
     """
 
-    def __init__(self, rule: EarlyStopping, past: Sequence[TrialRecord]) -> None:
+    def __init__(self, past: Sequence[TrialRecord], *, grace: int, epochs: int) -> None:
         # One epoch more than there are: a trial that reaches its end ends by itself, which frees
         # its workers in good order.
         super().__init__(
             time_attr="epoch",
             metric=METRIC,
             mode="max",
-            max_t=rule.epochs + 1,
-            grace_period=rule.grace,
-            reduction_factor=rule.reduction,
+            max_t=epochs + 1,
+            grace_period=grace,
+            reduction_factor=2.0,
         )
         self.stopped: set[str] = set()
         self._past = {record.number: record for record in past}
         for record in past:
             if record.settled and record.history:
-                settled: Any = _Settled(f"settled-{record.number}")
+                # All that ASHA asks of a trial, and of the controller nothing.
+                settled: Any = SimpleNamespace(trial_id=f"settled-{record.number}")
                 nobody: Any = None
                 super().on_trial_add(nobody, settled)
                 for row in record.history:
@@ -174,18 +167,11 @@ class Halving(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP and not result.get("ended"):
+        if decision == TrialScheduler.STOP:
+            if result.get("ended"):  # it is finished, however it compares
+                return TrialScheduler.CONTINUE
             self.stopped.add(trial.trial_id)
-            return decision
-        # What has come to its end anyway is finished, however it compares.
-        return TrialScheduler.CONTINUE if decision == TrialScheduler.STOP else decision
-
-
-@dataclass(frozen=True, slots=True)
-class _Settled:
-    """All that ASHA asks of a trial."""
-
-    trial_id: str
+        return decision
 
 
 class Callbacks(tune.Callback):
@@ -203,74 +189,62 @@ class Callbacks(tune.Callback):
         self._study = study
         self._scheduler = scheduler
         self._begun = begun
-        self._groups: dict[int, str] = {}
-        self._pools: dict[int, str] = {}
+        self._teams: dict[int, Begun] = {}  # of each trial
 
     def __reduce__(self) -> tuple[type, tuple[None, None]]:
         return (Callbacks, (None, None))  # in a snapshot: nothing of the driver's state
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         with self._study.stop.errors_of(self._study.folder.path):
             self._study.tick()
 
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         with self._study.stop.errors_of(self._study.folder.path):
             self._study.started(trial.config["number"])
 
     def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **_: Any
     ) -> None:
         message = result.get(MESSAGE)
-        if message is None or isinstance(message, Failed):
-            return  # nothing new; or what Tune tells of next, as the end of the trial
-        number = trial.config["number"]
-        with self._study.stop.errors_of(self._study.folder.path):
-            if isinstance(message, Begun):
-                group = message.placement_group
-                others = {n: known for n, known in self._groups.items() if known != group}
-                self._groups = others | {number: group}
-                self._pools[number] = message.pool
-                for told in self._begun:
-                    told()
-            self._study.tell(number, message)
+        # None: nothing new. A failure Tune tells of next, as the end of the trial.
+        if message is not None and not isinstance(message, Failed):
+            self._tell(trial, message)
 
     def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        number = trial.config["number"]
         last = (trial.last_result or {}).get(MESSAGE)
-        with self._study.stop.errors_of(self._study.folder.path):
-            if isinstance(last, Failed):
-                self._free(number)
-                self._study.tell(number, last)
-            else:
-                pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
-                self._study.tell(number, Ended(pruned=pruned))
+        pruned = trial.trial_id in getattr(self._scheduler, "stopped", ())
+        self._tell(trial, last if isinstance(last, Failed) else Ended(pruned=pruned))
 
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         """The trial's process is gone: what goes wrong in it otherwise is a message."""
-        number = trial.config["number"]
         with self._study.stop.errors_of(self._study.folder.path):
-            self._free(number)
-            self._study.tell(number, _gone(trial))
+            self._tell(trial, _gone(trial))
 
     def save_all(self, seconds: float) -> bool:
         """Lets trials save where they are; Tune has to be interrupted then."""
-        stop_all(set(self._pools.values()), seconds=seconds)
+        teams = list(self._teams.values())  # this is not the thread that Tune calls back in
+        stop_all({team.pool for team in teams}, seconds=seconds)
         return False
 
     def free_all(self) -> None:
         """At the end: pools that Tune has not let end by themselves."""
-        for number in list(self._groups):
-            self._free(number)
+        for team in self._teams.values():
+            free(team.placement_group)
 
-    def _free(self, number: int) -> None:
-        """Removes the workers of a trial, which failed or whose process is gone."""
-        free(self._groups.pop(number, ""))
+    def _tell(self, trial: Trial, message: Message) -> None:
+        number = trial.config["number"]
+        with self._study.stop.errors_of(self._study.folder.path):
+            if isinstance(message, Begun):
+                # Trials that had the same pool before have it no more.
+                others = {n: team for n, team in self._teams.items() if team.pool != message.pool}
+                self._teams = others | {number: message}
+                for told in self._begun:
+                    told()
+            elif isinstance(message, Failed | Lost) and number in self._teams:
+                free(self._teams.pop(number).placement_group)
+            self._study.tell(number, message)
 
 
 def _gone(trial: Trial) -> Lost | Failed:
@@ -283,7 +257,7 @@ def _gone(trial: Trial) -> Lost | Failed:
         return Lost(message="no error was left behind")
     text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     _, _, message = text.rpartition("Failure # ")[2].partition("\n")
-    last = "\n".join(message.strip().splitlines()[-30:])
+    last = last_lines(message)
     if "low on memory" in message:  # Ray has ended it before the system would
         return Failed(failure="oom", message=last)
     # All of Ray's errors about a lost process begin so; what code of ours raises, with "ray::".

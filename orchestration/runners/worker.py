@@ -18,7 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.train import get_context, get_preemption_info
+from ray.train.collective import broadcast_from_rank_zero
+from ray.util import get_current_placement_group
+
+from cpfean.errors import StoppedError
 from orchestration.runners.messages import Begun, Message, Note
+from orchestration.runners.training import Abandoned, train
 
 
 def work(job: dict[str, Any]) -> None:
@@ -28,19 +35,22 @@ def work(job: dict[str, Any]) -> None:
         job: "mailbox" of the pool, its "pool" name, "cache_dir" on this node, "cpus" for this
             worker, and whether all is on one machine that nobody takes away ("is_local").
     """
-    import ray
-    import torch
-    from ray.train import get_context, get_preemption_info
+    import torch  # the driver, which imports this too, does without
     from ray.train.torch import get_device
 
-    from cpfean.errors import StoppedError
     from cpfean.processes import partners_watched
-    from orchestration.runners.training import Abandoned, train
 
     torch.set_num_threads(job["cpus"])
     host = ray.util.get_node_ip_address()
+    rank = get_context().get_world_rank()
+    group = get_current_placement_group()
+    begun = Begun(
+        workers=get_context().get_world_size(),
+        placement_group="" if group is None else group.id.hex(),
+        pool=job["pool"],
+    )
     mailbox = job["mailbox"]
-    mailbox.arrived.remote(get_context().get_world_rank(), host)
+    mailbox.arrived.remote(rank, host)
     told_to_stop = threading.Event()
     threading.Thread(target=_listen, args=(mailbox, told_to_stop), daemon=True).start()
 
@@ -52,8 +62,8 @@ def work(job: dict[str, Any]) -> None:
     number = 0
     while (given := ray.get(mailbox.order.remote(after=number))) is not None:
         number, order = given
-        team = _Workers(mailbox, number)
-        team.tell(_begun(job["pool"]))
+        team = _Workers(mailbox, number, is_first=rank == 0)
+        team.tell(begun)
         try:
             with suppress(Abandoned), partners_watched(where=host), _warnings_told(team.tell):
                 train(
@@ -70,31 +80,13 @@ def work(job: dict[str, Any]) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if get_context().get_world_rank() == 0:
+    if rank == 0:
         ray.get(mailbox.gone.remote())
-
-
-def _begun(pool: str) -> Begun:
-    """That the workers are there, and their placement group.
-
-    The driver frees that should nobody else do so.
-    """
-    from ray.train import get_context
-    from ray.util import get_current_placement_group
-
-    group = get_current_placement_group()
-    return Begun(
-        workers=get_context().get_world_size(),
-        placement_group="" if group is None else group.id.hex(),
-        pool=pool,
-    )
 
 
 def _listen(mailbox: Any, told_to_stop: threading.Event) -> None:
     """Waits in a thread of its own for the end of all orders."""
-    import ray
-
-    while True:
+    while not told_to_stop.is_set():
         try:
             ray.get(mailbox.told_to_stop.remote())
         except ray.exceptions.ActorUnavailableError:
@@ -103,16 +95,13 @@ def _listen(mailbox: Any, told_to_stop: threading.Event) -> None:
         except ray.exceptions.RayError:
             pass  # without a mailbox there are no orders either
         told_to_stop.set()
-        return
 
 
 class _Workers:
     """The workers of a pool as a team; the mailbox takes their messages and says how to go on."""
 
-    def __init__(self, mailbox: Any, number: int) -> None:
-        from ray.train import get_context
-
-        self.is_first = get_context().get_world_rank() == 0
+    def __init__(self, mailbox: Any, number: int, *, is_first: bool) -> None:
+        self.is_first = is_first
         self._mailbox = mailbox
         self._number = number
 
@@ -121,13 +110,9 @@ class _Workers:
             self._mailbox.tell.remote(self._number, message)
 
     def agree(self, value: Any) -> Any:
-        from ray.train.collective import broadcast_from_rank_zero
-
         return broadcast_from_rank_zero(value)
 
     def is_wanted(self, epoch: int) -> bool:
-        import ray
-
         return bool(ray.get(self._mailbox.verdict.remote(self._number, epoch)))
 
 

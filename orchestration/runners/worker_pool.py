@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from orchestration.cluster.capacity import Resources
 from orchestration.runners.mailbox import Mailbox
 from orchestration.runners.messages import Begun, Message, Order
 from orchestration.runners.worker import work
@@ -35,24 +36,22 @@ class PoolOptions:
     """What the workers of trials are.
 
     Attributes:
-        workers: of a trial, at most.
-        min_workers: at least.
-        cpus: of each.
-        use_gpu: one for each.
         cache_dir: on their nodes.
         storage: folder or URL that all nodes reach.
         is_local: all is on one machine, which nobody takes away.
         silence: seconds to wait for a worker that does not answer.
     """
 
-    workers: int
-    min_workers: int
-    cpus: int
-    use_gpu: bool
+    resources: Resources
     cache_dir: str
     storage: str
     is_local: bool
     silence: int
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a trial may go on with fewer workers."""
+        return 0 < self.resources.min_workers < self.resources.workers
 
 
 class WorkerPool:
@@ -65,8 +64,8 @@ class WorkerPool:
     def __init__(self, options: PoolOptions, *, name: str) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer  # the driver does without torch
 
-        least, most = options.min_workers, options.workers
-        gpus = {"GPU": 1} if options.use_gpu else {}
+        asked = options.resources
+        gpus = {"GPU": 1} if asked.use_gpu else {}
         self._group = ""
         self._mailbox = (
             ray.remote(Mailbox)
@@ -79,16 +78,18 @@ class WorkerPool:
                 "mailbox": self._mailbox,
                 "pool": name,
                 "cache_dir": options.cache_dir,
-                "cpus": options.cpus,
+                "cpus": asked.cpus,
                 "is_local": options.is_local,
             },
             torch_config=TorchConfig(timeout_s=options.silence),
             scaling_config=ScalingConfig(
-                num_workers=(least, most) if least < most else most,
+                num_workers=(asked.min_workers, asked.workers)
+                if options.is_elastic
+                else asked.workers,
                 # To grow costs what is done of an epoch: a pool stays as it has begun.
                 elastic_resize_monitor_interval_s=_NEVER_SECONDS,
-                use_gpu=options.use_gpu,
-                resources_per_worker={"CPU": options.cpus} | gpus,
+                use_gpu=asked.use_gpu,
+                resources_per_worker={"CPU": asked.cpus} | gpus,
             ),
             run_config=RunConfig(
                 name=name,
@@ -128,10 +129,10 @@ class WorkerPool:
 
     def hosts(self) -> dict[int, str]:
         """Where each worker is or was, by rank; empty if nobody knows."""
+        hosts: dict[int, str] = {}
         with suppress(RayError, TimeoutError):
-            hosts: dict[int, str] = ray.get(self._mailbox.hosts.remote(), timeout=_LOOK_SECONDS)
-            return hosts
-        return {}
+            hosts = ray.get(self._mailbox.hosts.remote(), timeout=_LOOK_SECONDS)
+        return hosts
 
     def close(self, *, seconds: float) -> None:
         """Sends the workers home and waits for that, but no longer than this."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import NamedTuple
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import is_there, read_file
 from cpfean.json_files import LARGEST, of_type
-from orchestration.schedule.due_times import slot_of
+from orchestration.schedule.suites import slot_of
 
 logger = logging.getLogger("cpfean.schedule")
 
 _WRONG_CLOCK = timedelta(days=1)  # a slot further ahead was noted by a clock that was wrong
 
-_ENDED = ("done", "changed", "failed", "stopped")
 _OPEN = ("submitted", "known")
+_ENDED = ("done", "changed", "failed", "stopped")
 _NOT_RUN = ("skipped", "missed", "paused")
+_OF_A_SUITE = ("added", "resumed")
 
 
 class Row(NamedTuple):
@@ -38,15 +40,55 @@ class Row(NamedTuple):
     why: str = ""
 
 
-_NONE = Row("", "", "", "", "")
+class Standing:
+    """What became of a suite's slots.
 
+    Args:
+        rows: the lines of the suite, oldest first.
 
-class Standing(NamedTuple):
-    """What became of a suite's slots lately; of a row that there is not yet all is empty."""
+    Attributes:
+        last: of the round that was run or heard of last.
+        not_run: of the last slot that was not run; of what there is not yet all is empty.
+        is_paused: until somebody resumes it.
+    """
 
-    last: Row  # the round that was run or heard of last
-    not_run: Row  # the last slot that was not run
-    is_paused: bool  # until somebody resumes it
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+        self.last = self.not_run = Row("", "", "", "", "")
+        self.is_paused = bool(rows) and rows[-1].what == "paused"
+        for row in rows:
+            if row.what in _NOT_RUN:
+                self.not_run = row
+            elif row.what in (*_OPEN, *_ENDED):
+                self.last = row
+
+    def newest_slot(self, now: datetime) -> str:
+        """The newest slot that was dealt with; "" before the first.
+
+        Older ones count as dealt with too: a clock that is set back brings none of them back.
+        """
+        limit = slot_of(now + _WRONG_CLOCK)
+        return max((row.slot for row in self._rows if row.slot <= limit), default="")
+
+    def failed_slots(self) -> list[str]:
+        """The slots of the newest rounds, as far back as all failed; newest first.
+
+        Asked while none runs: a round that was submitted and did not say how it ended was killed.
+        """
+        became: dict[str, set[str]] = defaultdict(set)
+        for row in self._rows:
+            if row.what in _OF_A_SUITE:
+                became.clear()
+            else:
+                became[row.slot].add(row.what)
+        failed = []
+        for slot in sorted(became, reverse=True):
+            if became[slot] & {"done", "changed"}:
+                break
+            # One that was stopped by hand, or not run after all, says nothing.
+            if became[slot] & {"failed", *_OPEN} and not became[slot] & {"stopped", "skipped"}:
+                failed.append(slot)
+        return failed
 
 
 class Journal:
@@ -70,10 +112,10 @@ class Journal:
         except OSError as error:
             raise ServiceError(f"{self._file}: cannot be written: {error}") from None
 
-    def rows(self, suite: str) -> list[Row]:
-        """The lines of one suite, oldest first; raises ServiceError if they cannot be read."""
+    def standing(self, suite: str) -> Standing:
+        """What became of a suite's slots; raises ServiceError if the file cannot be read."""
         if not is_there(self._file):
-            return []
+            return Standing([])
         try:
             text = read_file(self._file, limit=LARGEST).decode("utf-8", errors="replace")
         except OSError as error:
@@ -92,42 +134,4 @@ class Journal:
         if unknown and not self._told:
             self._told = True
             logger.warning("%s: %d line(s) are damaged and left out.", self._file, unknown)
-        return [row for row in rows if row.suite == suite]
-
-
-def standing_of(rows: Sequence[Row]) -> Standing:
-    """What became of the slots of the suite whose lines these are."""
-    *_, last = [_NONE, *(row for row in rows if row.what in (*_OPEN, *_ENDED))]
-    *_, not_run = [_NONE, *(row for row in rows if row.what in _NOT_RUN)]
-    is_paused = bool(rows) and rows[-1].what == "paused"
-    return Standing(last, not_run, is_paused)
-
-
-def newest_slot(rows: Sequence[Row], now: datetime) -> str:
-    """The newest slot that was dealt with; "" before the first.
-
-    Older ones count as dealt with too: a clock that is set back brings none of them back.
-    """
-    limit = slot_of(now + _WRONG_CLOCK)
-    return max((row.slot for row in rows if row.slot <= limit), default="")
-
-
-def failed_slots(rows: Sequence[Row]) -> list[str]:
-    """The slots of the newest rounds, as far back as all failed; newest first.
-
-    Asked while none runs: a round that was submitted and did not say how it ended was killed.
-    """
-    became: dict[str, set[str]] = {}
-    for row in rows:
-        if row.what in ("added", "resumed"):
-            became.clear()
-        else:
-            became.setdefault(row.slot, set()).add(row.what)
-    failed = []
-    for slot in sorted(became, reverse=True):
-        if became[slot] & {"done", "changed"}:
-            break
-        # One that was stopped by hand, or not run after all, says nothing.
-        if became[slot] & {"failed", *_OPEN} and not became[slot] & {"stopped", "skipped"}:
-            failed.append(slot)
-    return failed
+        return Standing([row for row in rows if row.suite == suite])

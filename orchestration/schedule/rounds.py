@@ -15,14 +15,7 @@ from cpfean import commands
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.json_files import RecordError
 from orchestration.schedule.jobs import Jobs
-from orchestration.schedule.journal import (
-    Journal,
-    Row,
-    Standing,
-    failed_slots,
-    newest_slot,
-    standing_of,
-)
+from orchestration.schedule.journal import Journal, Row, Standing
 from orchestration.schedule.suites import Suite, edited_suites, read_suites
 
 _RETRY = timedelta(seconds=60)
@@ -76,21 +69,13 @@ class Schedule:
         return suite
 
     def remove(self, name: str) -> None:
-        """Removes a suite; a round that runs goes on.
-
-        Raises:
-            ConfigError: there is none of that name.
-        """
+        """Removes a suite, a round that runs goes on; raises ConfigError if there is none."""
         with edited_suites(self.folder) as suites:
             _check_known(name, suites)
             del suites[name]
 
     def resume(self, name: str) -> None:
-        """Forgets the failed rounds of a suite: its next slot is run.
-
-        Raises:
-            ConfigError: there is none of that name.
-        """
+        """Forgets a suite's failed rounds: its next slot is run; raises as `remove` does."""
         _check_known(name, read_suites(self.folder))
         self.note(name, "", "resumed")
 
@@ -100,24 +85,39 @@ class Schedule:
         return [suites[name] for name in sorted(suites)]
 
     def standing(self, name: str) -> Standing:
-        """What became of the suite's slots lately."""
-        return standing_of(self._journal.rows(name))
+        """What became of the suite's slots; raises ServiceError if that cannot be read."""
+        return self._journal.standing(name)
 
-    def fire(self, suite: Suite, jobs: Jobs, say: Callable[[str], None]) -> bool:
-        """Submits a suite's newest slot unless that has been dealt with; whether one was due.
+    def tick(self, jobs: Jobs, say: Callable[[str], None]) -> bool:
+        """Brings every suite up to date, once; whether a slot was due.
 
         Raises:
-            ServiceError: no cluster answers, or the journal cannot be read or written.
+            RecordError: the file of the suites is damaged.
+            ServiceError: no cluster answers, or the journal cannot be read or written; once the
+                other suites are up to date.
         """
+        due, errors = False, []
+        for suite in self.suites():
+            try:
+                due |= self._fire(suite, jobs, say)
+            except ServiceError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return due
+
+    def _fire(self, suite: Suite, jobs: Jobs, say: Callable[[str], None]) -> bool:
+        """Submits a suite's newest slot unless that has been dealt with; whether one was due."""
         now = self._now()
-        due = suite.due(newest_slot(self._journal.rows(suite.name), now), now)
+        due = suite.due(self.standing(suite.name).newest_slot(now), now)
         if not due:
             return False
         *missed, slot = due
         job = f"{suite.name}-{slot}"
         others = [other for other in jobs.running(f"{suite.name}-") if other != job]
         # Read once more: a round that has just ended has noted how.
-        failed = failed_slots(self._journal.rows(suite.name))
+        failed = self.standing(suite.name).failed_slots()
+        words = [self._python, self._script, "round", suite.name, slot, "--output", self.folder]
         if others:
             what, why = "skipped", f"{others[0]} still runs"
         elif len(failed) >= _FAILURES:
@@ -126,7 +126,7 @@ class Schedule:
                 f"the last {_FAILURES} rounds failed, {suite.name}-{failed[0]} the last of "
                 f"them; when it is mended: {self._line('resume', suite.name)}"
             )
-        elif jobs.submit(job, self._command(suite, slot)):
+        elif jobs.submit(job, shlex.join([*map(str, words), "--", *suite.arguments])):
             what, why = "submitted", ""
         else:
             what, why = "known", "another scheduler had submitted it"
@@ -136,23 +136,6 @@ class Schedule:
         say(f"{job}: {what}{f', {why}' if why else ''}")
         return True
 
-    def tick(self, jobs: Jobs, say: Callable[[str], None]) -> bool:
-        """Brings every suite up to date, once; whether a slot was due.
-
-        Raises:
-            RecordError: the file of the suites is damaged.
-            ServiceError: as `fire`, once the other suites are up to date.
-        """
-        due, errors = False, []
-        for suite in self.suites():
-            try:
-                due |= self.fire(suite, jobs, say)
-            except ServiceError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return due
-
     def run(
         self,
         jobs: Jobs,
@@ -160,11 +143,7 @@ class Schedule:
         *,
         wait: Callable[[float], None] = time.sleep,
     ) -> NoReturn:
-        """Ticks whenever a suite is due, and every 30 s; until something is raised, as by Ctrl-C.
-
-        Args:
-            wait: for so many seconds.
-        """
+        """Ticks when a suite is due, and every 30 s, until something is raised, as by Ctrl-C."""
         while True:
             try:
                 # Asked before the tick: what becomes due during it is not waited with.
@@ -208,16 +187,12 @@ class Schedule:
     def _next_due(self) -> datetime:
         """When the next suite is due; later than anybody waits if none is."""
         now = self._now()
-        times = (suite.next(now) for suite in self.suites())
-        return min((time for time in times if time is not None), default=now + _RETRY)
+        times = [time for suite in self.suites() if (time := suite.next(now)) is not None]
+        return min(times, default=now + _RETRY)
 
     def _line(self, *words: str) -> str:
         """What to type to tell this schedule something."""
         return commands.script(self._script.name, *words, "--output", self.folder)
-
-    def _command(self, suite: Suite, slot: str) -> str:
-        words = [self._python, self._script, "round", suite.name, slot, "--output", self.folder]
-        return shlex.join([*map(str, words), "--", *suite.arguments])
 
 
 def _check_known(name: str, suites: dict[str, Suite]) -> None:

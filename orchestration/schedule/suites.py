@@ -1,26 +1,41 @@
-"""Suites, and the one file that a schedule keeps them in."""
+"""Suites: when each is due, and the one file that a schedule keeps them in.
+
+A suite is due at the times of a cron expression, in UTC; each of them is a slot.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpfean import commands
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import is_there
 from cpfean.json_files import RecordError, aside, checked, of_type, read_table
 from cpfean.writing import cannot_write, write_json
-from orchestration.schedule.due_times import due_slots, next_time, time_of, trigger_of
 
+if TYPE_CHECKING:
+    from apscheduler.triggers.cron import CronTrigger
+
+_FILE = "suites.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 _WITHOUT = "Without it no suite is known; the journal beside it keeps what has been run."
+_SLOT = "%Y%m%dT%H%M%SZ"
+_FIELDS = ("second", "minute", "hour", "day", "month", "day_of_week")
+_MOST = 101  # slots after one pause
+
+
+def slot_of(time: datetime) -> str:
+    """The name of a time in UTC, e.g. 20261124T020000Z; names sort as their times do."""
+    return time.strftime(_SLOT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,24 +60,49 @@ class Suite:
                 "a suite's name is 1 to 40 lower-case letters, digits and underscores, and starts "
                 f"with a letter or digit; got {self.name[:100]!r}."
             )
-        trigger_of(self.cron)
-        try:
-            has_offset = datetime.fromisoformat(self.added).tzinfo is not None
-        except ValueError:
-            has_offset = False
-        if not has_offset:
-            raise ConfigError(f"added must be a time with an offset; got {self.added[:100]!r}.")
+        self._trigger()
+        with suppress(ValueError):
+            if datetime.fromisoformat(self.added).tzinfo is not None:
+                return
+        raise ConfigError(f"added must be a time with an offset; got {self.added[:100]!r}.")
 
     def due(self, newest: str, now: datetime) -> list[str]:
-        """The slots that have passed since one that was dealt with ("": none was); oldest first."""
+        """The newest slots, 101 at most, since one that was dealt with, or ""; oldest first."""
         since = datetime.fromisoformat(self.added)
         if newest:
-            since = max(since, time_of(newest))
-        return due_slots(trigger_of(self.cron), now, since=since)
+            since = max(since, datetime.strptime(newest, _SLOT).replace(tzinfo=UTC))
+        reach = timedelta(minutes=2)
+        while True:
+            start = max(since, now - reach)
+            slots = deque(self._slots(start, now), maxlen=_MOST)
+            if start == since or len(slots) == _MOST:
+                return list(slots)
+            reach *= 4
 
     def next(self, now: datetime) -> datetime | None:
-        """When it is due next; None: never."""
-        return next_time(trigger_of(self.cron), now)
+        """When it is due next, after `now`; None: never, as on 30 February."""
+        return self._trigger().get_next_fire_time(None, now + timedelta(microseconds=1))
+
+    def _slots(self, since: datetime, until: datetime) -> Iterator[str]:
+        time = self.next(since)
+        while time is not None and time <= until:
+            yield slot_of(time)
+            time = self.next(time)
+
+    def _trigger(self) -> CronTrigger:
+        from apscheduler.triggers.cron import CronTrigger
+
+        fields = self.cron.split()
+        if len(fields) not in (5, 6):
+            raise ConfigError(
+                "--cron needs five fields (minute hour day month weekday), e.g. '0 2 * * *' for "
+                f"two o'clock every night, UTC; got {self.cron!r}."
+            )
+        given = dict(zip(_FIELDS[-len(fields) :], fields, strict=True))
+        try:
+            return CronTrigger(timezone=UTC, **given)
+        except ValueError as error:
+            raise ConfigError(f"--cron {self.cron!r}: {error}.") from None
 
 
 def read_suites(folder: Path) -> dict[str, Suite]:
@@ -72,7 +112,7 @@ def read_suites(folder: Path) -> dict[str, Suite]:
         RecordError: the file is damaged, or of another release.
         ServiceError: others may write to it, or an earlier release has left its own.
     """
-    file, old = _file(folder), folder / "schedule.db"
+    file, old = folder / _FILE, folder / "schedule.db"
     if is_there(old):
         raise ServiceError(
             f"{old}: suites of an earlier release, as pickles. Reading those would run what is in "
@@ -108,7 +148,7 @@ def edited_suites(folder: Path) -> Iterator[dict[str, Suite]]:
     Raises:
         RecordError, ServiceError: as `read_suites`; or the file cannot be written.
     """
-    file = _file(folder)
+    file = folder / _FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Not the file itself, which is replaced whenever it is written.
@@ -123,7 +163,3 @@ def edited_suites(folder: Path) -> Iterator[dict[str, Suite]]:
         for suite in plain.values():
             del suite["name"]
         write_json(file, plain, mode=0o600)
-
-
-def _file(folder: Path) -> Path:
-    return folder / "suites.json"

@@ -21,7 +21,7 @@ from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ConfigError
 from cpfean.files import is_there
 from cpfean.records.trial_record import TUNING, TrialRecord
-from orchestration.proposals.points import spread_points
+from orchestration.proposals.optuna_study import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult

@@ -243,8 +243,6 @@ class Study:
                 self._progress.news(epochs=new)
                 if new:
                     self._show(record)
-            case messages.Tested():
-                self._trials.trained(number, message)
             case messages.Note(line=line):
                 self.say(f"{record.name}: {line}")
             case messages.Failed(failure=failure, message=text):

@@ -17,7 +17,7 @@ from cpfean.errors import CpfeanError, ServiceError
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import State, TrialRecord
 from orchestration.proposals.optuna_study import Proposals
-from orchestration.runners.messages import Epoch, Tested
+from orchestration.runners.messages import Epoch
 from orchestration.study.plan import StudyPlan, TrialPlan, known_records, resume_line
 
 MAX_LOSSES = 3  # of a trial's process, before the trial counts as failed
@@ -94,7 +94,6 @@ class Trials:
                 seed=self.plan.base.seed,
                 baseline=self.plan.space.baseline(self.plan.base),
                 trials=self.plan.trials,
-                records=self.records,
             )
             if self._records:
                 self.export_search()
@@ -146,16 +145,14 @@ class Trials:
         self._since[number] = self.clock()
         self._write(record)
 
-    def trained(self, number: int, news: Epoch | Tested) -> int:
+    def trained(self, number: int, news: Epoch) -> int:
         """It has come so far; returns how many epochs are new."""
         record = self._records[number]
         known = record.epochs
         record.history = [dict(row) for row in news.history]
         record.checkpoint = news.checkpoint or record.checkpoint
-        if isinstance(news, Tested):
-            record.complete, record.test = True, dict(news.metrics or record.test)
-        else:
-            record.complete = news.ended
+        record.complete = news.ended
+        record.test = dict(news.test or record.test)
         self._count_seconds(record)
         self._write(record)
         return record.epochs - known
@@ -167,8 +164,6 @@ class Trials:
         # What two versions have trained is the result of neither.
         if state == "finished" and self._results is not None and not record.drift:
             self._results.keep(record)
-        if self._proposals is not None:
-            self._proposals.tell(record)
 
     def fail(self, number: int, failure: str, message: str) -> None:
         """It has failed.
@@ -209,7 +204,7 @@ class Trials:
         if self._proposals is None:
             return
         try:
-            self._proposals.export(self.folder.path / "study.db")
+            self._proposals.export(self.folder.path / "study.db", self.records)
         except ServiceError as error:
             self.say(f"nothing new for optuna-dashboard: {error}")
 

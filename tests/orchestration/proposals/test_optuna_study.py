@@ -86,7 +86,7 @@ def test_a_proposal_depends_on_the_records_the_seed_and_the_number_alone(num_see
         asked.ask(number, seen[:number])
     drawn = asked.ask(num_seen, seen[:num_seen])
     assert drawn not in [one.overrides for one in seen[:num_seen]]
-    assert proposals(records=seen[:num_seen]).ask(num_seen, seen[:num_seen]) == drawn
+    assert proposals().ask(num_seen, seen[:num_seen]) == drawn
     backwards = seen[:num_seen][::-1]
     assert proposals().ask(num_seen, backwards) == drawn
     assert proposals(seed=1).ask(num_seen, seen[:num_seen]) != drawn
@@ -145,10 +145,7 @@ def test_good_and_bad_trials_steer_the_search_and_those_that_run_are_kept_away_f
 
 def test_the_export_has_every_trial_as_it_stands(tmp_path: Path) -> None:
     seen = run_five()
-    asked = proposals(records=seen[:3])
-    for one in seen[3:]:
-        asked.tell(one)
-    asked.export(tmp_path / "study.db")
+    proposals().export(tmp_path / "study.db", seen)
     study = load(tmp_path / "study.db")
     assert (study.direction.name, study.metric_names) == ("MAXIMIZE", ["val/rsum"])
     states = [trial.state.name for trial in study.trials]
@@ -166,15 +163,14 @@ def test_the_export_has_every_trial_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["study.db", "100%41 of? what#s Ω.db"])
 def test_an_export_replaces_what_is_there_whatever_it_holds(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    asked = proposals(records=run_five()[:2])
-    asked.export(file)  # as one of an earlier release, which was read back
-    asked.tell(run_five()[2])
-    asked.export(file)
+    asked, seen = proposals(), run_five()[:3]
+    asked.export(file, seen[:2])  # as one of an earlier release, which was read back
+    asked.export(file, seen)
     file.rename(tmp_path / "plain.db")
     assert len(load(tmp_path / "plain.db").trials) == 3
     for leftover in (file, tmp_path / f"{name}.new", tmp_path / f"{name}.new-journal"):
         leftover.write_bytes(b"damaged" * 200)
-    asked.export(file)
+    asked.export(file, seen)
     file.rename(tmp_path / "plain.db")
     assert len(load(tmp_path / "plain.db").trials) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["plain.db"]
@@ -184,7 +180,7 @@ def test_an_export_replaces_what_is_there_whatever_it_holds(tmp_path: Path, name
 def test_what_is_no_file_is_named_and_left(tmp_path: Path, put: Callable[[Path], None]) -> None:
     put(tmp_path / "study.db")
     with pytest.raises(ServiceError, match=r"study\.db: cannot be written.* left as it is"):
-        proposals().export(tmp_path / "study.db")
+        proposals().export(tmp_path / "study.db", [])
     assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
     assert not (tmp_path / "study.db").is_file()
 
@@ -192,12 +188,12 @@ def test_what_is_no_file_is_named_and_left(tmp_path: Path, put: Callable[[Path],
 def test_an_export_to_a_full_disk_leaves_the_one_that_was_there(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kilobytes=1024) as disk:
         file = disk / "study.db"
-        asked = proposals(records=run_five())
-        asked.export(file)
+        asked, seen = proposals(), run_five()
+        asked.export(file, seen)
         before = file.read_bytes()
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 60_000))
         with pytest.raises(ServiceError, match=r"study\.db: disk full"):
-            asked.export(file)
+            asked.export(file, seen)
         assert file.read_bytes() == before
         assert sorted(path.name for path in disk.iterdir()) == ["filler", "study.db"]
 
@@ -210,10 +206,10 @@ from tests.orchestration.proposals.spaces import SPACE
 from tests.orchestration.samples import record
 overrides = {"model.alignment.gate": "off", "loss.margin": 0.2}
 seen = [record(n, 1.0 + n, state="finished", overrides=overrides) for n in range(20)]
-asked = Proposals(SPACE, name="s", seed=0, baseline=None, trials=8, records=seen)
+asked = Proposals(SPACE, name="s", seed=0, baseline=None, trials=8)
 print("ready", flush=True)
 while True:
-    asked.export(Path(sys.argv[1]))
+    asked.export(Path(sys.argv[1]), seen)
 """
 
 
@@ -230,5 +226,5 @@ def test_an_export_that_is_killed_leaves_no_half_of_one(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         assert not file.exists() or len(load(file).trials) == 20
-    proposals(records=run_five()).export(file)
+    proposals().export(file, run_five())
     assert len(load(file).trials) == 5

@@ -6,6 +6,7 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.records.trial_record import TrialRecord
+from orchestration.cluster.capacity import Resources
 from orchestration.runners.messages import Begun, Ended, Epoch, Failed, Lost, Message, Note
 from orchestration.runners.tune import run_trials
 from orchestration.runners.worker_pool import PoolOptions
@@ -66,17 +67,15 @@ class ByHand:
     def after_epoch(self, number: int, epoch: int) -> None:
         """Called when a trial has come to the end of an epoch."""
 
-    def run(self, *, cache_dir: Path, is_local: bool = True, **options: Any) -> None:
-        given = {"workers": 1, "min_workers": 1, "silence": 600} | options
-        run_trials(
-            self,  # type: ignore[arg-type]
-            PoolOptions(
-                cpus=1,
-                use_gpu=False,
-                cache_dir=str(cache_dir),
-                storage=f"{self.folder.path}/train",
-                is_local=is_local,
-                **given,
-            ),
-            at_a_time=1,
+    def run(
+        self, *, cache_dir: Path, is_local: bool = True, silence: int = 600, **resources: Any
+    ) -> None:
+        asked = {"workers": 1, "min_workers": 1, "cpus": 1, "use_gpu": False, "concurrent": 1}
+        options = PoolOptions(
+            resources=Resources(**asked | resources),
+            cache_dir=str(cache_dir),
+            storage=f"{self.folder.path}/train",
+            is_local=is_local,
+            silence=silence,
         )
+        run_trials(self, options)  # type: ignore[arg-type]

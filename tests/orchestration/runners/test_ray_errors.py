@@ -72,5 +72,5 @@ def test_a_failure_is_classified_by_its_cause(error: Exception, expected: str) -
 def test_ranks_that_are_silent_are_told_from_those_that_are_gone() -> None:
     silent = WorkerHealthCheckTimeoutError("silent")
     gone = WorkerHealthCheckFailedError("gone", RayActorError())
-    assert lost_ranks(failure(LostPartnerError("waited"), silent, gone)) == ([1], [2])
-    assert lost_ranks(RayActorError()) == ([], [])
+    assert lost_ranks(failure(LostPartnerError("waited"), silent, gone)) == ([1], [2], [0])
+    assert lost_ranks(RayActorError()) == ([], [], [])

@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from cpfean.errors import LostPartnerError, NoMemoryError, ServiceError, StoppedError
+from orchestration.cluster.capacity import Resources
 from orchestration.runners.messages import Begun, Epoch, Failed, Message, Note, Order, Resumed
 from orchestration.runners.trial_process import MESSAGE, TrialProcess
 from orchestration.runners.worker_pool import PoolOptions
@@ -63,10 +64,7 @@ class Trained:
         self.pauses: list[float] = []
         self.results: list[dict[str, Any]] = []
         options = PoolOptions(
-            workers=2,
-            min_workers=2,
-            cpus=1,
-            use_gpu=False,
+            resources=Resources(workers=2, cpus=1, use_gpu=False, concurrent=1),
             cache_dir="",
             storage=str(folder),
             is_local=False,

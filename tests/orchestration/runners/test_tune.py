@@ -11,11 +11,11 @@ from cpfean.errors import ServiceError
 from cpfean.records.trial_record import TrialRecord
 from orchestration.runners.messages import Begun, Ended, Epoch, Failed, Lost
 from orchestration.runners.trial_process import result_of
-from orchestration.runners.tune import Callbacks, EarlyStopping, Halving, Source
+from orchestration.runners.tune import Callbacks, Halving, Source
 from orchestration.study.stopping import Stop
 from tests.orchestration.samples import history, record
 
-RULE = EarlyStopping(grace=2, epochs=4)
+RULE = {"grace": 2, "epochs": 4}
 
 
 def judge(
@@ -96,7 +96,7 @@ def test_the_first_trial_starts_alone_until_it_has_workers_or_has_failed() -> No
 
 
 def test_what_is_behind_after_the_grace_is_stopped_and_the_rest_goes_on() -> None:
-    scheduler = Halving(RULE, [])
+    scheduler = Halving([], **RULE)
     good, bad, better = (trial(scheduler, number) for number in range(3))
     assert judge(scheduler, good, 100, 200, 210, 220) == 4
     assert judge(scheduler, bad, 150, 120, 500, 500) == 2
@@ -105,7 +105,7 @@ def test_what_is_behind_after_the_grace_is_stopped_and_the_rest_goes_on() -> Non
 
 
 def test_a_trial_that_has_reached_its_end_is_finished_even_if_it_is_behind() -> None:
-    scheduler = Halving(EarlyStopping(grace=4, epochs=4), [])
+    scheduler = Halving([], grace=4, epochs=4)
     judge(scheduler, trial(scheduler, 0), 1, 1, 1, 400)
     assert judge(scheduler, trial(scheduler, 1), 1, 1, 1, 100) == 4
     assert not scheduler.stopped
@@ -113,7 +113,7 @@ def test_a_trial_that_has_reached_its_end_is_finished_even_if_it_is_behind() -> 
 
 def test_trials_of_an_earlier_driver_are_compared_with() -> None:
     past = [record(0, 100, 200, 210, 220, state="finished"), record(1, 90, state="interrupted")]
-    scheduler = Halving(RULE, past)
+    scheduler = Halving(past, **RULE)
     assert judge(scheduler, trial(scheduler, 2), 150, 120) == 2
     resumed = trial(scheduler, 1)
     assert judge(scheduler, resumed, 250, 260, 270, first_epoch=2) == 4

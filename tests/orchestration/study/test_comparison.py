@@ -22,7 +22,7 @@ from cpfean.records.run_folder import RunFolder, newest_unfinished
 from cpfean.records.trial_record import TUNING
 from cpfean.training.setup import evaluate_checkpoint
 from experiments.outcome import closing_lines
-from orchestration.proposals.points import spread_points
+from orchestration.proposals.optuna_study import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings

@@ -19,9 +19,8 @@ from cpfean.errors import CpfeanError, ServiceError
 from cpfean.records.run_folder import RunFolder, newest_unfinished
 from experiments.outcome import closing_lines
 from orchestration.cluster.capacity import Demand, Node
-from orchestration.runners import messages
-from orchestration.runners.messages import Begun, Lost, Note, Resumed
-from orchestration.runners.tune import EarlyStopping, Halving
+from orchestration.runners.messages import Begun, Epoch, Lost, Note, Resumed
+from orchestration.runners.tune import Halving
 from orchestration.settings import Settings
 from orchestration.study.budget import SPENT, Budget, Price, Prices
 from orchestration.study.conclusion import StudyResult, best_of, summary
@@ -82,7 +81,7 @@ def test_a_trial_that_is_tested_at_its_end_has_both(tmp_path: Path) -> None:
     number = driven.begin()
     driven.report(number, 10.0, 20.0)
     told = tuple(history(10.0, 20.0))
-    driven.tell(number, messages.Tested(history=told, checkpoint="a/b", metrics={"rsum": 9.0}))
+    driven.tell(number, Epoch(history=told, checkpoint="a/b", ended=True, test={"rsum": 9.0}))
     driven.end(number)
     (record,) = on_disk(tmp_path)
     assert (record.state, record.epochs, record.checkpoint) == ("finished", 2, "a/b")
@@ -184,7 +183,7 @@ def test_a_trial_that_was_stopped_early_is_pruned_and_its_early_luck_does_not_ma
     tmp_path: Path,
 ) -> None:
     driven = Driven(tmp_path, trials=3)
-    halving = Halving(EarlyStopping(grace=2, epochs=4), [])
+    halving = Halving([], grace=2, epochs=4)
     for curve in ((10.0, 20.0, 30.0, 40.0), (90.0, 5.0), (10.0, 30.0, 40.0, 50.0)):
         number = driven.begin()
         trial: Any = type("T", (), {"trial_id": str(number), "config": {"number": number}})()
@@ -424,7 +423,7 @@ def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
     def script(study: Driven) -> None:
         number = study.begin()
         told = tuple(history(10.0, 20.0))
-        study.tell(number, messages.Tested(history=told, checkpoint="", metrics={"rsum": 9.0}))
+        study.tell(number, Epoch(history=told, checkpoint="", ended=True, test={"rsum": 9.0}))
         study.end(number)
 
     monkeypatch.setattr("cpfean.analysis.pictures.queries.draw_study_pictures", draw)
