@@ -23,8 +23,9 @@ install: $(STAMP)  ## Make .venv and install the tested versions (once; again wh
 sweep: $(STAMP)  ## Search the model's settings on the built-in data and record the trials in MLflow
 	$(BIN)/python experiments/sweep.py $(ARGS)
 
-# Two files at a time, those that take longest first, as tests/conftest.py sorts them.
-TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time, since many a test waits; those that take longest first, as tests/conftest.py
+# sorts them.
+TEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)  ## Run the tests, without what takes long beside quicker tests of the same
 	$(TEST) $(ARGS)

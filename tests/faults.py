@@ -256,8 +256,9 @@ class Postgres:
 def moto_program() -> str:
     """moto's server, where `make moto` or MOTO_SERVER has it; empty if nowhere."""
     beside = Path(__file__).resolve().parents[1] / ".venv-moto" / "bin" / "moto_server"
-    found = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
-    return found or (str(beside) if beside.exists() else "")
+    if given := os.environ.get("MOTO_SERVER"):
+        return given
+    return str(beside) if beside.exists() else shutil.which("moto_server") or ""
 
 
 def postgres_program(name: str) -> str:

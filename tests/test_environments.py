@@ -130,7 +130,13 @@ ROWS = [
         Row(place=place, command=VALIDATE, says=("nothing wrong",))
         for place in ("no home", "home is /", "home is nowhere", "home of somebody else")
     ),
-    Row(place="no home", command=TRAIN, trains=True, says=("CPFEAN_CACHE names another",)),
+    Row(
+        place="no home",
+        command=TRAIN,
+        trains=True,
+        says=("CPFEAN_CACHE names another",),
+        long=True,  # compiles once more, as nothing is kept
+    ),
     Row(place="no home, own cache", command=TRAIN, trains=True, long=True),
     Row(
         place="no place for a cache", command=TRAIN, trains=True, says=("CPFEAN_CACHE",), long=True

@@ -240,8 +240,9 @@ class Study:
                 self.say(f"{record.name}: resuming from {checkpoint}")
             case messages.Epoch():
                 new = self._trials.trained(number, message)
-                self._progress.news(epochs=new)
-                if new:
+                # One that was only tested, as its driver was lost before, tells no epoch's length.
+                if new and not message.test:
+                    self._progress.news(epochs=new)
                     self._show(record)
             case messages.Note(line=line):
                 self.say(f"{record.name}: {line}")

@@ -70,7 +70,10 @@ class ServerPlan:
         """Raises ConfigError if a server cannot listen there, ServiceError if one does already."""
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            socket.create_server(found[4], family=found[0]).close()
+            with socket.socket(found[0], socket.SOCK_STREAM) as trial:  # as the server does
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(found[4])
+                trial.listen()
         except socket.gaierror as error:
             raise ConfigError(f"--host {self.host}: no such host ({error}).") from None
         except PermissionError:

@@ -86,7 +86,7 @@ def open_store(uri: str, *, lock_seconds: float = 30.0) -> tuple[MlflowClient, s
             _remove_old_mark(real)
             return client, experiment
     except OSError as error:
-        raise ServiceError(f"{real}: cannot be written: {error}") from None
+        raise ServiceError(f"{real}: cannot be written or opened: {error}") from None
     except MlflowException as error:
         raise ServiceError(f"{file}: cannot be used as a store: {message_of(error)}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -30,7 +31,11 @@ def run_benchmark(
             patch.chdir(ROOT)
             patch.syspath_prepend(ROOT / "benchmarks")
             patch.setattr(sys, "argv", [str(word) for word in words])
+            # Benchmarks collect garbage before each run: in a process of tests there is much to
+            # look at that is none of theirs.
+            gc.freeze()
             importlib.import_module(name).main()
+            gc.unfreeze()
         torch.set_num_threads(threads)
         return capsys.readouterr().out, json.loads(output.read_text(encoding="utf-8"))
 

@@ -88,6 +88,20 @@ def test_a_trial_that_is_tested_at_its_end_has_both(tmp_path: Path) -> None:
     assert record.test == {"rsum": 9.0}
 
 
+def test_a_trial_that_only_had_to_be_tested_says_nothing_of_how_long_an_epoch_takes(
+    tmp_path: Path,
+) -> None:
+    driven = Driven(tmp_path)
+    driven.report(driven.begin(), 10.0)
+    first, second = driven.begin(), driven.begin()
+    told = tuple(history(10.0, 20.0))
+    before = len(driven.said)
+    driven.tell(first, Epoch(history=told, checkpoint="a/b", ended=True, test={"rsum": 9.0}))
+    assert driven.said[before:] == []
+    driven.report(second, 10.0)
+    assert len(driven.said) == before + 1
+
+
 def test_a_trial_whose_process_is_lost_is_run_again_three_times(tmp_path: Path) -> None:
     driven = Driven(tmp_path, trials=2)
     number = driven.begin()
