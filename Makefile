@@ -40,7 +40,7 @@ lint: $(STAMP)  ## Check style, formatting and types
 
 moto:  ## Make .venv-moto, an S3 server for the tests that store objects; without it they are skipped
 	"$(PYTHON)" -m venv .venv-moto
-	.venv-moto/bin/python -m pip install --quiet 'moto[server]>=5'
+	.venv-moto/bin/python -m pip install --quiet 'moto[server]>=5.2.5'
 
 clean:  ## Remove .venv and the caches; runs/ stays
 	rm -rf $(VENV) .venv-moto build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
