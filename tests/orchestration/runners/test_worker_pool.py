@@ -59,6 +59,7 @@ def rsums(record: TrialRecord) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_workers_that_stay_train_as_fresh_ones_do_and_are_replaced_when_they_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
