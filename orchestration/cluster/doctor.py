@@ -7,7 +7,6 @@ wrong and what to do.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from cpfean.storage.check_file import check_file, read_check_file
 from orchestration.cluster.ray_address import check_this_host
 from orchestration.cluster.versions import Answer, ask_nodes, differences, missing_workers
 from orchestration.settings import Settings, token_file
+from orchestration.study.budget import free_bytes
 from orchestration.tracking import stores
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
 from orchestration.tracking.runs import HEARTBEAT_SECONDS, HEARTBEAT_TAG, close_run, status_of
@@ -152,10 +152,7 @@ def check_disk(folders: Sequence[Path], *, least_gb: float = _DISK_GB) -> str:
     for folder in folders:
         if not can_be_written(folder):
             raise Ill(f"{folder} cannot be written by this user", f"its rights, or another: {move}")
-    free = {}
-    for folder in folders:
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free[folder] = shutil.disk_usage(there).free / 1e9
+    free = {folder: free_bytes(folder) / 1e9 for folder in folders}
     short = [f"{folder}: {gb:.1f} GB free" for folder, gb in free.items() if gb < least_gb]
     if short:
         wrong = f"{'; '.join(short)}, {least_gb:.0f} GB are the least"
