@@ -81,13 +81,14 @@ class Suite:
 
     def next(self, now: datetime) -> datetime | None:
         """When it is due next, after `now`; None: never, as on 30 February."""
-        return self._trigger().get_next_fire_time(None, now + timedelta(microseconds=1))
+        return _after(self._trigger(), now)
 
     def _slots(self, since: datetime, until: datetime) -> Iterator[str]:
-        time = self.next(since)
+        trigger = self._trigger()
+        time = _after(trigger, since)
         while time is not None and time <= until:
             yield slot_of(time)
-            time = self.next(time)
+            time = _after(trigger, time)
 
     def _trigger(self) -> CronTrigger:
         from apscheduler.triggers.cron import CronTrigger
@@ -103,6 +104,10 @@ class Suite:
             return CronTrigger(timezone=UTC, **given)
         except ValueError as error:
             raise ConfigError(f"--cron {self.cron!r}: {error}.") from None
+
+
+def _after(trigger: CronTrigger, time: datetime) -> datetime | None:
+    return trigger.get_next_fire_time(None, time + timedelta(microseconds=1))
 
 
 def read_suites(folder: Path) -> dict[str, Suite]:
