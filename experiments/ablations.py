@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.study.comparison import Ablation
+from orchestration.study.variants import Ablation
 
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation(

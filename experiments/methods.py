@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from cpfean.analysis.statistics import FULL
 from cpfean.config import Plain
 from orchestration.proposals.search_space import Choice, Range
-from orchestration.study.comparison import Method
+from orchestration.study.variants import Method
 
 # Tuned for every method, beside two settings of its own.
 COMMON: dict[str, Choice | Range] = {

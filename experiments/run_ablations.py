@@ -13,7 +13,7 @@ from experiments import command_line
 from experiments.ablations import ABLATIONS
 
 if TYPE_CHECKING:
-    from orchestration.study.comparison import Ablation
+    from orchestration.study.variants import Ablation
 
 _EPILOG = (
     """\
@@ -62,12 +62,8 @@ def body(arguments: argparse.Namespace) -> int:
     from cpfean.analysis.statistics import FULL
     from experiments.dry_run import print_dry_run
     from experiments.outcome import print_comparison
-    from orchestration.study.comparison import (
-        Ablation,
-        compare_variants,
-        report_folder,
-        seeds_study,
-    )
+    from orchestration.study.comparison import compare_variants, report_folder, seeds_study
+    from orchestration.study.variants import Ablation
 
     chosen = command_line.chosen(arguments.only, ABLATIONS, flag="--only", what="ablation")
     plan, where, seeds = command_line.comparison_plan(arguments, "ablations")

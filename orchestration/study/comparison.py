@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +27,7 @@ from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan, folder_of
 from orchestration.study.study import run_study
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Variant:
-    """What makes a model differ from the base configuration, by the name that tables show."""
-
-    name: str
-    overrides: Mapping[str, Plain]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ablation(Variant):
-    """One change to the full model, and the question it answers."""
-
-    question: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Method(Variant):
-    """A way to score image and caption, as a variant of the full model.
-
-    Attributes:
-        source: who published it.
-        knobs: its own main settings, tuned beside those that all methods have in common.
-    """
-
-    source: str
-    knobs: Mapping[str, Choice | Range] = field(default_factory=dict)
+from orchestration.study.variants import Method, Variant
 
 
 def plan_trials(

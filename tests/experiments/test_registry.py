@@ -12,8 +12,9 @@ from experiments.ablations import ABLATIONS
 from experiments.baselines import BASELINES
 from experiments.methods import COMMON, METHODS
 from experiments.search_spaces import SEARCH_SPACES
-from orchestration.study.comparison import Ablation, Method, plan_trials, tuning_study
+from orchestration.study.comparison import plan_trials, tuning_study
 from orchestration.study.plan import StudyPlan
+from orchestration.study.variants import Ablation, Method
 from tests.orchestration.samples import TINY
 
 

@@ -5,7 +5,8 @@ import pytest
 from cpfean.analysis.statistics import FULL, SeedRun
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
-from orchestration.study.comparison import Ablation, plan_trials, seed_runs
+from orchestration.study.comparison import plan_trials, seed_runs
+from orchestration.study.variants import Ablation
 from tests.orchestration.samples import record
 
 NO_GCN = Ablation(name="no_gcn", question="?", overrides={"model.words.layers": 0})

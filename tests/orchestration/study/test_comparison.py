@@ -28,8 +28,6 @@ from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
 from orchestration.study.budget import Budget
 from orchestration.study.comparison import (
-    Ablation,
-    Method,
     compare_methods,
     compare_variants,
     seed_runs,
@@ -37,6 +35,7 @@ from orchestration.study.comparison import (
     tuning_study,
 )
 from orchestration.study.plan import StudyPlan
+from orchestration.study.variants import Ablation, Method
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY, record
 
