@@ -33,8 +33,13 @@ def wait(rank: int, folder: Path, ends: list[tuple[str, str]]) -> None:
         )
         if when == "after":
             distributed.barrier()
+        connected = Path(f"{meeting}.connected")
         if rank == 1:
+            # The other end may still be connecting: what fails there is not what is tested here.
+            while not connected.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        connected.touch()
         started = time.monotonic()
         try:
             with partners_watched(where="10.0.0.7"):
