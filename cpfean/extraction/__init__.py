@@ -1,0 +1,1 @@
+"""From photographs to a data folder: in fixed batches, resumed, put together at the end."""

@@ -1,0 +1,209 @@
+"""A batch of photographs, what its regions are, and the bytes in which both travel and rest.
+
+Axes:  region   of a photograph, as many as were found     feature   of a region vector
+
+Every way of working calls `extract_batch` with the same batches on one processor thread, and hands
+on what it gives as bytes: so this process and a cluster make the same files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cpfean.errors import DataError, NoMemoryError
+from cpfean.photographs.decoding import UnreadablePhotographError, read_photograph
+from cpfean.photographs.extractor import PhotographRegions
+
+NO_REGION = "no region was found in it; a lower --min-score finds more, --fill takes the grid's"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Photographs that are read and looked at together.
+
+    Attributes:
+        number: of the batch, from 0.
+        paths: of the photographs, local or s3://.
+        key: of its file; changes with the number, and with names and sizes of the photographs.
+    """
+
+    number: int
+    paths: tuple[str, ...]
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """Stands for a photograph without regions; the reason does not say where the file is."""
+
+    reason: str
+
+
+Found = PhotographRegions | Unreadable
+
+
+class Extractor(Protocol):
+    """What makes regions of photographs, as `cpfean.photographs.extractor.RegionExtractor` does."""
+
+    @property
+    def label_names(self) -> list[str] | None: ...
+
+    @property
+    def feature_dim(self) -> int: ...
+
+    def provenance(self) -> dict[str, Any]: ...
+
+    def __call__(
+        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> list[PhotographRegions]: ...
+
+
+def extract_batch(extractor: Extractor, batch: Batch, *, readers: int = 1) -> list[Found]:
+    """The regions of each photograph of a batch; those that cannot be read are left out of it.
+
+    What comes out depends on the batch and on the number of threads of torch, which the caller has
+    set to one: see `one_thread`.
+
+    Args:
+        readers: threads that read photographs, where something else than this processor computes.
+
+    Raises:
+        DataError: a photograph has gone or cannot be seen from this host; features that are not
+            finite numbers in float16.
+        NoMemoryError: the batch is too large for the device.
+    """
+    if readers > 1:
+        with ThreadPoolExecutor(readers) as pool:
+            read = list(pool.map(_read, batch.paths))
+    else:
+        read = [_read(path) for path in batch.paths]
+    pictures = [one for one in read if not isinstance(one, Unreadable)]
+    try:
+        regions = iter(extractor(pictures) if pictures else [])
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NoMemoryError(
+            f"a batch of {len(pictures)} photographs needs more memory than there is: give a "
+            f"smaller --batch-size than {len(batch.paths)}, and another OUT ({error})."
+        ) from error
+    found: list[Found] = []
+    for path, one in zip(batch.paths, read, strict=True):
+        found.append(one if isinstance(one, Unreadable) else _sound(next(regions), path=path))
+    return found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute with one thread in here: numbers differ with how many there are.
+
+    Workers are side by side, so that no processor is idle. It is the number of the whole process,
+    for threads that begin in here too.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def packed(found: Sequence[Found]) -> bytes:
+    """A batch's regions as an npz archive, which knows when it is damaged."""
+    regions = [one for one in found if isinstance(one, PhotographRegions)]
+    reasons = [one.reason if isinstance(one, Unreadable) else "" for one in found]
+    arrays: dict[str, np.ndarray] = {
+        # A text of numpy ends before the zeros at its end, and is no text if it is empty.
+        "reasons": np.frombuffer("\0".join(reasons).encode(), dtype=np.uint8),
+        "counts": np.array([len(one.features) for one in regions], dtype=np.int32),
+    }
+    if regions:
+        arrays["features"] = np.concatenate([one.features for one in regions]).astype(np.float16)
+        arrays["boxes"] = np.concatenate([one.boxes for one in regions]).astype(np.float32)
+        arrays["sizes"] = np.array([one.size for one in regions], dtype=np.int32)
+    for name, kind in (("labels", np.int32), ("scores", np.float32)):
+        each = [values for one in regions if (values := getattr(one, name)) is not None]
+        if each:
+            arrays[name] = np.concatenate(each).astype(kind)
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **arrays)
+    return stream.getvalue()
+
+
+def unpacked(file: BinaryIO) -> list[Found]:
+    """What `packed` was given.
+
+    Raises:
+        DataError: the bytes are damaged.
+    """
+    with _opened(file) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+        reasons = _reasons(arrays["reasons"])
+        stops = np.cumsum(arrays["counts"]).tolist()
+        parts = {  # behind the names of the fields
+            name: np.split(arrays[name], stops[:-1])
+            for name in ("features", "boxes", "labels", "scores")
+            if name in arrays
+        }
+        rows = iter(range(len(stops)))
+        found: list[Found] = []
+        for reason in reasons:
+            if reason:
+                found.append(Unreadable(reason=reason))
+                continue
+            row = next(rows)
+            width, height = arrays["sizes"][row].tolist()
+            own = {name: part[row] for name, part in parts.items()}
+            found.append(PhotographRegions(size=(width, height), **own))
+        return found
+
+
+def unpacked_reasons(file: BinaryIO) -> list[str]:
+    """Why each photograph of a batch is left out, empty if it is not; raises as `unpacked` does."""
+    with _opened(file) as archive:
+        return _reasons(archive["reasons"])
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Any]:
+    """The archive; whatever is wrong with it, while it is read too, is damage."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            yield archive
+    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, StopIteration, EOFError) as error:
+        raise DataError(f"damaged: {error}") from None
+
+
+def _reasons(stored: UInt8[np.ndarray, " byte"]) -> list[str]:
+    return stored.tobytes().decode().split("\0")
+
+
+def _read(path: str) -> UInt8[np.ndarray, "height width 3"] | Unreadable:
+    if "://" not in path and not os.path.exists(path):
+        # Not one to leave out: it was there when all were looked at, or is on another host.
+        raise DataError(f"{path}: cannot be seen from {socket.gethostname()} (any more).")
+    try:
+        return read_photograph(path)
+    except UnreadablePhotographError as error:
+        return Unreadable(reason=str(error) or "cannot be read")
+
+
+def _sound(regions: PhotographRegions, *, path: str) -> Found:
+    if not len(regions.features):
+        return Unreadable(reason=NO_REGION)
+    if not np.isfinite(regions.features).all():
+        raise DataError(
+            f"{path}: expected features that are finite numbers in float16, found others: the "
+            "detector or the backbone does not fit, or has damaged weights."
+        )
+    return regions
