@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from cpfean.data.convert.captions import Captioned
 from cpfean.data.convert.native import NativeWriter, Regions
+from cpfean.data.convert.photographs import Photograph
 from cpfean.errors import DataError
 from cpfean.extraction.batches import Found
 from cpfean.extraction.plan import ExtractionPlan, differences
@@ -16,7 +17,6 @@ from cpfean.extraction.work_folder import WorkFolder, no_room
 from cpfean.files import is_there
 from cpfean.json_files import read_object
 from cpfean.photographs.extractor import PhotographRegions
-from cpfean.photographs.sources import Photograph
 from cpfean.progress import Progress
 from cpfean.writing import as_json
 

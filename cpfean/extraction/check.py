@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from cpfean.data.convert.photographs import Photograph
 from cpfean.errors import DataError
 from cpfean.photographs.decoding import UnreadablePhotographError, check_photograph
-from cpfean.photographs.sources import Photograph
 from cpfean.progress import Progress
 
 _LOOKERS = 16  # threads; they wait for disks and networks

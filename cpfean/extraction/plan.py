@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpfean.data.convert.photographs import Photograph
 from cpfean.extraction.batches import Batch
-from cpfean.photographs.sources import Photograph
 
 FORMAT = 1
 SPLITS = ("train", "dev", "test", "gallery")

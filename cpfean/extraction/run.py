@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpfean.data.convert.photographs import Photograph
 from cpfean.errors import DataError
 from cpfean.extraction.assembly import assemble, finished, refuse_strange, unusable
 from cpfean.extraction.batches import Batch, Extractor
@@ -21,7 +22,6 @@ from cpfean.extraction.in_process import Made
 from cpfean.extraction.plan import ExtractionPlan
 from cpfean.extraction.work_folder import WorkFolder, claimed
 from cpfean.files import is_there
-from cpfean.photographs.sources import Photograph
 from cpfean.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def extract(
     """Makes a data folder in the native format of photographs, or goes on making it.
 
     Args:
-        photographs: by split, as `cpfean.photographs.sources.find_photographs` gives them.
+        photographs: by split, as `cpfean.data.convert.photographs.find_photographs` gives them.
         target: the data folder; unless it is finished already, nothing may be there. What is done
             is kept beside it, in TARGET.unfinished, until all is.
         extractor: tells the names of labels, the width of features and what it is made of.

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -57,7 +58,10 @@ _REDUCED = 1  # bit of TIFF's NewSubfileType: a small copy of what comes later i
 _BAND = 256  # rows that are converted together
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
-_quiet = threading.Lock()
+_Answer = TypeVar("_Answer")
+# Pillow warns where viewers just show; what matters raises. Once for the process, and not around
+# each picture: filters are of all threads, which read side by side.
+warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 class UnreadablePhotographError(DataError):
@@ -76,20 +80,30 @@ def read_photograph(path: str) -> UInt8[np.ndarray, "height width 3"]:
     """
     if "://" in path:
         return decode_photograph(_fetched(path))
-    try:
-        with open_file(Path(path)) as file:
-            return _decoded(file, size=os.fstat(file.fileno()).st_size)
-    except UnreadablePhotographError:
-        raise
-    except FileNotFoundError as error:
-        link = error.strerror if error.strerror and "link" in error.strerror else "no such file"
-        raise UnreadablePhotographError(f"{link}; check the name") from None
-    except OSError as error:
-        raise UnreadablePhotographError(
-            f"cannot be read: {error.strerror or message_of(error)}; check the disk and the rights"
-        ) from None
-    except ValueError as error:  # a name that no file can have
-        raise UnreadablePhotographError(f"cannot be read: {message_of(error)}") from None
+    with _open(path) as (file, size):
+        return _decoded(file, size=size)
+
+
+def check_photograph(path: str) -> int:
+    """Looks at the beginning of a file, whose damage further on is found by reading it.
+
+    Of an object in a store only its size is looked at.
+
+    Args:
+        path: as for `read_photograph`.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        UnreadablePhotographError, ServiceError: as `read_photograph`.
+    """
+    if "://" in path:
+        size = _asked(path, lambda filesystem, name: int(filesystem.info(name)["size"]))
+        _check_size(size)
+        return size
+    with _open(path) as (file, size), _header(file, size=size):
+        return size
 
 
 def decode_photograph(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
@@ -110,7 +124,36 @@ def is_photograph_name(name: str) -> bool:
     return suffix in _SUFFIXES or suffix in (".heic", ".heif", ".jxl")
 
 
+@contextmanager
+def _open(path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A local file and its size."""
+    try:
+        with open_file(Path(path)) as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except UnreadablePhotographError:
+        raise
+    except FileNotFoundError as error:
+        link = error.strerror if error.strerror and "link" in error.strerror else "no such file"
+        raise UnreadablePhotographError(f"{link}; check the name") from None
+    except OSError as error:
+        raise UnreadablePhotographError(
+            f"cannot be read: {error.strerror or message_of(error)}; check the disk and the rights"
+        ) from None
+    except ValueError as error:  # a name that no file can have
+        raise UnreadablePhotographError(f"cannot be read: {message_of(error)}") from None
+
+
 def _fetched(url: str) -> bytes:
+    def read(filesystem: Any, name: str) -> bytes:
+        with filesystem.open(name, "rb") as file:
+            data: bytes = file.read(_LARGEST_FILE + 1)
+        return data
+
+    return _asked(url, read)
+
+
+def _asked(url: str, ask: Callable[[Any, str], _Answer]) -> _Answer:
+    """What a store answers about an object."""
     if not url.startswith("s3://"):
         raise UnreadablePhotographError(
             "expected a path or an s3:// URL; fetch it to this machine first"
@@ -118,8 +161,7 @@ def _fetched(url: str) -> bytes:
     import fsspec  # only those who need it pay for the import
 
     try:
-        with fsspec.open(url, "rb") as file:
-            data: bytes = file.read(_LARGEST_FILE + 1)
+        return ask(*fsspec.url_to_fs(url))
     except FileNotFoundError:
         raise UnreadablePhotographError("no such object; check the URL") from None
     except PermissionError:
@@ -128,40 +170,48 @@ def _fetched(url: str) -> bytes:
         ) from None
     except Exception as error:  # botocore's own errors have no ancestor but Exception
         raise ServiceError(f"{url}: cannot be fetched: {message_of(error)}") from None
-    return data
 
 
 def _decoded(file: BinaryIO, *, size: int) -> UInt8[np.ndarray, "height width 3"]:
+    with _header(file, size=size) as image:
+        image.load()
+        return _upright(_as_rgb(image), _orientation(image))
+
+
+@contextmanager
+def _header(file: BinaryIO, *, size: int) -> Iterator[Image.Image]:
+    """The image that a file holds, not decoded yet; what goes wrong later is told, too."""
+    _check_size(size)
+    start = file.read(64)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=_known_formats()) as image:
+            _check_header(image, start)
+            yield image
+    except UnreadablePhotographError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadablePhotographError(
+            f"too large: {message_of(error)}; at most {MOST_PIXELS:,} are read: save it smaller"
+        ) from None
+    except UnidentifiedImageError:
+        raise UnreadablePhotographError(_what_else(start)) from None
+    except MemoryError:
+        raise UnreadablePhotographError(
+            "too large for the memory that is left; save it smaller"
+        ) from None
+    except Exception as error:  # whatever a decoder trips over in damaged bytes
+        raise UnreadablePhotographError(_damage(error)) from None
+
+
+def _check_size(size: int) -> None:
+    """Refuses by the number of bytes."""
     if not size:
         raise UnreadablePhotographError("an empty file; fetch or copy it again")
     if size > _LARGEST_FILE:
         raise UnreadablePhotographError(
             f"a file of {size:,} bytes; at most {_LARGEST_FILE:,} are read: save it smaller"
         )
-    start = file.read(64)
-    file.seek(0)
-    # Pillow warns where viewers just show; what matters raises. Filters are of the whole process.
-    with _quiet, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(file, formats=_known_formats()) as image:
-                _check_header(image, start)
-                image.load()
-                return _upright(_as_rgb(image), _orientation(image))
-        except UnreadablePhotographError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise UnreadablePhotographError(
-                f"too large: {message_of(error)}; at most {MOST_PIXELS:,} are read: save it smaller"
-            ) from None
-        except UnidentifiedImageError:
-            raise UnreadablePhotographError(_what_else(start)) from None
-        except MemoryError:
-            raise UnreadablePhotographError(
-                "too large for the memory that is left; save it smaller"
-            ) from None
-        except Exception as error:  # whatever a decoder trips over in damaged bytes
-            raise UnreadablePhotographError(_damage(error)) from None
 
 
 def _known_formats() -> list[str]:
