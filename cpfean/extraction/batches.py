@@ -107,8 +107,8 @@ def extract_batch(extractor: Extractor, batch: Batch, *, readers: int = 1) -> li
 def one_thread() -> Iterator[None]:
     """Lets torch compute with one thread in here: numbers differ with how many there are.
 
-    Workers are side by side, so that no processor is idle. It is the number of the whole process,
-    for threads that begin in here too.
+    Workers are side by side, so that no processor is idle. Threads that begin in here have to set
+    theirs themselves.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

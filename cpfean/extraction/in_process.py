@@ -32,7 +32,7 @@ def extract_here(
 
     Each worker is a thread with an extractor of its own, and torch computes with one thread in
     each: models and decoders leave Python's lock alone while they work. Between two results torch
-    has one thread for the caller, too.
+    has one thread for the caller too.
 
     Raises:
         CpfeanError: as `extract_batch`, or what making an extractor raises.
@@ -51,7 +51,11 @@ def extract_here(
     with one_thread():
         for device in devices:  # one after the other: models are not made in two threads at once
             free.put((make_extractor(device), 1 if device.type == "cpu" else READERS))
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="extraction")
+        # The number is one of each thread, besides one for those that are yet to come: what
+        # multiplies matrices does not ask for the latter.
+        pool = ThreadPoolExecutor(
+            workers, "extraction", initializer=torch.set_num_threads, initargs=(1,)
+        )
         try:
             running: set[Future[Made]] = set()
             for batch in batches:
