@@ -57,7 +57,6 @@ class Detector(Protocol):
         files: of the model.
         model: of transformers.
         label_names: what things are called; None if it knows no names.
-        embedding_dim: width of a query's embedding.
     """
 
     files: ModelFiles

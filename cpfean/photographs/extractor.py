@@ -87,8 +87,10 @@ class RegionExtractor:
         self.label_names = None if names is None else [*names, *([PLACE] * (PLACE not in names))]
         self._place = self.label_names.index(PLACE) if self.label_names else 0
         self._fillers = grid_boxes(_MOST_FILLERS)
-        blank = np.full((64, 64, 3), 127, dtype=np.uint8)
-        self.feature_dim = self([blank])[0].features.shape[1]
+        self.feature_dim = self._backbone.feature_dim if self._backbone else 0
+        if self._detector is not None and settings.features != "backbone":
+            (probe,) = self._detector([np.full((64, 64, 3), 127, dtype=np.uint8)])
+            self.feature_dim += probe.embeddings.shape[1]
 
     @classmethod
     def from_provenance(
