@@ -25,7 +25,7 @@ def tiny_rt_detr_v2(folder: Path, *, seed: int = 0) -> Path:
     config = RTDetrV2Config(**_TINY_RT, backbone_config=_tiny_resnet(), id2label=_labels())
     torch.manual_seed(seed)
     model = RTDetrV2ForObjectDetection(config)
-    _spread(model, "class_embed", "score_head", "bbox", seed=seed)
+    _spread(model, {"class_embed": 0.4, "score_head": 0.4, "bbox": 0.15}, seed=seed)
     return _saved(
         folder, model, RTDetrImageProcessorPil(size={"height": 64, "width": 64}, do_normalize=False)
     )
@@ -59,7 +59,8 @@ def tiny_d_fine(folder: Path, *, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = DFineForObjectDetection(config)
-    _spread(model, "class_embed", "score_head", "bbox", seed=seed)
+    scales = {"class_embed": 0.4, "score_head": 0.4, "bbox": 0.1, "decoder.": 0.3}
+    _spread(model, scales, seed=seed)
     return _saved(
         folder, model, RTDetrImageProcessorPil(size={"height": 64, "width": 64}, do_normalize=False)
     )
@@ -90,7 +91,8 @@ def tiny_detr(folder: Path, *, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = DetrForObjectDetection(config)
-    _spread(model, "class_labels_classifier", "bbox", "query", "_attn", seed=seed)
+    scales = {"class_labels_classifier": 0.6, "bbox": 0.4, "query": 3.0, "attn": 0.6, "mlp": 0.4}
+    _spread(model, scales, seed=seed)
     processor = DetrImageProcessorPil(size={"shortest_edge": 48, "longest_edge": 80})
     return _saved(folder, model, processor)
 
@@ -148,13 +150,18 @@ def _tiny_resnet() -> Any:
     )
 
 
-def _spread(model: nn.Module, *parts: str, seed: int) -> None:
-    """Boxes and confidences of all kinds: fresh heads give nearly the same to every query."""
+def _spread(model: nn.Module, scales: dict[str, float], *, seed: int) -> None:
+    """Boxes and confidences of all kinds: fresh heads give nearly the same to every query.
+
+    Args:
+        scales: standard deviation of the weights whose names have this in them.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weights in model.named_parameters():
-            if any(part in name for part in parts) and "norm" not in name:
-                weights.copy_(0.4 * torch.randn(weights.shape, generator=generator))
+            scale = next((scales[part] for part in scales if part in name), None)
+            if scale is not None and "norm" not in name:
+                weights.copy_(scale * torch.randn(weights.shape, generator=generator))
 
 
 def _saved(folder: Path, model: Any, processor: Any) -> Path:
