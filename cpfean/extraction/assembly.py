@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpfean.data.convert.captions import Captioned
 from cpfean.data.convert.native import NativeWriter, Regions
 from cpfean.data.convert.photographs import Photograph
+from cpfean.data.provenance import PROVENANCE, read_provenance
 from cpfean.errors import DataError
 from cpfean.extraction.batches import Found
 from cpfean.extraction.plan import ExtractionPlan, differences
 from cpfean.extraction.work_folder import WorkFolder, no_room
 from cpfean.files import is_there
-from cpfean.json_files import read_object
 from cpfean.photographs.extractor import PhotographRegions
 from cpfean.progress import Progress
-from cpfean.writing import as_json
-
-PROVENANCE = "provenance.json"
 
 
 class Skipped(NamedTuple):
@@ -88,6 +85,7 @@ def assemble(
         boxes=True,
         vocabulary=None if label_names is None else list(label_names),
         scores=first.scores is not None,
+        provenance=provenance,
     ) as writer:
         for done, (split, _, found) in enumerate(_found(plan, work), 1):
             if isinstance(found, PhotographRegions):
@@ -103,7 +101,6 @@ def assemble(
             progress.step(done)
         writer.finish()
     try:
-        (work.assembled / PROVENANCE).write_text(as_json(provenance), encoding="utf-8")
         work.assembled.rename(work.target)
     except OSError as error:
         raise no_room(work.target, error) from error
@@ -130,8 +127,9 @@ def finished(plan: ExtractionPlan, target: Path) -> dict[str, Any] | None:
     if not is_there(target):
         return None
     refuse_strange(target)
-    provenance = read_object(target / PROVENANCE, error=DataError)
-    expected: Mapping[str, Any] = plan.settings() | {"files": plan.files()}
+    provenance = read_provenance(target)
+    assert provenance is not None
+    expected = plan.settings() | {"files": plan.files()}
     found = differences({name: provenance.get(name) for name in expected}, expected)
     if found:
         raise DataError(

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpfean.data.convert.photographs import Photograph
+from cpfean.data.provenance import FORMAT
+from cpfean.data.split import GALLERY, SPLITS
 from cpfean.extraction.batches import Batch
 
-FORMAT = 1
-SPLITS = ("train", "dev", "test", "gallery")
+ORDER = (*SPLITS, GALLERY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class ExtractionPlan:
     @property
     def splits(self) -> list[str]:
         """Those that there are, in their order."""
-        return [split for split in SPLITS if self.photographs.get(split)]
+        return [split for split in ORDER if self.photographs.get(split)]
 
     @property
     def num_regions(self) -> int:
