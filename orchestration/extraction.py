@@ -22,6 +22,7 @@ from orchestration.cluster.versions import Nodes, RayNodes, among_nodes, ask_nod
 from orchestration.runners.on_ray import workers_awaited
 from orchestration.settings import Settings
 
+_RESTARTS = 10  # of an actor whose node has gone
 _COLUMNS = ("number", "content", "error")  # of what a worker gives
 
 
@@ -113,18 +114,17 @@ class OnRay:
                 "same command again goes on."
             ) from lost
 
-    def _demand(self, cluster: Cluster) -> tuple[int, dict[str, int]]:
+    def _demand(self, cluster: Cluster) -> tuple[int, dict[str, Any]]:
         """How many actors there are to be, and what each asks of Ray."""
         use_gpu = self.device == "cuda"
         workers = self._workers or (cluster.gpus if use_gpu else cluster.cpus)
         allocate(cluster, workers=workers, trials=1)  # refuses what can never be
-        where = self._settings.address or "this machine"
-        each = "GPU" if use_gpu else "CPU"
+        where, each = self._settings.address or "this machine", "GPU" if use_gpu else "CPU"
         self._say(f"{workers} worker(s) of 1 {each} start on {where}, which takes a while.")
-        options = {"num_gpus": 1} if use_gpu else {"num_cpus": 1}
         # What ended an actor on this machine, such as a lack of memory, would end it again.
-        once = {"max_restarts": 0, "max_task_retries": 0} if cluster.is_local else {}
-        return workers, options | once
+        times = 0 if cluster.is_local else _RESTARTS
+        again = {"max_restarts": times, "max_task_retries": times}
+        return workers, {f"num_{each.lower()}s": 1, "ray_remote_args_fn": lambda: again}
 
     def _join(self) -> Cluster:
         cluster = connection.connect(self._settings)

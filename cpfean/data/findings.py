@@ -86,7 +86,7 @@ class Findings:
                 )
         return result
 
-    def refuse(self, folder: Path) -> None:
+    def refuse(self, folder: Path | str) -> None:
         """Raises one DataError that lists everything, if there is anything."""
         if self:
             faults = "1 fault" if len(self) == 1 else f"{len(self):,} faults"

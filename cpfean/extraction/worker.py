@@ -1,4 +1,4 @@
-"""A worker that is somewhere else: batches come and go as columns of texts and bytes, and errors."""
+"""A worker that is somewhere else: batches come and go as columns of texts and bytes."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Backbone:
         image = Image.fromarray(photograph).resize(
             (size[1], size[0]), Image.Resampling.BICUBIC if resample is None else resample
         )
-        pixels = np.asarray(image, dtype=np.float32)
+        pixels: np.ndarray = np.asarray(image, dtype=np.float32)
         if getattr(processor, "do_rescale", True):
             pixels = pixels * np.float32(processor.rescale_factor)
         if getattr(processor, "do_normalize", True):

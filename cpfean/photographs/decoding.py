@@ -32,10 +32,6 @@ LEAST_SIDE = 8  # pixels; below that there is nothing to be detected
 MOST_ELONGATED = 32  # long side / short side: resized for a detector, less than a patch is left
 _LARGEST_FILE = 2**28  # bytes: as large as the largest photograph without any compression
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
-_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".tif", ".tiff"),
-    *(".bmp", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
-)
 # What else is found under such names, or beside them: how it begins, or what follows "ftyp".
 _STARTS = (
     (b"%PDF", "a PDF"),
@@ -113,15 +109,6 @@ def decode_photograph(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         UnreadablePhotographError: says what was found and what to do.
     """
     return _decoded(io.BytesIO(data), size=len(data))
-
-
-def is_photograph_name(name: str) -> bool:
-    """Whether a file of that name is taken for a photograph where a folder is looked through.
-
-    HEIC and the like are, so that they are refused by name and not passed over in silence.
-    """
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix in _SUFFIXES or suffix in (".heic", ".heif", ".jxl")
 
 
 @contextmanager

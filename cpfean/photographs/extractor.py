@@ -121,8 +121,14 @@ class RegionExtractor:
             name, revision = getattr(settings, part), record.get("revision")
             if given is None and name and revision:  # as of then, whatever is newest now
                 elsewhere[part] = f"{name.partition('@')[0]}@{revision}"
-        there = {part: name for part, name in elsewhere.items() if name is not None}
-        extractor = cls(replace(settings, **there), device=device)
+        extractor = cls(
+            replace(
+                settings,
+                detector=elsewhere["detector"] or settings.detector,
+                backbone=elsewhere["backbone"] or settings.backbone,
+            ),
+            device=device,
+        )
         # It is to say of itself what the record says, wherever the files are now.
         found = extractor.provenance()
         for part in ("detector", "backbone"):
@@ -266,9 +272,7 @@ class _Chosen:
     queries: Int64[np.ndarray, " query"]
 
 
-def _detector(
-    files: ModelFiles, settings: ExtractionSettings, *, device: torch.device
-) -> Detector:
+def _detector(files: ModelFiles, settings: ExtractionSettings, *, device: torch.device) -> Detector:
     if settings.vocabulary is None and files.kind in KINDS:
         raise ConfigError(
             f"{files.name}: a zero-shot detector ({files.kind}) looks for what it is told to; give "
@@ -281,9 +285,7 @@ def _detector(
             f"{files.name}: a detector with classes of its own ({files.kind}) takes no vocabulary; "
             "leave it out, or take a zero-shot detector such as google/owlv2-base-patch16-ensemble."
         )
-    return ZeroShotDetector(
-        files, settings.vocabulary, min_score=settings.min_score, device=device
-    )
+    return ZeroShotDetector(files, settings.vocabulary, min_score=settings.min_score, device=device)
 
 
 def _fitting(

@@ -135,7 +135,7 @@ _TINY_RT: dict[str, Any] = {
 
 
 def _labels() -> dict[int, str]:
-    return {number: name for number, name in enumerate(("person", "dog", "kite", "bed", "sky"))}
+    return dict(enumerate(("person", "dog", "kite", "bed", "sky")))
 
 
 def _tiny_resnet() -> Any:
