@@ -6,8 +6,10 @@ photographs, and models that are folders.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,10 +32,8 @@ class OnRay:
     """Runs batches on a cluster that is joined, or on this machine, where Ray is started for them.
 
     Args:
-        settings: with the address of a cluster, or without.
         workers: actors, of one GPU each or of one CPU where there is none; None: all that fit.
-        make_extractor: makes the extractor of an actor, on its node.
-        provenance: what every extractor has to tell of itself.
+        make_extractor, provenance: as of `Worker`.
         folders: that every node has to see beside the photographs.
         say: shows the user a line.
     """
@@ -50,16 +50,16 @@ class OnRay:
     ) -> None:
         self._settings = settings
         self._workers = workers
-        self._extractor = (make_extractor, provenance)
+        self._worker = (make_extractor, provenance)
         self._folders = folders
         self._say = say
         self._cluster: Cluster | None = None
 
     def __enter__(self) -> OnRay:
-        if self._settings.address is not None:
-            # That actors can be restarted is no error to be printed among the progress.
+        if self._settings.address is not None:  # what the cluster has is to be known at once
+            # Or Ray prints among the progress that actors can be restarted, as an error.
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-            self._join()  # what the cluster has is to be known at once
+            self._join()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,8 +75,8 @@ class OnRay:
         """Gives each batch, packed, as soon as it is done, in whatever order.
 
         Raises:
-            CpfeanError: as `extract_batch`; more workers than there is room for, nodes that do not
-                see what they need or have other versions, or a cluster that is lost.
+            CpfeanError: what a worker tells of; or of a cluster that is too small, lacks what is
+                needed, or is lost.
         """
         import ray.data
         from ray.exceptions import RayError, RayTaskError
@@ -88,74 +88,66 @@ class OnRay:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # told by who takes the results
+        # Later releases of Ray restart actors without end, and one that needs too much memory too.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         readers = max(1, min(READERS, cluster.cpus // workers)) if self.device == "cuda" else 1
         rows = [{"batch": sent(batch)} for batch in batches]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             Worker,
-            fn_constructor_args=self._extractor,
+            fn_constructor_args=self._worker,
             fn_constructor_kwargs={"device": self.device, "readers": readers},
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))),
             **options,
         )
         by_number = {batch.number: batch for batch in batches}
-        try:
-            # A block is a batch, and is here as soon as it is done.
+        try:  # a block is a batch, and is here as soon as it is done
             for block in results.iter_batches(batch_size=None, prefetch_batches=0):
                 for number, content, error in zip(*map(block.get, _COLUMNS), strict=True):
                     if error:
                         raise received(error)
                     yield by_number[number], content
-        except RayTaskError:  # a defect of ours, with its traceback
-            raise
         except RayError as lost:
-            raise ServiceError(
-                f"a worker or the cluster is lost: {message_of(lost)} What is done is kept: the "
-                "same command again goes on."
-            ) from lost
+            if isinstance(lost, RayTaskError):  # a defect of ours, with its traceback
+                raise
+            told = f"a worker or the cluster is lost: {message_of(lost)}"
+            raise ServiceError(f"{told} The same command again goes on.") from lost
 
-    def _demand(self, cluster: Cluster) -> tuple[int, dict[str, Any]]:
+    def _demand(self, cluster: Cluster) -> tuple[int, dict[str, int]]:
         """How many actors there are to be, and what each asks of Ray."""
-        use_gpu = self.device == "cuda"
-        workers = self._workers or (cluster.gpus if use_gpu else cluster.cpus)
+        each, there = ("gpu", cluster.gpus) if cluster.gpus else ("cpu", cluster.cpus)
+        workers = self._workers or there
         allocate(cluster, workers=workers, trials=1)  # refuses what can never be
-        where, each = self._settings.address or "this machine", "GPU" if use_gpu else "CPU"
-        self._say(f"{workers} worker(s) of 1 {each} start on {where}, which takes a while.")
-        # What ended an actor on this machine, such as a lack of memory, would end it again.
+        where = self._settings.address or "this machine"
+        self._say(f"{workers} worker(s) of 1 {each.upper()} start on {where}: it takes a while.")
         times = 0 if cluster.is_local else _RESTARTS
-        again = {"max_restarts": times, "max_task_retries": times}
-        return workers, {f"num_{each.lower()}s": 1, "ray_remote_args_fn": lambda: again}
+        return workers, {f"num_{each}s": 1, "max_restarts": times, "max_task_retries": times}
 
     def _join(self) -> Cluster:
         cluster = connection.connect(self._settings)
-        if not cluster.is_local:
-            cluster = workers_awaited(
-                cluster, say=self._say, now=lambda: cluster_now(is_local=False)
-            )
+        if not cluster.is_local:  # it may be growing
+            now = functools.partial(cluster_now, is_local=False)
+            cluster = workers_awaited(cluster, say=self._say, now=now)
         self._cluster = cluster
         return cluster
 
 
 def check_nodes(paths: Sequence[str], nodes: Nodes | None = None) -> None:
-    """Raises ServiceError if a node of the cluster has other versions, or does not see a path."""
+    """Raises ServiceError if a node has other versions, or does not see a path."""
     nodes = nodes or RayNodes()
     if drift := among_nodes(ask_nodes(None, nodes=nodes), allowed=True):
         raise ServiceError(
             f"nodes have other versions than this one: {drift}. `ray up` again installs the same."
         )
     local = sorted({path for path in paths if "://" not in path})
-    answers = nodes.ask(
-        nodes.living(), lambda: {path: "" for path in local if not os.path.exists(path)}
-    )
-    lacking = [
-        f"  {host}: {answer if isinstance(answer, str) else ', '.join(answer)}"
-        for host, answer in answers.items()
-        if answer
-    ]
-    if lacking:
+
+    def look() -> dict[str, str]:
+        return {path: "" for path in local if not os.path.exists(path)}
+
+    answers = nodes.ask(nodes.living(), look)
+    lacking = {host: ", ".join(there) for host, there in answers.items() if isinstance(there, dict)}
+    if told := "\n".join(f"  {host}: {paths}" for host, paths in lacking.items() if paths):
         raise ServiceError(
-            "nodes of the cluster do not see what they are to work on:\n"
-            + "\n".join(lacking)
-            + "\nPut it on s3:// or on a disk that all of them have under the same path, or work "
-            "on this machine alone: --address local, or --in-process."
+            f"nodes of the cluster do not see what they are to work on:\n{told}\nPut it on s3:// or "
+            "on a disk that all have under the same path, or work here: --in-process."
         )

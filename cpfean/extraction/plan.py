@@ -97,16 +97,27 @@ class ExtractionPlan:
         )
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, path: str = "") -> list[str]:
-    """Each setting that is not the same, by its dotted path, with both values."""
+def differences(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    names: tuple[str, str] = ("then", "now"),
+    path: str = "",
+) -> list[str]:
+    """Each setting that is not the same, by its dotted path, with both values.
+
+    Args:
+        names: whose they are.
+        path: before the names of the settings.
+    """
     found = []
     for name in sorted(then.keys() | now.keys()):
         old, new = then.get(name), now.get(name)
         where = f"{path}{name}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, path=f"{where}.")
+            found += differences(old, new, names=names, path=f"{where}.")
         elif old != new:
-            found.append(f"{where}: {_shown(old)} then, {_shown(new)} now")
+            found.append(f"{where}: {_shown(old)} {names[0]}, {_shown(new)} {names[1]}")
     return found
 
 

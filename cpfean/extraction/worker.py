@@ -42,11 +42,11 @@ class Worker:
         self._failure = ""
         try:
             self._extractor = make_extractor(torch.device(device))
-            found = differences(_content(provenance), _content(self._extractor.provenance()))
-            if found:
+            mine, host = _content(self._extractor.provenance()), socket.gethostname()
+            if found := differences(mine, _content(provenance), names=("there", "here")):
                 raise ServiceError(
-                    f"{socket.gethostname()} has another extractor than this machine: "
-                    f"{'; '.join(found)}. Give all nodes the same models and versions."
+                    f"{host} has another extractor than this machine: {'; '.join(found)}. Give all "
+                    "nodes the same models and versions."
                 )
         except CpfeanError as error:
             self._failure = _told(error)
