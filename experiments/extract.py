@@ -228,10 +228,9 @@ def _tell(arguments: argparse.Namespace, done: Extraction) -> None:
     for line in summary.lines():
         print(line)
     if done.made:
-        print(
-            f"{done.made:,} photographs in {duration(done.seconds)}, "
-            f"{done.made / done.seconds:.1f} a second, with what starting took"
-        )
+        rate = done.made / done.seconds
+        took = duration(done.seconds) if done.seconds >= 10 else f"{done.seconds:.1f} s"
+        print(f"{done.made:,} photographs in {took}, {rate:.1f} a second, with what starting took")
     if len(summary.splits) >= len(SPLITS):
         print(f"next: {commands.script('train.py', '--data', folder)}")
     else:

@@ -1,7 +1,6 @@
 """Extraction on Ray Data: batches of photographs stream through a pool of actors, to this process.
 
-This process alone writes. Names go out and packed batches come back, so every node has to see the
-photographs, and models that are folders.
+Names go out and packed batches come back, so every node has to see photographs and models.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from orchestration.runners.on_ray import workers_awaited
 from orchestration.settings import Settings
 
 _RESTARTS = 10  # of an actor whose node has gone
-_COLUMNS = ("number", "content", "error")  # of what a worker gives
 
 
 class OnRay:
@@ -57,7 +55,7 @@ class OnRay:
 
     def __enter__(self) -> OnRay:
         if self._settings.address is not None:  # what the cluster has is to be known at once
-            # Or Ray prints among the progress that actors can be restarted, as an error.
+            # Or Ray prints as an error that actors can be restarted.
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             self._join()
         return self
@@ -103,10 +101,10 @@ class OnRay:
         by_number = {batch.number: batch for batch in batches}
         try:  # a block is a batch, and is here as soon as it is done
             for block in results.iter_batches(batch_size=None, prefetch_batches=0):
-                for number, content, error in zip(*map(block.get, _COLUMNS), strict=True):
-                    if error:
-                        raise received(error)
-                    yield by_number[number], content
+                (number,), (content,), (error,) = block.values()
+                if error:
+                    raise received(error)
+                yield by_number[number], content
         except RayError as lost:
             if isinstance(lost, RayTaskError):  # a defect of ours, with its traceback
                 raise
@@ -148,6 +146,6 @@ def check_nodes(paths: Sequence[str], nodes: Nodes | None = None) -> None:
     lacking = {host: ", ".join(there) for host, there in answers.items() if isinstance(there, dict)}
     if told := "\n".join(f"  {host}: {paths}" for host, paths in lacking.items() if paths):
         raise ServiceError(
-            f"nodes of the cluster do not see what they are to work on:\n{told}\nPut it on s3:// or "
-            "on a disk that all have under the same path, or work here: --in-process."
+            f"nodes do not see what they are to work on:\n{told}\nPut it on s3:// or a disk that "
+            "all have under the same path, or work here: --in-process."
         )

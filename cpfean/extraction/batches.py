@@ -150,10 +150,9 @@ def unpacked(file: BinaryIO) -> list[Found]:
         arrays = {name: archive[name] for name in archive.files}
         reasons = _reasons(arrays["reasons"])
         stops = np.cumsum(arrays["counts"]).tolist()
-        parts = {  # behind the names of the fields
-            name: np.split(arrays[name], stops[:-1])
+        parts = {  # behind the names of the fields; labels and scores there may be none of
+            name: np.split(arrays[name], stops[:-1]) if name in arrays else [None] * len(stops)
             for name in ("features", "boxes", "labels", "scores")
-            if name in arrays
         }
         rows = iter(range(len(stops)))
         found: list[Found] = []
@@ -163,7 +162,7 @@ def unpacked(file: BinaryIO) -> list[Found]:
                 continue
             row = next(rows)
             width, height = arrays["sizes"][row].tolist()
-            own = {name: part[row] for name, part in parts.items()}
+            own: dict[str, Any] = {name: part[row] for name, part in parts.items()}
             found.append(PhotographRegions(size=(width, height), **own))
         return found
 
