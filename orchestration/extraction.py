@@ -1,7 +1,4 @@
-"""Extraction on Ray Data: batches of photographs stream through a pool of actors, to this process.
-
-Names go out and packed batches come back, so every node has to see photographs and models.
-"""
+"""Extraction on Ray Data: names of photographs go to a pool of actors, packed batches come back."""
 
 from __future__ import annotations
 
@@ -73,8 +70,7 @@ class OnRay:
         """Gives each batch, packed, as soon as it is done, in whatever order.
 
         Raises:
-            CpfeanError: what a worker tells of; or of a cluster that is too small, lacks what is
-                needed, or is lost.
+            CpfeanError: what a worker tells of, or what is wrong with the cluster.
         """
         import ray.data
         from ray.exceptions import RayError, RayTaskError
@@ -86,7 +82,7 @@ class OnRay:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # told by who takes the results
-        # Later releases of Ray restart actors without end, and one that needs too much memory too.
+        # Left to itself Ray restarts actors without end, one that needs too much memory too.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         readers = max(1, min(READERS, cluster.cpus // workers)) if self.device == "cuda" else 1
         rows = [{"batch": sent(batch)} for batch in batches]
@@ -101,13 +97,14 @@ class OnRay:
         by_number = {batch.number: batch for batch in batches}
         try:  # a block is a batch, and is here as soon as it is done
             for block in results.iter_batches(batch_size=None, prefetch_batches=0):
-                (number,), (content,), (error,) = block.values()
-                if error:
-                    raise received(error)
-                yield by_number[number], content
+                columns = (block[name] for name in ("number", "content", "error"))
+                for number, content, error in zip(*columns, strict=True):
+                    if error:
+                        raise received(error)
+                    yield by_number[number], content
+        except RayTaskError:  # a defect of ours, with its traceback
+            raise
         except RayError as lost:
-            if isinstance(lost, RayTaskError):  # a defect of ours, with its traceback
-                raise
             told = f"a worker or the cluster is lost: {message_of(lost)}"
             raise ServiceError(f"{told} The same command again goes on.") from lost
 
