@@ -155,7 +155,8 @@ def body(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if WorkFolder(target).folder.exists():
             line = commands.script("extract.py", *arguments.typed)
-            print(f"stopped; what is done is kept, and this goes on:\n  {line}", file=sys.stderr)
+            told = f"stopped; what is done is kept, and this goes on:\n  {line}"
+            print(told, file=sys.stderr, flush=True)
         raise
     _tell(arguments, done)
     return 0

@@ -14,6 +14,7 @@ OVERWRITES = {"write_text", "write_bytes", "copyfile", "copytree", "copy2", "mov
 LIBRARIES = {"savefig", "save_file", "save_pretrained", "open_memmap"}
 OURS = {"write_text", "write_json"}  # of cpfean.records.trial_record
 RUN = "in the folder of a run, which was new or held nothing else when it was made, and is locked"
+WORK = "in the unfinished folder of an extraction, which is locked, and held nothing else at first"
 NEW = "a file or folder that this very call has made, under a name drawn at random"
 
 PLACES = {
@@ -32,6 +33,12 @@ PLACES = {
     "cpfean.data.synthetic:_write_truth": "in the new folder that the set is made in",
     "cpfean.data.synthetic:write_synthetic": "in the new folder that the set is made in",
     "cpfean.data.tokens:CaptionTokenizer.save": "in the folder that the caller names for a model",
+    "cpfean.extraction.assembly:assemble": "renames to a name that was free; what is there by now is "
+    "not replaced, as a folder with files never is",
+    "cpfean.extraction.work_folder:WorkFolder._clear": f"{WORK}, by their exact names or endings",
+    "cpfean.extraction.work_folder:WorkFolder._read": f"{WORK}: a batch whose bytes are damaged",
+    "cpfean.extraction.work_folder:WorkFolder.discard": WORK,
+    "cpfean.extraction.work_folder:_write": WORK,
     "cpfean.folders:note": "a note of the cache, named by a hash of what it is about",
     "cpfean.model.cpfean:Cpfean.save_pretrained": "in the folder that the caller names for a model",
     "cpfean.training.checkpoint:Checkpoint._write": "in the folder that the caller names for a "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import socket
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cpfean.errors import DataError, NoMemoryError
+from cpfean.errors import DataError, NoMemoryError, message_of
 from cpfean.photographs.decoding import UnreadablePhotographError, read_photograph
 from cpfean.photographs.extractor import PhotographRegions
 
@@ -179,8 +178,8 @@ def _opened(file: BinaryIO) -> Iterator[Any]:
     try:
         with np.load(file, allow_pickle=False) as archive:
             yield archive
-    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, StopIteration, EOFError) as error:
-        raise DataError(f"damaged: {error}") from None
+    except Exception as error:  # whatever zipfile and numpy trip over in damaged bytes
+        raise DataError(f"damaged: {message_of(error)}") from None
 
 
 def _reasons(stored: UInt8[np.ndarray, " byte"]) -> list[str]:

@@ -98,7 +98,7 @@ def extract(
     with claimed(target) as work:
         # Somebody else may just have finished it; or was killed when only this was left to do.
         if (provenance := finished(plan, target)) is not None:
-            work.remove()
+            work.discard()
             return result(provenance, made=0, seconds=0.0, was_finished=True)
         if not skip_broken:
             refuse(list(looks.faults.items()), of=len(looks.sizes), done=False)
@@ -113,7 +113,7 @@ def extract(
         for one in skipped:
             logger.warning("left out: %s: %s", one.photograph.path, one.reason)
         provenance = assemble(plan, work, label_names=extractor.label_names)
-        work.remove()
+        work.discard()
     return result(provenance, made=made, seconds=seconds, was_finished=False)
 
 

@@ -99,7 +99,7 @@ class WorkFolder:
         """Why each photograph of a batch is left out, empty if it is not; raises as `load` does."""
         return self._read(batch, unpacked_reasons)
 
-    def remove(self) -> None:
+    def discard(self) -> None:
         """Takes all of it away, once the data folder is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -152,7 +152,7 @@ def claimed(target: Path) -> Iterator[WorkFolder]:
         yield work
     finally:
         if work.folder.is_dir() and _only_begun(work.folder):
-            work.remove()  # nothing was done in it
+            work.discard()  # nothing was done in it
         lock.release()
 
 

@@ -1,0 +1,90 @@
+"""Extractions on Ray: the same bytes, errors as they are here, nodes that lack what is needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cpfean.errors import DataError, ServiceError
+from cpfean.extraction.batches import Batch
+from cpfean.extraction.in_process import Threads
+from cpfean.extraction.run import extract
+from orchestration.cluster.versions import Answer, Look
+from orchestration.extraction import OnRay, check_nodes
+from orchestration.settings import ENVIRONMENT, Settings
+from orchestration.versions import versions
+from tests.extraction.tiny import Quadrants, files_of, quadrants, write_photographs
+
+
+class Nodes:
+    """Two nodes of a cluster, of which the second has other versions or no such disk."""
+
+    def __init__(self, *, other: Mapping[str, str] | None = None, sees: bool = True) -> None:
+        self._other = other or {}
+        self._sees = sees
+
+    def living(self) -> dict[str, str]:
+        return {"one (10.0.0.1)": "a", "two (10.0.0.2)": "b"}
+
+    def ask(self, nodes: Mapping[str, str], look: Look) -> dict[str, Answer]:
+        here = look()
+        if here == versions():
+            there: dict[str, str] = here | self._other
+        else:
+            there = here if self._sees else {"/disk/photo.jpg": ""}
+        return {"one (10.0.0.1)": here, "two (10.0.0.2)": there}
+
+
+def test_nodes_that_see_everything_are_taken(tmp_path: Path) -> None:
+    check_nodes([str(tmp_path), "s3://bucket/photo.jpg"], Nodes())
+
+
+def test_nodes_that_do_not_see_the_photographs_are_named_with_what_they_lack() -> None:
+    with pytest.raises(ServiceError) as refused:
+        check_nodes(["/"], Nodes(sees=False))
+    assert "\n  two (10.0.0.2): /disk/photo.jpg\n" in str(refused.value)
+    assert "one (10.0.0.1)" not in str(refused.value)
+    for remedy in ("s3://", "--in-process"):
+        assert remedy in str(refused.value)
+
+
+def test_nodes_with_other_versions_are_refused() -> None:
+    with pytest.raises(ServiceError, match=r"two \(10\.0\.0\.2\): torch 1\.0 there"):
+        check_nodes(["/"], Nodes(other={"torch": "1.0"}))
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bytes_of_this_process_and_its_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    where = Settings(output=tmp_path, cache_dir=tmp_path / "cache", tracking_uri="")
+    photographs = write_photographs(tmp_path / "photos")
+    said: list[str] = []
+    with OnRay(
+        where,
+        workers=2,
+        make_extractor=quadrants,
+        provenance=Quadrants().provenance(),
+        say=said.append,
+    ) as ray:
+        for name, run in (("here", Threads(quadrants, workers=1)), ("on_ray", ray)):
+            done = extract(
+                photographs,
+                tmp_path / name,
+                extractor=Quadrants(),  # type: ignore[arg-type]
+                run=run,
+                batch_size=4,
+                device=ray.device,
+            )
+            assert done.made == 13
+        (line,) = said
+        assert "2 worker(s) of 1 CPU start on this machine" in line
+        assert files_of(tmp_path / "on_ray") == files_of(tmp_path / "here")
+        gone = Batch(number=0, paths=(str(tmp_path / "gone.jpg"),), key="k")
+        with pytest.raises(DataError, match=r"gone\.jpg: cannot be seen"):
+            list(ray([gone]))
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    assert "Warning" not in printed.err + printed.out
