@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -137,9 +138,11 @@ def _decoded(file: BinaryIO, *, size: int) -> UInt8[np.ndarray, "height width 3"
                 return _upright(_as_rgb(image), _orientation(image))
         except UnreadablePhotographError:
             raise
-        except Image.DecompressionBombError as error:
+        except Image.DecompressionBombError as error:  # twice the limit or more: Pillow's own
+            found = re.search(r"\d+", str(error))
+            size = f"{int(found[0]):,} pixels" if found else message_of(error)
             raise UnreadablePhotographError(
-                f"too large: {message_of(error)}; at most {MOST_PIXELS:,} are read: save it smaller"
+                f"too large: {size}; at most {MOST_PIXELS:,} are read: save it smaller"
             ) from None
         except UnidentifiedImageError:
             raise UnreadablePhotographError(_what_else(start)) from None
