@@ -139,10 +139,10 @@ def _decoded(file: BinaryIO, *, size: int) -> UInt8[np.ndarray, "height width 3"
         except UnreadablePhotographError:
             raise
         except Image.DecompressionBombError as error:  # twice the limit or more: Pillow's own
-            found = re.search(r"\d+", str(error))
-            size = f"{int(found[0]):,} pixels" if found else message_of(error)
+            number = re.search(r"\d+", str(error))
+            pixels = f"{int(number[0]):,} pixels" if number else message_of(error)
             raise UnreadablePhotographError(
-                f"too large: {size}; at most {MOST_PIXELS:,} are read: save it smaller"
+                f"too large: {pixels}; at most {MOST_PIXELS:,} are read: save it smaller"
             ) from None
         except UnidentifiedImageError:
             raise UnreadablePhotographError(_what_else(start)) from None

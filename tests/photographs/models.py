@@ -61,7 +61,7 @@ def tiny_d_fine(folder: Path, *, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = DFineForObjectDetection(config)
-    scales = {"class_embed": 0.4, "score_head": 0.4, "bbox": 0.1, "decoder.": 0.3}
+    scales = {"class_embed": 0.4, "score_head": 0.4, "bbox": 0.1, "decoder.": 0.3, "conv": 0.4}
     _spread(model, scales, seed=seed)
     return _saved(
         folder, model, RTDetrImageProcessorPil(size={"height": 64, "width": 64}, do_normalize=False)
