@@ -28,7 +28,7 @@ from cpfean.photographs.pretrained import (
     ModelFiles,
     load_config,
     load_image_processor,
-    load_model,
+    load_pretrained,
 )
 
 _SMALLEST_MAP = 2  # cells along the shorter side; a narrow photograph gets more pixels than others
@@ -60,7 +60,7 @@ class Backbone:
         _check_sees(config, source=str(files.folder))
         self.stride = _stride(config, source=str(files.folder))
         self._processor = load_image_processor(files)
-        self.model = load_model(files, AutoModel, device=device, config=config)
+        self.model = load_pretrained(files, AutoModel, device=device, config=config)
         accepted = inspect.signature(self.model.forward).parameters
         if "pixel_values" not in accepted or "spatial_shapes" in accepted:
             raise CheckpointError(
@@ -76,8 +76,8 @@ class Backbone:
         self.feature_dim = int(probe.shape[-1])
 
     def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
-    ) -> list[Float[Tensor, "row column feature"]]:
+        self, photographs: Sequence[UInt8[np.ndarray, "_height _width 3"]]
+    ) -> list[Float[Tensor, "_row _column feature"]]:
         """The feature map of each photograph, on the model's device.
 
         Raises:

@@ -164,7 +164,7 @@ def load_config(files: ModelFiles) -> Any:
         ) from None
 
 
-def load_model(files: ModelFiles, auto: Any, *, device: torch.device, **options: Any) -> Any:
+def load_pretrained(files: ModelFiles, auto: Any, *, device: torch.device, **options: Any) -> Any:
     """The model, float32, for inference only.
 
     Args:
