@@ -1,8 +1,8 @@
 """What all tests share: shape checks, Hypothesis, threads, and no network.
 
-Every shape in a signature of cpfean.model, .losses and .metrics is checked at each call. The hook
-acts on imports, so it has to be in place before any test file is read. Configurations are left
-out: their own messages are what users see.
+Every shape in a signature of cpfean.model, .losses, .metrics and .photographs is checked at each
+call. The hook acts on imports, so it has to be in place before any test file is read.
+Configurations and settings are left out: their own messages are what users see.
 """
 
 from __future__ import annotations
@@ -23,7 +23,21 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["cpfean.losses", "cpfean.metrics", "cpfean.model"], "beartype.beartype")
+install_import_hook(
+    [
+        "cpfean.losses",
+        "cpfean.metrics",
+        "cpfean.model",
+        *(
+            f"cpfean.photographs.{name}"
+            for name in (
+                *("backbones", "detectors", "extractor", "grid", "pooling"),
+                *("suppression", "zero_shot"),
+            )
+        ),
+    ],
+    "beartype.beartype",
+)
 
 # The first torch call is slow, which a deadline would take for a slow test; and a suite that is
 # green today has to be green tomorrow.

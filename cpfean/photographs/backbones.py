@@ -24,7 +24,12 @@ from torch import Tensor
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.detectors import check_outputs
-from cpfean.photographs.pretrained import ModelFiles, load_image_processor, load_model
+from cpfean.photographs.pretrained import (
+    ModelFiles,
+    load_config,
+    load_image_processor,
+    load_pretrained,
+)
 
 _SMALLEST_MAP = 2  # cells along the shorter side; a narrow photograph gets more pixels than others
 
@@ -46,16 +51,16 @@ class Backbone:
     def __init__(
         self, files: ModelFiles, *, device: torch.device, resolution: int | None = None
     ) -> None:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
         self.files = files
-        self._processor = load_image_processor(files)
-        config = AutoConfig.from_pretrained(
-            files.folder, local_files_only=True, trust_remote_code=False
-        )
+        config = load_config(files)
         # CLIP and SigLIP are two models in one; the half that sees is wanted.
         config = getattr(config, "vision_config", config)
-        self.model = load_model(files, AutoModel, device=device, config=config)
+        _check_sees(config, source=str(files.folder))
+        self.stride = _stride(config, source=str(files.folder))
+        self._processor = load_image_processor(files)
+        self.model = load_pretrained(files, AutoModel, device=device, config=config)
         accepted = inspect.signature(self.model.forward).parameters
         if "pixel_values" not in accepted or "spatial_shapes" in accepted:
             raise CheckpointError(
@@ -65,15 +70,14 @@ class Backbone:
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         )
-        self.stride = _stride(self.model.config, source=str(files.folder))
         self.resolution = resolution or _resolution(self._processor, self.model.config)
         blank = np.zeros((self.resolution, self.resolution, 3), dtype=np.uint8)
         (probe,) = self([blank])
         self.feature_dim = int(probe.shape[-1])
 
     def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
-    ) -> list[Float[Tensor, "row column feature"]]:
+        self, photographs: Sequence[UInt8[np.ndarray, "_height _width 3"]]
+    ) -> list[Float[Tensor, "_row _column feature"]]:
         """The feature map of each photograph, on the model's device.
 
         Raises:
@@ -134,6 +138,18 @@ class Backbone:
                 f"backbone ({self.files.kind}) is not supported."
             )
         return states[:, others:].unflatten(1, (rows, columns))
+
+
+def _check_sees(config: Any, *, source: str) -> None:
+    """Refuses what takes something else than photographs, before its weights are looked for."""
+    from transformers import MODEL_MAPPING
+
+    architecture = MODEL_MAPPING.get(type(config), None)
+    if getattr(architecture, "main_input_name", None) != "pixel_values":
+        raise CheckpointError(
+            f"{source}: expected a vision backbone (DINOv2, SigLIP, ViT, ConvNeXt), found the "
+            f"model_type {config.model_type!r}."
+        )
 
 
 def _stride(config: Any, *, source: str) -> int:

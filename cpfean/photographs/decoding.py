@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,9 +178,12 @@ def _header(file: BinaryIO, *, size: int) -> Iterator[Image.Image]:
             yield image
     except UnreadablePhotographError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's own, of twice the limit or more, or where warnings are made errors.
+        number = re.search(r"\d+", str(error))
+        pixels = f"{int(number[0]):,} pixels" if number else message_of(error)
         raise UnreadablePhotographError(
-            f"too large: {message_of(error)}; at most {MOST_PIXELS:,} are read: save it smaller"
+            f"too large: {pixels}; at most {MOST_PIXELS:,} are read: save it smaller"
         ) from None
     except UnidentifiedImageError:
         raise UnreadablePhotographError(_what_else(start)) from None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from cpfean.photographs.pretrained import (
     ModelFiles,
     check_kind,
     load_image_processor,
-    load_model,
+    load_pretrained,
 )
 
 _NO_NAME = re.compile(r"label[_ ]?\d+", re.IGNORECASE)  # what transformers calls them without names
@@ -50,28 +50,13 @@ class Detections:
     embeddings: Float32[np.ndarray, "query dim"]
 
 
-class Detector(Protocol):
-    """Something that finds things in photographs.
+class ObjectDetector:
+    """A detector with classes of its own: RT-DETR, D-FINE, DETR and their kin.
 
     Attributes:
         files: of the model.
         model: of transformers.
         label_names: what things are called; None if it knows no names.
-    """
-
-    files: ModelFiles
-    model: Any
-    label_names: list[str] | None
-
-    def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
-    ) -> list[Detections]:
-        """What is in each photograph."""
-        ...
-
-
-class ObjectDetector:
-    """A detector with classes of its own: RT-DETR, D-FINE, DETR and their kin.
 
     Raises:
         CheckpointError: another kind of model, or one that cannot be loaded.
@@ -89,12 +74,12 @@ class ObjectDetector:
                 f"{files.folder}: expected the image processor of an object detector, found "
                 f"{type(self.processor).__name__}."
             )
-        self.model = load_model(files, AutoModelForObjectDetection, device=device)
+        self.model = load_pretrained(files, AutoModelForObjectDetection, device=device)
         self._lines, self.label_names = _vocabulary(self.model.config.id2label)
         self._min_score = min_score
 
     def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
+        self, photographs: Sequence[UInt8[np.ndarray, "_height _width 3"]]
     ) -> list[Detections]:
         """What is in each photograph."""
         found: list[Detections | None] = [None] * len(photographs)
@@ -167,7 +152,7 @@ def corners(boxes: Float[np.ndarray, "query 4"]) -> Float64[np.ndarray, "query 4
 
 def of_equal_size(
     processor: Any,
-    photographs: Sequence[UInt8[np.ndarray, "height width 3"]],
+    photographs: Sequence[UInt8[np.ndarray, "_height _width 3"]],
     device: torch.device,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """The model's inputs, together for photographs that come out equally large.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float16, Float32, Float64, Int32, Int64, UInt8
 
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.photographs.backbones import Backbone
-from cpfean.photographs.detectors import Detections, Detector, ObjectDetector
+from cpfean.photographs.detectors import Detections, ObjectDetector
 from cpfean.photographs.grid import grid_boxes
 from cpfean.photographs.pooling import pooled_regions
 from cpfean.photographs.pretrained import ModelFiles, find_model
@@ -28,6 +28,7 @@ from cpfean.photographs.zero_shot import KINDS, ZeroShotDetector
 # as little as it can. To hand it the detector's best guess instead would put names into captions'
 # way that the detector itself rejected.
 PLACE = "region"
+Detector = ObjectDetector | ZeroShotDetector
 _MOST_FILLERS = 2000  # boxes of the grid that are tried
 
 
@@ -100,7 +101,7 @@ class RegionExtractor:
         device: torch.device,
         detector: str | None = None,
         backbone: str | None = None,
-    ) -> Self:
+    ) -> RegionExtractor:
         """The extractor that made a folder, by its `provenance.json`.
 
         Args:
@@ -162,7 +163,7 @@ class RegionExtractor:
         }
 
     def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
+        self, photographs: Sequence[UInt8[np.ndarray, "_height _width 3"]]
     ) -> list[PhotographRegions]:
         """The regions of each photograph, in order.
 

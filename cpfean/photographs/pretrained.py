@@ -145,7 +145,26 @@ def check_kind(files: ModelFiles, kinds: Collection[str], *, what: str, instead:
     )
 
 
-def load_model(files: ModelFiles, auto: Any, *, device: torch.device, **options: Any) -> Any:
+def load_config(files: ModelFiles) -> Any:
+    """The configuration, as an object of transformers.
+
+    Raises:
+        CheckpointError: an architecture that transformers does not know, or settings it refuses.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    check_kind(files, set(CONFIG_MAPPING), what="a model")
+    try:
+        return AutoConfig.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the library trips over in a stranger's settings
+        raise CheckpointError(
+            f"{files.folder / _CONFIG}: no configuration of a {files.kind}: {message_of(error)}"
+        ) from None
+
+
+def load_pretrained(files: ModelFiles, auto: Any, *, device: torch.device, **options: Any) -> Any:
     """The model, float32, for inference only.
 
     Args:

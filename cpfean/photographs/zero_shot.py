@@ -31,7 +31,7 @@ from cpfean.photographs.pretrained import (
     ModelFiles,
     check_kind,
     load_image_processor,
-    load_model,
+    load_pretrained,
     load_tokenizer,
 )
 
@@ -59,12 +59,17 @@ class Pass:
 class ZeroShotDetector:
     """A detector that has read what to look for.
 
+    Attributes:
+        files: of the model.
+        model: of transformers.
+        label_names: the vocabulary.
+
     Raises:
         CheckpointError: another kind of model, or one that cannot be loaded.
         ConfigError: a name of the vocabulary that is too long for it.
     """
 
-    label_names: list[str] | None
+    label_names: list[str]
 
     def __init__(
         self,
@@ -81,14 +86,14 @@ class ZeroShotDetector:
         self.label_names = list(vocabulary)
         self.processor = load_image_processor(files)
         tokenizer = load_tokenizer(files)
-        self.model = load_model(files, AutoModelForZeroShotObjectDetection, device=device)
+        self.model = load_pretrained(files, AutoModelForZeroShotObjectDetection, device=device)
         self._min_score = min_score
         self._is_owl = files.kind in _OWL
         passes = _passes_of_owl if self._is_owl else _passes_of_grounding
         self._passes = list(passes(self.label_names, tokenizer, self.model.config))
 
     def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
+        self, photographs: Sequence[UInt8[np.ndarray, "_height _width 3"]]
     ) -> list[Detections]:
         """What of the vocabulary is in each photograph."""
         found: list[list[Detections]] = [[] for _ in photographs]

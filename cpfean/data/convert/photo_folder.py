@@ -18,7 +18,7 @@ from cpfean.files import is_there, open_file, read_file
 from cpfean.folders import expanded
 from cpfean.progress import Progress
 
-# HEIC and JPEG XL are not read, but are photographs: they are to be refused by name, not overlooked.
+# HEIC and JPEG XL are not read, but are photographs: to be refused by name, not overlooked.
 _SUFFIXES = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".tif"),
