@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,9 +57,35 @@ _BAND = 256  # rows that are converted together
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 _Answer = TypeVar("_Answer")
-# Pillow warns where viewers just show; what matters raises. Once for the process, and not around
-# each picture: filters are of all threads, which read side by side.
-warnings.filterwarnings("ignore", module=r"PIL\b")
+
+
+class _Quiet:
+    """Pillow warns where viewers just show; what matters raises.
+
+    Filters are of the whole process, and threads read side by side: the first one that reads sets
+    this one, the last one takes it away.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._readers:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+            self._readers += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                self._before.__exit__(*error)
+
+
+_quiet = _Quiet()
 
 
 class UnreadablePhotographError(DataError):
@@ -173,13 +200,12 @@ def _header(file: BinaryIO, *, size: int) -> Iterator[Image.Image]:
     start = file.read(64)
     file.seek(0)
     try:
-        with Image.open(file, formats=_known_formats()) as image:
+        with _quiet, Image.open(file, formats=_known_formats()) as image:
             _check_header(image, start)
             yield image
     except UnreadablePhotographError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Pillow's own, of twice the limit or more, or where warnings are made errors.
+    except Image.DecompressionBombError as error:  # twice the limit or more: Pillow's own
         number = re.search(r"\d+", str(error))
         pixels = f"{int(number[0]):,} pixels" if number else message_of(error)
         raise UnreadablePhotographError(
