@@ -25,6 +25,7 @@ from cpfean.errors import DataError, NoMemoryError, message_of
 from cpfean.photographs.decoding import UnreadablePhotographError, read_photograph
 from cpfean.photographs.extractor import PhotographRegions
 
+MOST_PIXELS = 2**25  # that are held at a time, unless a single photograph has more: 100 MB
 NO_REGION = "no region was found in it; a lower --min-score finds more, --fill takes the grid's"
 
 
@@ -51,6 +52,7 @@ class Unreadable:
 
 
 Found = PhotographRegions | Unreadable
+Picture = UInt8[np.ndarray, "height width 3"]
 
 
 class Extractor(Protocol):
@@ -64,9 +66,7 @@ class Extractor(Protocol):
 
     def provenance(self) -> dict[str, Any]: ...
 
-    def __call__(
-        self, photographs: Sequence[UInt8[np.ndarray, "height width 3"]]
-    ) -> list[PhotographRegions]: ...
+    def __call__(self, photographs: Sequence[Picture]) -> list[PhotographRegions]: ...
 
 
 def extract_batch(extractor: Extractor, batch: Batch, *, readers: int = 1) -> list[Found]:
@@ -83,22 +83,16 @@ def extract_batch(extractor: Extractor, batch: Batch, *, readers: int = 1) -> li
             finite numbers in float16.
         NoMemoryError: the batch is too large for the device.
     """
-    if readers > 1:
-        with ThreadPoolExecutor(readers) as pool:
-            read = list(pool.map(_read, batch.paths))
-    else:
-        read = [_read(path) for path in batch.paths]
-    pictures = [one for one in read if not isinstance(one, Unreadable)]
-    try:
-        regions = iter(extractor(pictures) if pictures else [])
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NoMemoryError(
-            f"a batch of {len(pictures)} photographs needs more memory than there is: give a "
-            f"smaller --batch-size than {len(batch.paths)}, and another OUT ({error})."
-        ) from error
     found: list[Found] = []
-    for path, one in zip(batch.paths, read, strict=True):
-        found.append(one if isinstance(one, Unreadable) else _sound(next(regions), path=path))
+    with ThreadPoolExecutor(readers, thread_name_prefix="reading") as pool:
+        for group in _groups(batch.paths, pool, readers=readers):
+            pictures = [one for _, one in group if not isinstance(one, Unreadable)]
+            regions = iter(_regions(extractor, pictures))
+            for path, one in group:
+                if isinstance(one, Unreadable):
+                    found.append(one)
+                else:
+                    found.append(_sound(next(regions), path=path))
     return found
 
 
@@ -186,7 +180,39 @@ def _reasons(stored: UInt8[np.ndarray, " byte"]) -> list[str]:
     return stored.tobytes().decode().split("\0")
 
 
-def _read(path: str) -> UInt8[np.ndarray, "height width 3"] | Unreadable:
+def _groups(
+    paths: Sequence[str], pool: ThreadPoolExecutor, *, readers: int
+) -> Iterator[list[tuple[str, Picture | Unreadable]]]:
+    """The photographs of a batch, read; in parts, if they are large.
+
+    A photograph from a phone takes 36 MB, eight from good cameras would take two gigabytes. The
+    parts depend on the photographs alone, and not on how many are read at a time.
+    """
+    group: list[tuple[str, Picture | Unreadable]] = []
+    pixels = 0
+    for start in range(0, len(paths), readers):
+        some = paths[start : start + readers]
+        for path, one in zip(some, pool.map(_read, some), strict=True):
+            size = 0 if isinstance(one, Unreadable) else one.shape[0] * one.shape[1]
+            if group and pixels + size > MOST_PIXELS:
+                yield group
+                group, pixels = [], 0
+            group.append((path, one))
+            pixels += size
+    yield group
+
+
+def _regions(extractor: Extractor, pictures: Sequence[Picture]) -> list[PhotographRegions]:
+    try:
+        return extractor(pictures) if pictures else []
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NoMemoryError(
+            f"{len(pictures)} photographs at once need more memory than there is: give a smaller "
+            f"--batch-size, and another OUT ({message_of(error)})."
+        ) from error
+
+
+def _read(path: str) -> Picture | Unreadable:
     if "://" not in path and not os.path.exists(path):
         # Not one to leave out: it was there when all were looked at, or is on another host.
         raise DataError(f"{path}: cannot be seen from {socket.gethostname()} (any more).")

@@ -136,9 +136,12 @@ def _make_missing(plan: ExtractionPlan, work: WorkFolder, run: Runner, *, featur
     # In the batches, and once more in the data folder that is put together of them.
     row = plan.num_regions * (feature_dim * 2 + _SMALL)
     _check_room(work.folder, row * (photographs + len(plan.all_photographs())))
-    progress = Progress("extracting regions, photographs", total=photographs)
+    logger.info("extracting the regions of %d photographs", photographs)
+    progress = None
     done = 0
     for batch, content in run(missing):
+        # Behind what it takes to start workers, which tells nothing about the rest.
+        progress = progress or Progress("photographs", total=photographs)
         work.store(batch, content)
         done += len(batch.paths)
         progress.step(done)

@@ -82,7 +82,7 @@ class _Quiet:
         with self._lock:
             self._readers -= 1
             if not self._readers:
-                self._before.__exit__(*error)
+                self._before.__exit__(None, None, None)
 
 
 _quiet = _Quiet()

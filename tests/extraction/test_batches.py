@@ -3,10 +3,12 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cpfean.errors import DataError, NoMemoryError
 from cpfean.extraction.batches import (
@@ -104,6 +106,22 @@ def test_a_photograph_that_cannot_be_read_is_left_out_of_its_batch(tmp_path: Pat
     assert str(tmp_path) not in reason.reason
 
 
+def test_large_photographs_of_a_batch_are_looked_at_one_after_the_other(tmp_path: Path) -> None:
+    class Notes(Quadrants):
+        def __call__(self, photographs: Any) -> list[PhotographRegions]:
+            calls.append(len(photographs))
+            return super().__call__(photographs)
+
+    large = tmp_path / "large.png"
+    Image.new("RGB", (6000, 4000)).save(large)  # two of them are beyond what is held at a time
+    small = write_photographs(tmp_path)["train"][0].path
+    batch = Batch(number=0, paths=(small, str(large), small, str(large), small), key="k")
+    for readers in (1, 2, 8):
+        calls: list[int] = []
+        assert len(extract_batch(Notes(), batch, readers=readers)) == 5
+        assert calls == [3, 2]
+
+
 def test_a_photograph_that_has_gone_is_no_photograph_to_leave_out(tmp_path: Path) -> None:
     batch = Batch(number=0, paths=(str(tmp_path / "gone.jpg"),), key="k")
     with pytest.raises(DataError, match=r"gone\.jpg.*cannot be seen from"):
@@ -112,8 +130,8 @@ def test_a_photograph_that_has_gone_is_no_photograph_to_leave_out(tmp_path: Path
 
 def test_features_that_are_no_numbers_are_refused_by_the_photograph(tmp_path: Path) -> None:
     class Broken(Quadrants):
-        def __call__(self, photographs: object) -> list[PhotographRegions]:
-            (found,) = super().__call__(photographs)  # type: ignore[arg-type]
+        def __call__(self, photographs: Any) -> list[PhotographRegions]:
+            (found,) = super().__call__(photographs)
             return [replace(found, features=found.features * np.float16(np.nan))]
 
     path = write_photographs(tmp_path)["dev"][0].path
@@ -123,7 +141,7 @@ def test_features_that_are_no_numbers_are_refused_by_the_photograph(tmp_path: Pa
 
 def test_a_batch_that_is_too_large_says_which_flag_makes_it_smaller(tmp_path: Path) -> None:
     class Hungry(Quadrants):
-        def __call__(self, photographs: object) -> list[PhotographRegions]:
+        def __call__(self, photographs: Any) -> list[PhotographRegions]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     path = write_photographs(tmp_path)["dev"][0].path

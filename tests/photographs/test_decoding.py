@@ -19,6 +19,7 @@ from cpfean.errors import CpfeanError
 from cpfean.photographs.decoding import (
     MOST_PIXELS,
     UnreadablePhotographError,
+    check_photograph,
     decode_photograph,
     read_photograph,
 )
@@ -64,6 +65,27 @@ def test_every_refusal_says_what_to_do(odd: tuple[Path, dict[str, Odd]]) -> None
                 read_photograph(str(odd[0] / name))
             assert any(word in str(caught.value) for word in todo), str(caught.value)
             assert "\n" not in str(caught.value)
+
+
+def test_a_look_at_the_beginning_refuses_nothing_that_can_be_read(
+    odd: tuple[Path, dict[str, Odd]],
+) -> None:
+    """And gives the reason that reading gives, or leaves it to reading to find one."""
+    seen = set()
+    for name in odd[1]:
+        path = odd[0] / name
+        try:
+            read_photograph(str(path))
+            reason = None
+        except UnreadablePhotographError as error:
+            reason = str(error)
+        try:
+            assert check_photograph(str(path)) == path.stat().st_size
+            seen.add("taken" if reason is None else "taken, and damaged further on")
+        except UnreadablePhotographError as error:
+            assert str(error) == reason, name
+            seen.add("refused")
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
