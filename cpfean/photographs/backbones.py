@@ -43,6 +43,7 @@ class Backbone:
         feature_dim: width of a cell's vector.
         stride: pixels a cell, each way.
         resolution: side in pixels of the square with as many pixels as a photograph is given.
+        together: whether photographs of one shape go through the model together, as on a GPU.
 
     Raises:
         CheckpointError: a model of another kind, or one that cannot be loaded.
@@ -67,6 +68,7 @@ class Backbone:
                 f"{files.folder}: expected a vision backbone that takes a photograph (DINOv2, "
                 f"SigLIP, ViT, ConvNeXt), found {type(self.model).__name__}."
             )
+        self.together = device.type != "cpu"
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         )
@@ -83,11 +85,12 @@ class Backbone:
         Raises:
             CheckpointError: the model gives something else than a map.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
         for place, photograph in enumerate(photographs):
-            groups.setdefault(self._size(photograph), []).append(place)
+            key = self._size(photograph), 0 if self.together else place
+            groups.setdefault(key, []).append(place)
         maps: dict[int, Tensor] = {}
-        for size, places in groups.items():
+        for (size, _), places in groups.items():
             pixels = np.stack([self._pixels(photographs[place], size) for place in places])
             inputs = torch.from_numpy(pixels).to(self.model.device)
             with torch.inference_mode():

@@ -5,6 +5,7 @@ Axes:  region   of a photograph, the most confident first     feature   of a reg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float16, Float32, Float64, Int32, Int64, UInt8
+from PIL import Image
 
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.photographs.backbones import Backbone
@@ -29,6 +31,8 @@ from cpfean.photographs.zero_shot import KINDS, ZeroShotDetector
 # way that the detector itself rejected.
 PLACE = "region"
 Detector = ObjectDetector | ZeroShotDetector
+# Pixels: 2,048 x 2,048, where DETR takes 1,333 x 800 and the largest OWLv2 1,008 x 1,008.
+_LOOKED_AT = 2**22
 _MOST_FILLERS = 2000  # boxes of the grid that are tried
 
 
@@ -54,9 +58,9 @@ class PhotographRegions:
 class RegionExtractor:
     """A detector, or the grid, and what stands for its regions.
 
-    Everything is computed in float32 and by the same steps for each photograph, whatever it is
-    called together with: the same batch gives the same bytes, another batch the same numbers but
-    for the rounding of matrix products.
+    Everything is computed in float32, and no photograph changes what is found in another. On a CPU
+    the bytes are the same in whatever batch a photograph comes; on a GPU they are the same in the
+    same batch, and in another one the same numbers but for the rounding of matrix products.
 
     Attributes:
         settings: what it does.
@@ -173,9 +177,10 @@ class RegionExtractor:
         Raises:
             CheckpointError: a model whose results are no finite numbers, or too large for float16.
         """
+        seen = [_reduced(photograph) for photograph in photographs]
         found: Sequence[Detections | None] = [None] * len(photographs)
         if self._detector is not None and len(photographs):
-            found = self._detector(photographs)
+            found = self._detector(seen)
         chosen = [
             self._chosen(detections, size=(photograph.shape[1], photograph.shape[0]))
             for detections, photograph in zip(found, photographs, strict=True)
@@ -186,9 +191,7 @@ class RegionExtractor:
                 assert detections is not None
                 part.append(detections.embeddings[regions.queries])
         if self._backbone is not None and len(photographs):
-            for part, features, regions in zip(
-                parts, self._backbone(photographs), chosen, strict=True
-            ):
+            for part, features, regions in zip(parts, self._backbone(seen), chosen, strict=True):
                 boxes = torch.from_numpy(regions.boxes).to(features.device)
                 part.append(pooled_regions(features, boxes).float().cpu().numpy())
         return [
