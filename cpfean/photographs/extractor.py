@@ -276,6 +276,22 @@ class _Chosen:
     queries: Int64[np.ndarray, " query"]
 
 
+def _reduced(
+    photograph: UInt8[np.ndarray, "height width 3"],
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A photograph with at most four times as many pixels as a model could look at.
+
+    Image processors make copies, and some of them as float32 squares: of 80 million pixels that
+    is gigabytes. Means over whole squares of pixels, as Pillow's own `reducing_gap` takes them
+    before a resize, leave nothing of it to be seen.
+    """
+    height, width = photograph.shape[:2]
+    factor = math.isqrt(height * width // _LOOKED_AT)
+    if factor < 2:
+        return photograph
+    return np.asarray(Image.fromarray(photograph).reduce(factor))
+
+
 def _detector(files: ModelFiles, settings: ExtractionSettings, *, device: torch.device) -> Detector:
     if settings.vocabulary is None and files.kind in KINDS:
         raise ConfigError(
