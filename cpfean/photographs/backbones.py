@@ -63,16 +63,14 @@ class Backbone:
         self._processor = load_image_processor(files)
         self.model = load_pretrained(files, AutoModel, device=device, config=config)
         accepted = inspect.signature(self.model.forward).parameters
-        if "pixel_values" not in accepted or "spatial_shapes" in accepted:
-            raise CheckpointError(
-                f"{files.folder}: expected a vision backbone that takes a photograph (DINOv2, "
-                f"SigLIP, ViT, ConvNeXt), found {type(self.model).__name__}."
-            )
+        self._takes_patches = "spatial_shapes" in accepted
         self.together = device.type != "cpu"
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         )
-        self.resolution = resolution or _resolution(self._processor, self.model.config)
+        self.resolution = resolution or _resolution(
+            self._processor, self.model.config, stride=self.stride
+        )
         blank = np.zeros((self.resolution, self.resolution, 3), dtype=np.uint8)
         (probe,) = self([blank])
         self.feature_dim = int(probe.shape[-1])
@@ -94,7 +92,7 @@ class Backbone:
             pixels = np.stack([self._pixels(photographs[place], size) for place in places])
             inputs = torch.from_numpy(pixels).to(self.model.device)
             with torch.inference_mode():
-                outputs = self.model(pixel_values=inputs, **self._options)
+                outputs = self.model(**self._inputs(inputs), **self._options)
             together = self._as_map(outputs.last_hidden_state, size)
             check_outputs(self.files, together)
             maps.update(zip(places, together, strict=True))
@@ -125,6 +123,20 @@ class Backbone:
             mean = np.array(processor.image_mean, dtype=np.float32)
             pixels = (pixels - mean) / np.array(processor.image_std, dtype=np.float32)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _inputs(self, pixels: Float32[Tensor, "image 3 row column"]) -> dict[str, Tensor]:
+        """The photographs themselves, or their patches for a model without a shape (NaFlex)."""
+        if not self._takes_patches:
+            return {"pixel_values": pixels}
+        images, _, height, width = pixels.shape
+        rows, columns = height // self.stride, width // self.stride
+        patches = pixels.unflatten(2, (rows, self.stride)).unflatten(4, (columns, self.stride))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(images, rows * columns, -1)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": patches.new_ones(patches.shape[:2], dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[rows, columns]] * images, device=pixels.device),
+        }
 
     def _as_map(
         self, states: Tensor, size: tuple[int, int]
@@ -168,8 +180,11 @@ def _stride(config: Any, *, source: str) -> int:
     return patch * 2 ** (len(stages) - 1) if stages else patch
 
 
-def _resolution(processor: Any, config: Any) -> int:
-    """Side of the square that the image processor would make of every photograph."""
+def _resolution(processor: Any, config: Any, *, stride: int) -> int:
+    """Side of the square that the image processor would make of every square photograph."""
+    most = getattr(processor, "max_num_patches", None)
+    if most:
+        return math.isqrt(most) * stride
     for name in ("crop_size", "size"):
         if name == "crop_size" and not getattr(processor, "do_center_crop", False):
             continue

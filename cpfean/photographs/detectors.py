@@ -39,7 +39,7 @@ class Detections:
         labels: lines of the detector's `label_names`.
         queries: which query each is from; a query may speak several times, with several labels.
         query_boxes: where every query looked, as shares too.
-        embeddings: what every query saw.
+        embeddings: what every query saw; of width 0 where a detector does not tell.
     """
 
     boxes: Float64[np.ndarray, "detection 4"]
@@ -97,8 +97,10 @@ class ObjectDetector:
     def _read(self, outputs: Any) -> Iterator[Detections]:
         logits, boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
         check_outputs(self.files, logits, boxes)
-        # A detector with a class token (YOLOS) has its queries last.
-        embeddings = outputs.last_hidden_state[:, -boxes.shape[1] :].float().cpu()
+        states = getattr(outputs, "last_hidden_state", None)
+        # A detector with a class token (YOLOS) has its queries last; some hand out none.
+        embeddings = boxes[:, :, :0] if states is None else states[:, -boxes.shape[1] :]
+        embeddings = embeddings.float().cpu()
         # How logits become confidences and labels is the library's own rule for each detector. It
         # does not tell which query a detection is from, so the queries' numbers go through it in
         # place of their boxes: the same detections in the same order, with boxes of no size.

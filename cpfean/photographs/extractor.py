@@ -95,6 +95,11 @@ class RegionExtractor:
         self.feature_dim = self._backbone.feature_dim if self._backbone else 0
         if self._detector is not None and settings.features != "backbone":
             (probe,) = self._detector([np.full((64, 64, 3), 127, dtype=np.uint8)])
+            if not probe.embeddings.shape[1]:
+                raise CheckpointError(
+                    f"{settings.detector}: gives no embeddings of its queries; take features "
+                    '"backbone".'
+                )
             self.feature_dim += probe.embeddings.shape[1]
 
     @classmethod

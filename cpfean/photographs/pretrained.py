@@ -6,11 +6,12 @@ Weights come from safetensors and nothing else, and no code that lies beside the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,10 @@ def load_config(files: ModelFiles) -> Any:
 
     check_kind(files, set(CONFIG_MAPPING), what="a model")
     try:
-        return AutoConfig.from_pretrained(
-            files.folder, local_files_only=True, trust_remote_code=False
-        )
+        with _quiet():
+            return AutoConfig.from_pretrained(
+                files.folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever the library trips over in a stranger's settings
         raise CheckpointError(
             f"{files.folder / _CONFIG}: no configuration of a {files.kind}: {message_of(error)}"
@@ -175,21 +177,17 @@ def load_pretrained(files: ModelFiles, auto: Any, *, device: torch.device, **opt
         CheckpointError: weights that are missing, damaged, not finite or of another model, or a
             package that is not installed.
     """
-    from transformers.utils import logging as library
-
-    library.disable_progress_bar()
-    before = library.get_verbosity()
-    library.set_verbosity_error()  # what it would warn of is judged below
     try:
-        model, info = auto.from_pretrained(
-            files.folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
+        with _quiet():
+            model, info = auto.from_pretrained(
+                files.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
     except ImportError as error:
         hint = ""
         if "timm" in str(error).lower():
@@ -205,8 +203,6 @@ def load_pretrained(files: ModelFiles, auto: Any, *, device: torch.device, **opt
             f"{files.folder}: cannot be loaded: {message_of(error)} Fetch it again, or name "
             "another."
         ) from None
-    finally:
-        library.set_verbosity(before)
     missing = sorted(key for key in info["missing_keys"] if not _UNUSED.search(key))
     if missing:
         more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
@@ -240,9 +236,10 @@ def load_image_processor(files: ModelFiles) -> Any:
             "weights are from."
         )
     try:
-        return AutoImageProcessor.from_pretrained(
-            files.folder, backend="pil", local_files_only=True, trust_remote_code=False
-        )
+        with _quiet():
+            return AutoImageProcessor.from_pretrained(
+                files.folder, backend="pil", local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever the library trips over in a stranger's files
         raise CheckpointError(
             f"{files.folder / _PROCESSOR}: no image processor: {message_of(error)}"
@@ -258,11 +255,26 @@ def load_tokenizer(files: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            files.folder, use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        with _quiet():
+            return AutoTokenizer.from_pretrained(
+                files.folder, use_fast=True, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever the library trips over in a stranger's files
         raise CheckpointError(f"{files.folder}: no tokenizer: {message_of(error)}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings and bars: what it would warn of is judged here."""
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    before = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
 
 
 def _fetched(name: str, *, what: str) -> tuple[Path, str]:

@@ -20,6 +20,7 @@ Made = Callable[[str], Path]
 KINDS = {
     "dinov2": (1, 4, 32),
     "siglip": (0, 8, 32),
+    "siglip2": (0, 8, 32),
     "vit": (1, 8, 32),
     "convnext": (0, 32, 96),
 }

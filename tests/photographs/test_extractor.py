@@ -119,6 +119,22 @@ def test_both_is_the_detectors_beside_the_backbones(
         np.testing.assert_array_equal(both.features, beside)
 
 
+@pytest.mark.parametrize("backbone", ["dinov2", "siglip", "siglip2", "vit", "convnext"])
+def test_nothing_is_printed_that_was_not_asked_for(
+    backbone: str,
+    made: Made,
+    photographs: list[np.ndarray],
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    detector = {"vit": "owlv2", "siglip": "detr"}.get(backbone, "rt_detr_v2")
+    folder = str(made(backbone)), str(made(detector))
+    capfd.readouterr()
+    extractor(made, detector, "both", backbone=folder[0])(photographs)
+    assert capfd.readouterr() == ("", "")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_the_grid_is_the_grid(made: Made, photographs: list[np.ndarray]) -> None:
     (regions,) = extractor(made, "grid", "backbone")(photographs[:1])
     np.testing.assert_allclose(regions.boxes, grid_boxes(20) * [90, 60, 90, 60], rtol=1e-6)
