@@ -322,7 +322,7 @@ def _fitting(
 ) -> Float64[np.ndarray, "filler 4"]:
     """The first boxes of the grid that are not nearly a region which is there already."""
     free = np.ones(len(grid), dtype=bool)
-    for box in kept:
+    for box in kept if count else ():
         free &= overlaps(box, grid) <= max_overlap
     return grid[free][:count]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ _OF_TOKENIZER = (
 )
 _FETCHED = (_CONFIG, *_PROCESSORS, _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_OF_TOKENIZER)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_LARGEST_SIDE = 4096  # pixels, of what a model is given
 # Heads that give one vector for a whole photograph: nobody here asks for them.
 _UNUSED = re.compile(r"(^|\.)(pooler|head)\.")
 
@@ -237,13 +237,21 @@ def load_image_processor(files: ModelFiles) -> Any:
         )
     try:
         with _quiet():
-            return AutoImageProcessor.from_pretrained(
+            processor = AutoImageProcessor.from_pretrained(
                 files.folder, backend="pil", local_files_only=True, trust_remote_code=False
             )
+        sizes = [dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size")]
     except Exception as error:  # whatever the library trips over in a stranger's files
         raise CheckpointError(
             f"{files.folder / _PROCESSOR}: no image processor: {message_of(error)}"
         ) from None
+    for side in (side for size in sizes for side in size.values() if side is not None):
+        if not isinstance(side, int) or not 1 <= side <= _LARGEST_SIDE:
+            raise CheckpointError(
+                f"{files.folder / _PROCESSOR}: expected sizes from 1 to {_LARGEST_SIDE:,} pixels, "
+                f"found {side!r}."
+            )
+    return processor
 
 
 def load_tokenizer(files: ModelFiles) -> Any:
@@ -283,10 +291,10 @@ def _fetched(name: str, *, what: str) -> tuple[Path, str]:
     repo, _, revision = name.partition("@")
     if looks_local or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(f"{what} {name!r}: no such folder; check the path.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = bool(constants.HF_HUB_OFFLINE)
     try:
         folder = snapshot_download(
             repo,
