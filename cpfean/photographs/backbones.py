@@ -24,13 +24,11 @@ from torch import Tensor
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.detectors import check_outputs
-from cpfean.photographs.pretrained import (
-    ModelFiles,
-    load_config,
-    load_image_processor,
-    load_pretrained,
-)
+from cpfean.photographs.model_files import ModelFiles
+from cpfean.photographs.pretrained import load_config, load_image_processor, load_pretrained
 
+# What makes one vector of a whole photograph; nobody here asks for it.
+_HEADS = r"(^|\.)(pooler|head)\."
 _SMALLEST_MAP = 2  # cells along the shorter side; a narrow photograph gets more pixels than others
 
 
@@ -61,7 +59,9 @@ class Backbone:
         _check_sees(config, source=str(files.folder))
         self.stride = _stride(config, source=str(files.folder))
         self._processor = load_image_processor(files)
-        self.model = load_pretrained(files, AutoModel, device=device, config=config)
+        self.model = load_pretrained(
+            files, AutoModel, device=device, may_lack=_HEADS, config=config
+        )
         accepted = inspect.signature(self.model.forward).parameters
         self._takes_patches = "spatial_shapes" in accepted
         self.together = device.type != "cpu"

@@ -18,12 +18,8 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from cpfean.errors import CheckpointError
-from cpfean.photographs.pretrained import (
-    ModelFiles,
-    check_kind,
-    load_image_processor,
-    load_pretrained,
-)
+from cpfean.photographs.model_files import ModelFiles, check_kind
+from cpfean.photographs.pretrained import load_image_processor, load_pretrained
 
 _NO_NAME = re.compile(r"label[_ ]?\d+", re.IGNORECASE)  # what transformers calls them without names
 _GAPS = frozenset({"n/a", "na", "none", "background", "no object", "no-object", "__background__"})

@@ -27,13 +27,8 @@ from cpfean.photographs.detectors import (
     ordered,
     prepared,
 )
-from cpfean.photographs.pretrained import (
-    ModelFiles,
-    check_kind,
-    load_image_processor,
-    load_pretrained,
-    load_tokenizer,
-)
+from cpfean.photographs.model_files import ModelFiles, check_kind
+from cpfean.photographs.pretrained import load_image_processor, load_pretrained, load_tokenizer
 
 _OWL = ("owlv2", "owlvit")
 _GROUNDING = ("grounding-dino", "mm-grounding-dino")

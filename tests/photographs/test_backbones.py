@@ -13,7 +13,7 @@ from PIL import Image
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.backbones import Backbone
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 
 Made = Callable[[str], Path]
 # Tokens before the patches, pixels a cell, side of the square that the processor makes.

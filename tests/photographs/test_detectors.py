@@ -14,7 +14,7 @@ import torch
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.detectors import Detections, ObjectDetector
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 
 Made = Callable[[str], Path]
 KINDS = ["rt_detr_v2", "d_fine", "detr"]

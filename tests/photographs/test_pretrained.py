@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.extractor import ExtractionSettings, RegionExtractor
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 
 Made = Callable[[str], Path]
 Damage = Callable[[Path], object]
@@ -178,7 +178,7 @@ def test_a_pooling_head_that_is_missing_is_not_missed(made: Made) -> None:
 
 _FROM_THE_CACHE = """
 import sys
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 files = find_model(sys.argv[1], what="backbone")
 print(files.revision, files.kind, files.sha256[:8])
 """

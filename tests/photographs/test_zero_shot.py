@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cpfean.errors import CheckpointError, ConfigError
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 from cpfean.photographs.zero_shot import ZeroShotDetector
 
 Made = Callable[[str], Path]
