@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.pair_views import PairView
 from cpfean.analysis.pictures.sheet import (
     GAP,
     GREY,
@@ -21,7 +22,6 @@ from cpfean.analysis.pictures.sheet import (
     least_covering,
     read_photo,
 )
-from cpfean.analysis.views import PairView
 
 _MOST_NAMED = 6  # regions of an image; more are a thicket
 _LEAST_OPEN = 0.1  # gates below this have as good as no part in the score
