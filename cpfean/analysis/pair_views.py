@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from cpfean.data.split import Split
 from cpfean.errors import ConfigError
@@ -123,7 +123,7 @@ def view_pair(
 
 
 def shown_image(
-    split: Split, image: int, *, sizes: Int[np.ndarray, "image 2"] | None
+    split: Split, image: int, *, sizes: Real[np.ndarray, "image 2"] | None
 ) -> ShownImage:
     """An image of a split, to be shown.
 

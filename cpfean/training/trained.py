@@ -26,15 +26,27 @@ def checked_split(
     Raises:
         DataError: every fault that was found.
     """
+    folder = data_folder(config, data, cache_dir=cache_dir)
+    check_split(folder, split, config=config, cache_dir=cache_dir)
+    return folder
+
+
+def data_folder(config: ExperimentConfig, data: str | None, *, cache_dir: Path) -> Path:
+    """Fetches or makes the data for a trained model; otherwise as `checked_split`."""
     from cpfean.data.sources import resolve_data
-    from cpfean.data.split import check_folder
 
     wanted = config.data
     if data is not None:
         wanted = DataConfig(path=data, num_regions=wanted.num_regions, synthetic=wanted.synthetic)
-    folder = resolve_data(wanted, cache_dir=cache_dir)
-    check_folder(folder, num_regions=wanted.num_regions, splits=(split,), cache_dir=cache_dir)
-    return folder
+    return resolve_data(wanted, cache_dir=cache_dir)
+
+
+def check_split(folder: Path, split: str, *, config: ExperimentConfig, cache_dir: Path) -> None:
+    """Checks one split of a folder for a trained model; otherwise as `checked_split`."""
+    from cpfean.data.split import check_folder
+
+    regions = config.data.num_regions
+    check_folder(folder, num_regions=regions, splits=(split,), cache_dir=cache_dir)
 
 
 def model_folder(path: Path) -> Path:
