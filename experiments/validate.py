@@ -34,13 +34,14 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from cpfean.data.split import validate_folder
+    from cpfean.data.split import splits_of, validate_folder
     from cpfean.data.summary import summarize
 
     if arguments.regions is not None:
         command_line.positive(arguments.regions, "--regions")
-    findings = validate_folder(arguments.folder, num_regions=arguments.regions)
-    if not findings:
+    splits = splits_of(arguments.folder)
+    findings = validate_folder(arguments.folder, num_regions=arguments.regions, splits=splits)
+    if not findings and "train" in splits:
         _tell_unknown(arguments.folder)
     if arguments.json:
         told = {

@@ -25,6 +25,8 @@ from cpfean.data.findings import Findings
 from cpfean.data.texts import blank_end, read_lines, says_something
 from cpfean.files import is_there
 
+GALLERY = "gallery"  # the split of images that are only searched: it has no captions
+
 
 class Texts(NamedTuple):
     """What the small files say of a split's captions and images.
@@ -33,6 +35,7 @@ class Texts(NamedTuple):
         captions: as they are; None for a text that is none.
         ids: the images' names, one each or one for every row of five; None as well.
         is_grouped: whether there is a file of the captions' images.
+        is_gallery: whether the split has no captions, and is not meant to.
         image_of_caption: what it says; None without it, or with a fault of its own.
     """
 
@@ -40,15 +43,19 @@ class Texts(NamedTuple):
     ids: list[str] | None
     is_grouped: bool
     image_of_caption: Int64[np.ndarray, " caption"] | None
+    is_gallery: bool = False
 
     @property
     def rows_each(self) -> int:
         """How many equal rows an image may have in an array, if not one."""
-        return 1 if self.is_grouped else PER_IMAGE
+        return 1 if self.is_grouped or self.is_gallery else PER_IMAGE
 
 
 def read_texts(folder: Path, stem: str, findings: Findings) -> Texts:
     """Reads the captions of a split, the names of its images, and which belongs to which."""
+    if stem == GALLERY:
+        ids = _read_ids(folder / f"{stem}_ids.txt", findings, lambda count: False)
+        return Texts([], ids, False, None, is_gallery=True)
     path = folder / f"{stem}_{IMAGE_OF_CAPTION}"
     is_grouped = is_there(path)
     numbers = read_image_of_caption(path, findings) if is_grouped else None
@@ -95,6 +102,11 @@ def agree(folder: Path, stem: str, texts: Texts, findings: Findings, *, rows: in
         texts: of the split.
         rows: of its features.
     """
+    if texts.is_gallery:
+        if texts.ids is not None:
+            _check_names(stem, texts.ids, findings, num_images=rows)
+            _repeated(f"{stem}_ids.txt", texts.ids, findings)
+        return Agreed(1, texts.ids or [], CaptionGroups.none(rows) if rows else None)
     if texts.is_grouped:
         return _agree_as_told(stem, texts, findings, rows=rows)
     ims, caps, names = f"{stem}_ims.npy", f"{stem}_caps.txt", f"{stem}_ids.txt"

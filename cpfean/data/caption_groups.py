@@ -4,6 +4,8 @@ The captions of an image lie next to each other, in the order of the images. How
 what `S_image_of_caption.npy` says, one number a caption: the row of its image, from 0. Where there
 is no such file an image has five, as in the field's releases.
 
+A gallery, which is there to be searched, has no captions at all.
+
 Axes:  image, caption   of a split
 """
 
@@ -29,26 +31,36 @@ Caption = TypeVar("Caption", int, np.ndarray)  # one position in a split, or man
 
 @dataclass(frozen=True, eq=False)
 class CaptionGroups:
-    """The captions of a split, image by image; every image has at least one.
+    """The captions of a split, image by image; every image has at least one, or none has any.
 
     Attributes:
         image_of_caption: position of the image that each caption describes; it never falls.
+        num_without: images of a gallery, none of which has a caption.
 
     Raises:
         ValueError: captions that are not in the order of the images, or an image without any.
     """
 
     image_of_caption: Int64[np.ndarray, " caption"]
+    num_without: int = 0
 
     def __post_init__(self) -> None:
         images = self.image_of_caption
-        if not len(images) or images[0] != 0 or not np.isin(np.diff(images), (0, 1)).all():
+        if self.num_without:
+            if len(images) or self.num_without < 0:
+                raise ValueError("either all images have captions, or none has")
+        elif not len(images) or images[0] != 0 or not np.isin(np.diff(images), (0, 1)).all():
             raise ValueError("captions have to come in the order of the images, from 0, one each")
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int] | Int[np.ndarray, " image"]) -> Self:
         """From the number of captions of each image."""
         return cls(np.repeat(np.arange(len(sizes), dtype=np.int64), sizes))
+
+    @classmethod
+    def none(cls, num_images: int) -> Self:
+        """No captions, of a gallery of so many images."""
+        return cls(np.zeros(0, dtype=np.int64), num_images)
 
     @classmethod
     def even(cls, num_images: int, each: int = PER_IMAGE) -> Self:
@@ -61,7 +73,7 @@ class CaptionGroups:
 
     @property
     def num_images(self) -> int:
-        return int(self.image_of_caption[-1]) + 1
+        return self.num_without or int(self.image_of_caption[-1]) + 1
 
     @cached_property
     def edges(self) -> Int64[np.ndarray, " image+1"]:
@@ -99,6 +111,8 @@ class CaptionGroups:
 
     def first(self, num_images: int) -> CaptionGroups:
         """Those of the first so many images."""
+        if self.num_without:
+            return CaptionGroups.none(num_images)
         return CaptionGroups(self.image_of_caption[: self.edges[num_images]])
 
 

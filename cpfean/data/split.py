@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from cpfean import folders
-from cpfean.data.agreement import agree, read_split_text, read_texts
+from cpfean.data.agreement import GALLERY, agree, read_split_text, read_texts
 from cpfean.data.caption_groups import IMAGE_OF_CAPTION, PER_IMAGE, Caption, CaptionGroups
 from cpfean.data.findings import Finding, Findings
+from cpfean.data.provenance import PROVENANCE, check_provenance
 from cpfean.data.regions import RegionFiles, RegionStore
 from cpfean.data.texts import blank_end, says_something
 from cpfean.errors import DataError
@@ -33,9 +34,11 @@ REQUIRED = ("ims.npy", "caps.txt", "ids.txt")
 OF_ALL_OR_NONE = ("boxes.npy", "sizes.npy", "labels.npy", "scores.npy")  # of the splits
 OPTIONAL = (*OF_ALL_OR_NONE, "counts.npy", IMAGE_OF_CAPTION)
 
+_OF_CAPTIONS = ("caps.txt", IMAGE_OF_CAPTION)
+
 WHOLE_TEST = "testall"  # COCO's 5,000 test images, where "test" is a thousand of them
 
-_CHECKS = 3  # to be counted up with every check that is added: folders are then read again
+_CHECKS = 4  # to be counted up with every check that is added: folders are then read again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,9 @@ class Split:
     """The images and captions of one split.
 
     Attributes:
-        name: "train", "dev" or "test".
+        name: "train", "dev", "test" or "gallery".
         regions: the images.
-        captions: one text each, as in the file.
+        captions: one text each, as in the file; a gallery has none.
         image_ids: the images' names.
         groups: which captions describe which image.
         label_names: the label vocabulary; None without labels.
@@ -87,7 +90,7 @@ def open_split(
 
     Args:
         folder: in the native format.
-        name: "train", "dev" or "test".
+        name: "train", "dev", "test" or "gallery".
         num_regions: keep the first so many regions of an image; None keeps all.
         num_images: keep the first so many images; 0 keeps all.
         overlaps: compute the IoU of the regions, which takes most of the time.
@@ -136,6 +139,7 @@ def validate_folder(
     findings = Findings()
     if not is_folder(folder, findings):
         return findings.listed()
+    check_provenance(folder, findings)
     opened = []
     for name in splits:
         split = _examine(
@@ -236,8 +240,9 @@ def _state(folder: Path, asked: object) -> str | None:
 
 def native_names() -> list[str]:
     """Names of all files that belong to the native format."""
-    stems = (*SPLITS, WHOLE_TEST)
-    return [VOCABULARY] + [f"{stem}_{part}" for stem in stems for part in REQUIRED + OPTIONAL]
+    named = [f"{stem}_{part}" for stem in (*SPLITS, WHOLE_TEST) for part in REQUIRED + OPTIONAL]
+    gallery = [f"{GALLERY}_{part}" for part in REQUIRED + OPTIONAL if part not in _OF_CAPTIONS]
+    return [VOCABULARY, PROVENANCE, *named, *gallery]
 
 
 def used_names(names: Iterable[str]) -> list[str]:
@@ -270,6 +275,17 @@ def split_stem(folder: Path, split: str) -> str:
     return WHOLE_TEST if any(is_there(folder / name) for name in whole) else split
 
 
+def splits_of(folder: Path) -> tuple[str, ...]:
+    """The splits that a folder is meant to have: the three, a gallery, or both.
+
+    A folder of anything else is taken for one of the three, so that checks say what it lacks.
+    """
+    if not is_there(folder / f"{GALLERY}_ims.npy"):
+        return SPLITS
+    has_others = any(path.name.startswith(SPLITS) for path in native_files(folder))
+    return (*SPLITS, GALLERY) if has_others else (GALLERY,)
+
+
 def is_folder(folder: Path, findings: Findings) -> bool:
     """Whether a folder is there and can be read; if not, with a finding."""
     if os.path.isdir(folder):
@@ -300,7 +316,8 @@ def _examine(
     """Reads one split; None if a fault makes it unusable."""
     before = len(findings)
     stem = split_stem(folder, name)
-    missing = [file for file in (f"{stem}_{p}" for p in REQUIRED) if not is_there(folder / file)]
+    required = [part for part in REQUIRED if name != GALLERY or part not in _OF_CAPTIONS]
+    missing = [file for file in (f"{stem}_{p}" for p in required) if not is_there(folder / file)]
     for file in missing:
         findings.add("missing", file, absent(folder, file))
     texts = read_texts(folder, stem, findings)
@@ -449,7 +466,12 @@ def _compare(folder: Path, names: Sequence[str], splits: list[Split], findings: 
         if not is_there(folder / name) and found is not None:
             findings.add("missing", name, f"expected this name, found {found}; rename it")
     # Plain counting from 0 names rows, not images, and every split counts anew.
-    named = [s for s in splits if s.image_ids != [str(i) for i in range(s.num_images)]]
+    # And what is searched may well be what a model was trained on.
+    named = [
+        split
+        for split in splits
+        if split.name != GALLERY and split.image_ids != [str(i) for i in range(split.num_images)]
+    ]
     for position, split in enumerate(named):
         for other in named[:position]:
             _leaks(split_stem(folder, split.name), split, other, findings)
@@ -499,6 +521,8 @@ def absent(folder: Path, name: str) -> str:
     same = [other for other in present if other.lower() == name]
     if same:
         return f"no such file in {folder}, but {same[0]}; rename it, letters count"
+    if is_there(folder / f"{GALLERY}_ims.npy") and splits_of(folder) == (GALLERY,):
+        return f"{folder} has a {GALLERY} alone: images without captions, which can be searched"
     near = difflib.get_close_matches(name, present, n=3, cutoff=0.6)
     if near:
         return f"no such file in {folder}; nearest: {', '.join(near)}"
@@ -514,6 +538,7 @@ def _present(folder: Path) -> list[str]:
 
 
 __all__ = [
+    "GALLERY",
     "SPLITS",
     "Finding",
     "Split",
@@ -523,6 +548,7 @@ __all__ = [
     "native_files",
     "open_split",
     "split_stem",
+    "splits_of",
     "used_names",
     "validate_folder",
 ]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from cpfean.data.boxes import order_is_open
-from cpfean.data.split import SPLITS, Split, open_split, split_stem
+from cpfean.data.provenance import described, read_provenance
+from cpfean.data.split import Split, open_split, split_stem, splits_of
 from cpfean.errors import DataError
 from cpfean.files import is_there
 
@@ -92,6 +93,7 @@ class FolderSummary:
         splits: by name.
         labels: the commonest; empty without labels.
         examples: a few captions.
+        provenance: what made the features, in a line; None where nothing tells.
         notes: what may be wrong and cannot be told from the files.
     """
 
@@ -99,6 +101,7 @@ class FolderSummary:
     labels: list[LabelSummary]
     examples: list[Example]
     notes: list[str]
+    provenance: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -109,7 +112,7 @@ class FolderSummary:
         if not self.splits:
             return []
         rows = [
-            f"{'':6}{'images':>9}{'captions':>10}{'each':>6}{'regions':>9}{'width':>7}"
+            f"{'':8}{'images':>9}{'captions':>10}{'each':>6}{'regions':>9}{'width':>7}"
             "  features: type, range, mean, zeros"
         ]
         for name, split in self.splits.items():
@@ -118,12 +121,14 @@ class FolderSummary:
             least, most = split.captions_least, split.captions_most
             each = f"{least}" if least == most else f"{least}-{most}"
             rows.append(
-                f"{name:6}{split.images:9,}{split.captions:10,}{each:>6}"
+                f"{name:8}{split.images:9,}{split.captions:10,}{each:>6}"
                 f"{regions:>9}{split.width:7,}  {split.dtype}, {split.feature_min:.3g} to "
                 f"{split.feature_max:.3g}, {split.feature_mean:.3g}, {split.zero_share:.1%}"
             )
         if any(split.sampled_images < split.images for split in self.splits.values()):
             rows.append(f"(features of {_SAMPLED} images of each split, evenly spread)")
+        if self.provenance:
+            rows.append(f"made by extract.py: {self.provenance}")
         if self.labels:
             tall = [label for label in self.labels if label.tallness is not None]
             named = ", ".join(f"{label.name} {label.count:,}" for label in self.labels)
@@ -140,10 +145,14 @@ class FolderSummary:
         return rows
 
 
-def summarize(folder: Path, *, splits: Sequence[str] = SPLITS) -> FolderSummary:
-    """Looks at those splits of a folder that have no fault; takes seconds at any size."""
+def summarize(folder: Path, *, splits: Sequence[str] | None = None) -> FolderSummary:
+    """Looks at those splits of a folder that have no fault; takes seconds at any size.
+
+    Args:
+        splits: their names; None for all that the folder is meant to have.
+    """
     opened = []
-    for name in splits:
+    for name in splits_of(folder) if splits is None else splits:
         if not is_there(folder / f"{split_stem(folder, name)}_ims.npy"):
             continue
         try:
@@ -153,9 +162,18 @@ def summarize(folder: Path, *, splits: Sequence[str] = SPLITS) -> FolderSummary:
     return FolderSummary(
         splits={split.name: _summary(split) for split in opened},
         labels=_labels(opened),
-        examples=_examples(opened[0]) if opened else [],
+        examples=_examples(opened[0]) if opened and opened[0].captions else [],
         notes=_notes(opened),
+        provenance=_provenance(folder),
     )
+
+
+def _provenance(folder: Path) -> str | None:
+    try:
+        told = read_provenance(folder)
+    except DataError:
+        return None  # as above
+    return None if told is None else described(told)
 
 
 def label_hints(splits: Sequence[Split]) -> list[str]:

@@ -32,9 +32,9 @@ from cpfean.analysis.pair_views import (
     view_pair,
 )
 from cpfean.config import nearest
-from cpfean.data.split import SPLITS, Split, data_fingerprint, split_stem
+from cpfean.data.agreement import GALLERY
+from cpfean.data.split import Split, data_fingerprint, splits_of
 from cpfean.errors import ConfigError, DataError
-from cpfean.files import is_there
 from cpfean.fingerprints import code_fingerprint
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.progress import Progress
@@ -52,8 +52,6 @@ from cpfean.search.ranking import best
 from cpfean.search.sentences import read_sentence
 from cpfean.training.setup import TrainedModel, default_device, open_checkpoint
 from cpfean.training.trained import check_split, data_folder, model_folder, trained_configuration
-
-GALLERY = "gallery"  # the split of a folder without captions
 
 _FORMAT = 1  # to be counted up when the kept embeddings change their files
 _BLOCK_BYTES = 2**26  # of embeddings that are scored at a time
@@ -144,7 +142,7 @@ class Searcher:
         found = model_folder(Path(model))
         config = trained_configuration(found)
         folder = data_folder(config, None if data is None else str(data), cache_dir=cache_dir)
-        split = split or _only_split(folder)
+        split = split or (GALLERY if splits_of(folder) == (GALLERY,) else "test")
         check_split(folder, split, config=config, cache_dir=cache_dir)
         trained = open_checkpoint(
             found,
@@ -373,10 +371,3 @@ class Searcher:
     ) -> Float[np.ndarray, "image caption"]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._products == "bf16"):
             return self.trained.model.score(images, captions).float().cpu().numpy()
-
-
-def _only_split(folder: Path) -> str:
-    """The split that nobody has to name."""
-    stems = [split_stem(folder, name) for name in SPLITS]
-    with_captions = any(is_there(folder / f"{stem}_ims.npy") for stem in stems)
-    return GALLERY if is_there(folder / f"{GALLERY}_ims.npy") and not with_captions else "test"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cpfean import commands
+from cpfean.data.provenance import described, read_provenance
 from cpfean.errors import ServiceError
 from cpfean.fingerprints import encoder_fingerprint
 from cpfean.records.run_folder import RunFolder
@@ -98,6 +99,9 @@ def run_study(
 def _tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
     """How MLflow knows a study."""
     own = {"cpfean.data": plan.data_fingerprint, "cpfean.data_path": plan.base.data.path}
+    made_by = read_provenance(plan.data_folder)
+    if made_by is not None:
+        own["cpfean.features"] = described(made_by)
     parameters = {
         "study.trials": plan.trials,
         "study.workers": plan.workers,

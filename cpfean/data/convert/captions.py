@@ -44,7 +44,7 @@ class Captioned:
 
     Attributes:
         names: one each, as they go to `S_ids.txt`.
-        captions: of each image, at least one.
+        captions: of each image, at least one; of a gallery's images none.
     """
 
     names: list[str] = field(default_factory=list)

@@ -17,14 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from cpfean.data.caption_groups import IMAGE_OF_CAPTION, CaptionGroups
 from cpfean.data.convert.captions import Captioned
-from cpfean.data.split import SPLITS, VOCABULARY, check_folder
+from cpfean.data.provenance import write_provenance
+from cpfean.data.split import GALLERY, SPLITS, VOCABULARY, check_folder
 from cpfean.errors import DataError
 from cpfean.files import is_there
 
@@ -90,17 +91,19 @@ class NativeWriter:
         boxes: bool,
         vocabulary: list[str] | None,
         scores: bool | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """Makes the unfinished folder, with all texts.
 
         Args:
             folder: must not exist.
-            images: by split.
+            images: by split; those of a gallery have no captions.
             num_regions: stored for an image; where there are more, the first are taken.
             half: store features as float16.
             boxes: whether boxes and sizes will come.
             vocabulary: names of the labels, if labels will come.
             scores: whether scores will come; None if they do with labels.
+            provenance: what made the features, for `provenance.json`, without its "format".
 
         Raises:
             DataError: the folder exists, or its disk is too small or not to be written to.
@@ -115,6 +118,7 @@ class NativeWriter:
         self._files: dict[str, tuple[BinaryIO, int]] = {}
         self._small: dict[str, dict[str, np.ndarray]] = {}
         self._boxes = boxes
+        self._provenance = provenance
         self._scores = vocabulary is not None if scores is None else scores
         check_target(folder)
 
@@ -197,20 +201,18 @@ class NativeWriter:
         except OSError as error:
             raise self._unwritable(error) from None
         lacking = [split for split in SPLITS if split not in self._images]
-        if lacking:
+        if lacking and GALLERY not in self._images:
             logger.warning("no images of %s: training needs all splits", " and ".join(lacking))
 
     def _start(self) -> None:
         """Texts, and features as large as they will be; what is not written is zero."""
+        if self._provenance is not None:
+            write_provenance(self._unfinished, self._provenance)
         if self._vocabulary is not None:
             _write_lines(self._unfinished / VOCABULARY, self._vocabulary)
         for split, images in self._images.items():
-            captions = [caption for own in images.captions for caption in own]
-            _write_lines(self._unfinished / f"{split}_caps.txt", captions)
-            groups = CaptionGroups.of_sizes([len(own) for own in images.captions])
-            if not groups.is_default:
-                path = self._unfinished / f"{split}_{IMAGE_OF_CAPTION}"
-                np.save(path, groups.image_of_caption.astype(np.int32), allow_pickle=False)
+            if split != GALLERY:
+                self._write_captions(split, images)
             _write_lines(self._unfinished / f"{split}_ids.txt", images.names)
             shape = (len(images.names), self._regions, self._dim)
             # Written and not mapped: on a full disk a mapped file ends the process by a signal.
@@ -231,6 +233,14 @@ class NativeWriter:
             if self._scores:
                 small["scores"] = np.zeros((total, regions), dtype=np.float32)
             self._small[split] = small
+
+    def _write_captions(self, split: str, images: Captioned) -> None:
+        captions = [caption for own in images.captions for caption in own]
+        _write_lines(self._unfinished / f"{split}_caps.txt", captions)
+        groups = CaptionGroups.of_sizes([len(own) for own in images.captions])
+        if not groups.is_default:
+            path = self._unfinished / f"{split}_{IMAGE_OF_CAPTION}"
+            np.save(path, groups.image_of_caption.astype(np.int32), allow_pickle=False)
 
     def _remove(self) -> None:
         for file, _ in self._files.values():

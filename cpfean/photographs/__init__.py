@@ -1,0 +1,1 @@
+"""A photograph to the regions that a model is trained on: decoding, detectors, pooled features."""
