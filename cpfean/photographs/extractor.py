@@ -266,7 +266,9 @@ class _Chosen:
     queries: Int64[np.ndarray, " query"]
 
 
-def _detector(files: ModelFiles, settings: ExtractionSettings, *, device: torch.device) -> Detector:
+def _detector(
+    files: ModelFiles, settings: ExtractionSettings, *, device: torch.device
+) -> Detector:
     if settings.vocabulary is None and files.kind in KINDS:
         raise ConfigError(
             f"{files.name}: a zero-shot detector ({files.kind}) looks for what it is told to; give "
@@ -279,7 +281,9 @@ def _detector(files: ModelFiles, settings: ExtractionSettings, *, device: torch.
             f"{files.name}: a detector with classes of its own ({files.kind}) takes no vocabulary; "
             "leave it out, or take a zero-shot detector such as google/owlv2-base-patch16-ensemble."
         )
-    return ZeroShotDetector(files, settings.vocabulary, min_score=settings.min_score, device=device)
+    return ZeroShotDetector(
+        files, settings.vocabulary, min_score=settings.min_score, device=device
+    )
 
 
 def _fitting(

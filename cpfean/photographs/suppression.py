@@ -42,5 +42,7 @@ def suppressed(
             break
         if alive[position]:
             kept.append(position)
-            alive[position + 1 :] &= overlaps(boxes[position], boxes[position + 1 :]) <= max_overlap
+            alive[position + 1 :] &= (
+                overlaps(boxes[position], boxes[position + 1 :]) <= max_overlap
+            )
     return np.array(kept, dtype=np.int64)

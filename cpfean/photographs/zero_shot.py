@@ -159,9 +159,7 @@ def _passes_of_owl(names: list[str], tokenizer: Any, config: Any) -> Iterator[Pa
 def _passes_of_grounding(names: list[str], tokenizer: Any, config: Any) -> Iterator[Pass]:
     """Names in one text, each with a full stop behind it, as many as there is room for."""
     most = config.max_text_len
-    lengths = [
-        len(tokenizer(f"{name.lower()}.", add_special_tokens=False)["input_ids"]) for name in names
-    ]
+    lengths = [len(tokenizer(f"{name.lower()}.", add_special_tokens=False)["input_ids"]) for name in names]
     first = 0
     while first < len(names):
         last, length = first, 2  # the two at the ends

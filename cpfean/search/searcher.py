@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 
 from cpfean import folders
 from cpfean.analysis.pair_views import (
@@ -37,6 +37,7 @@ from cpfean.data.split import Split, data_fingerprint, splits_of
 from cpfean.errors import ConfigError, DataError
 from cpfean.fingerprints import code_fingerprint
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
+from cpfean.photographs.extractor import RegionExtractor
 from cpfean.progress import Progress
 from cpfean.search.hits import EncodedImage, Hit, Hits, check_counts
 from cpfean.search.kept import (
@@ -48,6 +49,7 @@ from cpfean.search.kept import (
     keep_images,
     model_fingerprint,
 )
+from cpfean.search.photographs import encode_photograph, open_extractor
 from cpfean.search.ranking import best
 from cpfean.search.sentences import read_sentence
 from cpfean.training.setup import TrainedModel, default_device, open_checkpoint
@@ -282,6 +284,28 @@ class Searcher:
             shown=shown_image(self.split, position, sizes=self.split.regions.sizes),
             encoded=self._images.rows(slice(position, position + 1), device=self._device),
         )
+
+    def photograph(
+        self, pixels: UInt8[np.ndarray, "height width 3"], *, name: str = "photograph"
+    ) -> EncodedImage:
+        """One's own photograph, its regions made as those of the gallery were.
+
+        Args:
+            pixels: RGB, upright; `cpfean.photographs.decoding.read_photograph` gives such.
+            name: what to call it.
+
+        Raises:
+            CheckpointError, ConfigError, DataError: nothing tells what made the regions of the
+                data, or it cannot be loaded; the message says why.
+        """
+        return encode_photograph(
+            pixels, self.extractor, self.trained.model, split=self.split, name=name
+        )
+
+    @cached_property
+    def extractor(self) -> RegionExtractor:
+        """What made the regions of the data; raises as `photograph`."""
+        return open_extractor(self.folder, self.split, device=self._device)
 
     def view(self, sentence: str, image: str | EncodedImage) -> PairView:
         """What the model sees in a sentence and an image: gates, prominent words, word weights.
