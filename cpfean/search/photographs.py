@@ -32,15 +32,15 @@ def open_extractor(folder: Path, split: Split, *, device: torch.device) -> Regio
     told = read_provenance(folder)
     if told is None:
         raise DataError(
-            f"{folder} has no {PROVENANCE}: nothing tells which detector and backbone its regions "
-            "were made with, and regions of others would mean nothing to the model. Data that "
+            f"the data has no {PROVENANCE}, so nothing tells which detector and backbone made its "
+            "regions, and regions of others would mean nothing to the model. Data that "
             "experiments/extract.py made has one."
         )
     extractor = RegionExtractor.from_provenance(told, device=device)
     width = split.regions.feature_dim
     if extractor.feature_dim != width:
         raise DataError(
-            f"{folder / PROVENANCE} names models that make features of width "
+            f"{PROVENANCE} names models that make features of width "
             f"{extractor.feature_dim}, and those of the gallery have {width}."
         )
     return extractor
