@@ -189,18 +189,19 @@ class Answers:
             choice: what came with the click: which hit of which model, by their numbers.
         """
         try:
-            side, number = _numbers(asked, choice)
+            side, chosen = _numbers(asked, choice)
             assert asked is not None
-            hit = asked.hits[side][number]
+            hit = asked.hits[side][chosen]
             parts = []
-            for place, searcher in enumerate(self.searchers):
+            for number, searcher in enumerate(self.searchers):
                 if asked.sentence is not None:
                     text, image = asked.sentence, searcher.image_at(hit.position)
                     picture = self.photos.picture(hit.image_id, side=LARGE)
                 else:
-                    text, image, picture = hit.text, asked.images[place], asked.picture
-                ranks = {one.position: one.rank for one in asked.hits[place]}
-                parts.append(self._pair(searcher, text, image, picture, ranks.get(hit.position)))
+                    text, image, picture = hit.text, asked.images[number], asked.picture
+                hits = asked.hits[number]
+                own = next((one for one in hits if one.position == hit.position), None)
+                parts.append(self._pair(searcher, text, image, picture, markup.placed(own, hits)))
         except CpfeanError as error:
             return markup.problem(str(error))
         heading = f'<h3 class="asked" tabindex="-1">{markup.escaped(text)}</h3>'
@@ -237,17 +238,17 @@ class Answers:
         text: str,
         image: EncodedImage,
         picture: Picture | None,
-        rank: int | None,
+        place: str,
     ) -> str:
         if not searcher.has_gates:
             alignment = searcher.trained.model.config.alignment
             how = "pooled vectors alone" if alignment.global_weight == 1 else alignment.kind
             note = f"This model scores by {how}, which has no gates and no words to show."
-            return markup.image_alone(image.shown, picture, note=note)
+            return markup.image_alone(image.shown, picture, place=place, note=note)
         with self._alone:
             view = searcher.view(text, image)
             unknown = searcher.trained.tokenizer.unknown_words(text)
-        return markup.pair(view, picture, rank=rank, unknown=unknown)
+        return markup.pair(view, picture, place=place, unknown=unknown)
 
 
 def _numbers(asked: Asked | None, choice: Any) -> tuple[int, int]:

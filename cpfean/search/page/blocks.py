@@ -1,8 +1,9 @@
 """The page itself: Gradio's parts around what `answers` says.
 
-Gradio is an extra (`demo`), and is imported when a page is made and not before. It asks the
-annotations of functions what to hand them, so that they are no texts in this file.
+Gradio is an extra (`demo`), and is imported when a page is made and not before.
 """
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
@@ -49,10 +50,10 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
     def ask(sentence: str) -> tuple[str, Asked | None, str]:
         return shown(answers.images(sentence))
 
-    def look(asked: Asked | None, event: gr.EventData) -> str:
+    def look(asked: Asked | None, event: Any) -> str:
         return answers.chosen(asked, event._data)
 
-    def look_and_name(asked: Asked | None, event: gr.EventData) -> tuple[str, str]:
+    def look_and_name(asked: Asked | None, event: Any) -> tuple[str, str]:
         # The image that is looked at is at hand for a search for its captions.
         pair = answers.chosen(asked, event._data)
         try:
@@ -75,7 +76,9 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
         file.unlink(missing_ok=True)
         return None, *shown(answers.captions_for(content, name=file.name))
 
-    plain = {"apply_default_css": False}
+    for each in (look, look_and_name):
+        each.__annotations__["event"] = gr.EventData  # which tells Gradio to hand it on
+    plain: dict[str, Any] = {"apply_default_css": False}
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.HTML(f"<h1>CPFEAN search</h1><p class='told'>{about}</p>", js_on_load=None)
         with gr.Tab("Find images"):

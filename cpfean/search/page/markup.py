@@ -15,7 +15,7 @@ from jaxtyping import Float
 from cpfean.analysis.pair_views import PairView, ShownImage
 from cpfean.analysis.pictures.pairs import numbered, shade, weight_range, word_colours, word_shades
 from cpfean.analysis.pictures.sheet import Box, least_covering
-from cpfean.search.hits import Hits
+from cpfean.search.hits import Hit, Hits
 from cpfean.search.page.photos import Picture
 
 _LABELS = 4  # objects that are named below an image without photograph
@@ -127,33 +127,47 @@ def beside(shown: ShownImage, picture: Picture | None, lists: str) -> str:
     )
 
 
-def image_alone(shown: ShownImage, picture: Picture | None, *, note: str) -> str:
-    """An image with all its regions, where a model has nothing else to show, and why."""
+def image_alone(shown: ShownImage, picture: Picture | None, *, place: str, note: str) -> str:
+    """An image with all its regions, where a model has nothing else to show, and why.
+
+    Args:
+        shown: the image.
+        picture: its photograph.
+        place: its place among what was found, as `placed` says it.
+        note: why there is no more.
+    """
     frame = _frame(shown.aspect, shown.boxes, picture, name=shown.name, marks="")
     return (
-        f'<div class="pair"><figure>{frame}<figcaption><b>{escaped(shown.name)}</b></figcaption>'
-        f'</figure><div class="explained"><p>{escaped(note)}</p></div></div>'
+        f'<div class="pair"><figure>{frame}<figcaption><b>{escaped(shown.name)}</b><br>'
+        f'{place}</figcaption></figure><div class="explained"><p>{escaped(note)}</p></div></div>'
     )
 
 
+def placed(hit: Hit | None, hits: Hits) -> str:
+    """The rank that a model gave, or that it did not find it."""
+    if hit is None:
+        return f"not among the first {len(hits)}"
+    return f"rank {hit.rank} of {hits.total:,}"
+
+
 def pair(
-    view: PairView, picture: Picture | None, *, rank: int | None, unknown: Sequence[str] = ()
+    view: PairView, picture: Picture | None, *, place: str, unknown: Sequence[str] = ()
 ) -> str:
     """An image and a caption as the model sees them.
 
     Args:
         view: of both.
         picture: the photograph; None draws the regions alone.
-        rank: of the image or caption among those that were found.
+        place: of the image or caption among what was found, as `placed` says it.
         unknown: words that the vocabulary does not know.
     """
     chosen, (colours,) = numbered(view), word_colours([view])
     marks = [] if view.boxes is None else _marks(view, view.boxes, chosen, colours)
     frame = _frame(view.aspect, view.boxes, picture, name=view.image_id, marks="".join(marks))
-    place = "" if rank is None else f"rank {rank}, "
     return (
         f'<div class="pair"><figure>{frame}<figcaption><b>{escaped(view.image_id)}</b><br>{place}'
-        f"score {view.score:.3f}, of the fragments {view.fragment_score:.3f}</figcaption></figure>"
+        f"<br>score {view.score:.3f}, of the fragments {view.fragment_score:.3f}</figcaption>"
+        "</figure>"
         f'<div class="explained">{_words(view, colours, unknown)}'
         f"{_regions(view, chosen, colours)}{_legend(view, chosen)}</div></div>"
     )
