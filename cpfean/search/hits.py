@@ -80,5 +80,5 @@ def check_counts(k: int, shortlist: int | None) -> None:
         raise ConfigError(f"k must be at least 1; got {k}.")
     if shortlist is not None and shortlist < k:
         raise ConfigError(
-            f"shortlist must be at least k = {k}, which it is to hold; got {shortlist}."
+            f"a shortlist must hold at least the {k} that are asked for; got {shortlist}."
         )

@@ -7,7 +7,6 @@ measuring: what they find means nothing, what they cost is what the released wei
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,12 @@ def tiny_rt_detr_v2(folder: Path, *, seed: int = 0) -> Path:
 
 def tiny_d_fine(folder: Path, *, seed: int = 0) -> Path:
     """D-FINE on HGNetV2: 64 x 64 pixels, 30 queries."""
-    from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config
-    from transformers import RTDetrImageProcessorPil
+    from transformers import (
+        DFineConfig,
+        DFineForObjectDetection,
+        HGNetV2Config,
+        RTDetrImageProcessorPil,
+    )
 
     backbone = HGNetV2Config(
         embedding_size=8,
