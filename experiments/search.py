@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
-    from cpfean.search.page.blocks import load_gradio
+    from cpfean.search.page.blocks import build_page, largest_request, load_gradio, mounted
     from cpfean.search.page.server import Place, listening, serve
 
     command_line.positive(arguments.count, "--count", most=1000)
@@ -93,8 +93,6 @@ def body(arguments: argparse.Namespace) -> int:
         why_no_upload = answers.why_no_upload()
 
         def make_app() -> object:
-            from cpfean.search.page.blocks import build_page, mounted
-
             return mounted(
                 build_page(answers, title="CPFEAN search", about=about, why_no_upload=why_no_upload)
             )
@@ -102,7 +100,7 @@ def body(arguments: argparse.Namespace) -> int:
         def ready() -> None:
             print(f"{place.url}  {about}; Ctrl-C ends it", flush=True)
 
-        serve(make_app, place, bound, ready=ready)
+        serve(make_app, place, bound, largest=largest_request(why_no_upload), ready=ready)
     return 0
 
 

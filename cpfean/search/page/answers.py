@@ -6,8 +6,11 @@ that counts among what the same visitor was shown last.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ from cpfean.search.page import markup
 from cpfean.search.page.markup import Card
 from cpfean.search.page.photos import LARGE, THUMBNAIL, Photos, Picture, as_picture
 from cpfean.search.searcher import Searcher
+
+LARGEST_UPLOAD = 20 * 2**20  # bytes of a photograph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,20 +164,25 @@ class Answers:
         except CpfeanError as error:
             return Answer(told=markup.problem(str(error)))
 
-    def captions_for(self, content: bytes, *, name: str) -> Answer:
+    def captions_for(self, told: Any) -> Answer:
         """The captions that one's own photograph finds.
 
         Args:
-            content: of the file.
-            name: to call it by.
+            told: what came with it: a file's `name`, and its `content` in base64.
         """
+        try:
+            name, content = _file(told)
+        except ConfigError as error:
+            return Answer(told=markup.problem(str(error)))
         try:
             pixels = decode_photograph(content)
             with self._alone:
+                started = time.perf_counter()
                 images = tuple(
                     searcher.photograph(pixels, name=name) for searcher in self.searchers
                 )
-            return self._captions(images, as_picture(pixels, side=LARGE))
+                took = time.perf_counter() - started
+            return self._captions(images, as_picture(pixels, side=LARGE), before=took)
         except CpfeanError as error:
             return Answer(told=markup.problem(f"{name}: {error}"))
 
@@ -213,7 +223,9 @@ class Answers:
         assert asked is not None
         return None if asked.sentence is None else asked.hits[side][number].image_id
 
-    def _captions(self, images: tuple[EncodedImage, ...], picture: Picture | None) -> Answer:
+    def _captions(
+        self, images: tuple[EncodedImage, ...], picture: Picture | None, *, before: float = 0.0
+    ) -> Answer:
         with self._alone:
             hits = tuple(
                 searcher.captions(image, k=self._count, shortlist=self._shortlist)
@@ -221,7 +233,7 @@ class Answers:
             )
         own = images[0].shown.name if images[0].shown.position is not None else None
         lists = [
-            markup.told(found, what="captions")
+            markup.told(found, what="captions", before=before)
             + markup.caption_list(found, side=side, image_id=own)
             for side, found in enumerate(hits)
         ]
@@ -268,6 +280,27 @@ def _numbers(asked: Asked | None, choice: Any) -> tuple[int, int]:
     ):
         raise ConfigError("what was chosen is not among what was found last; search again.")
     return side, number
+
+
+def _file(told: Any) -> tuple[str, bytes]:
+    """The name and the content of a file that was dropped in.
+
+    Raises:
+        ConfigError: it is none, or too large.
+    """
+    plain = told if isinstance(told, dict) else {}
+    name, content = plain.get("name"), plain.get("content")
+    if not isinstance(name, str) or not isinstance(content, str):
+        raise ConfigError("expected a photograph, found none.")
+    try:
+        data = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise ConfigError("the photograph did not arrive as a whole; drop it in again.") from None
+    if len(data) > LARGEST_UPLOAD:
+        raise ConfigError(
+            f"expected a photograph of at most {LARGEST_UPLOAD:,} bytes, found {len(data):,}."
+        )
+    return name, data
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:

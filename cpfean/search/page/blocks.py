@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cpfean.errors import ConfigError
-from cpfean.search.page.answers import Answer, Answers, Asked
+from cpfean.search.page.answers import LARGEST_UPLOAD, Answer, Answers, Asked
+from cpfean.search.page.guard import LARGEST_QUESTION
+from cpfean.search.page.markup import escaped
 
 _HERE = Path(__file__).parent
 _FONT = ["system-ui", "sans-serif"]
@@ -45,7 +47,7 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
         why_no_upload: why no photograph of one's own can be dropped in; None if it can.
     """
     gr = load_gradio()
-    clicks, pairs = ((_HERE / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    clicks, pairs, drop = ((_HERE / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
 
     def ask(sentence: str) -> tuple[str, Asked | None, str]:
         return shown(answers.images(sentence))
@@ -68,18 +70,13 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
         name = answers.random_image()
         return name, *captions(name)
 
-    def dropped(path: str | None) -> tuple[None, str, Asked | None, str]:
-        if path is None:
-            return None, "", None, ""
-        file = Path(path)
-        content = file.read_bytes()
-        file.unlink(missing_ok=True)
-        return None, *shown(answers.captions_for(content, name=file.name))
+    def dropped(event: Any) -> tuple[str, Asked | None, str]:
+        return shown(answers.captions_for(event._data))
 
-    for each in (look, look_and_name):
+    for each in (look, look_and_name, dropped):
         each.__annotations__["event"] = gr.EventData  # which tells Gradio to hand it on
     plain: dict[str, Any] = {"apply_default_css": False}
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.HTML(f"<h1>CPFEAN search</h1><p class='told'>{about}</p>", js_on_load=None)
         with gr.Tab("Find images"):
             asked = gr.State(None, time_to_live=_FORGOTTEN)
@@ -106,15 +103,7 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
                     )
                     find_captions = gr.Button("Find", variant="primary", scale=1, min_width=90)
                     any_image = gr.Button("Any image", scale=1, min_width=110)
-                if why_no_upload is None:
-                    upload = gr.File(
-                        label="Or a photograph of your own",
-                        file_types=["image"],
-                        type="filepath",
-                        height=120,
-                    )
-                else:
-                    gr.HTML(problem_of_upload(why_no_upload), js_on_load=None)
+                upload = gr.HTML(drop_zone(why_no_upload), js_on_load=drop, **plain)
                 found_captions = gr.HTML(js_on_load=clicks, **plain)
                 pair_of_caption = gr.HTML(js_on_load=pairs, **plain)
 
@@ -131,7 +120,7 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
             any_image.click(any_captions, None, [name, *to_captions], **_EVENT)
             found_captions.select(look, asked_captions, pair_of_caption, **_EVENT)
             if why_no_upload is None:
-                upload.upload(dropped, upload, [upload, *to_captions], **_EVENT)
+                upload.upload(dropped, None, to_captions, **_EVENT)
     page.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -141,19 +130,27 @@ def shown(answer: Answer) -> tuple[str, Asked | None, str]:
     return answer.told + answer.found, answer.asked, ""
 
 
-def problem_of_upload(reason: str) -> str:
-    """Why there is no place to drop a photograph in."""
-    from cpfean.search.page.markup import escaped
+def largest_request(why_no_upload: str | None) -> int:
+    """Bytes of the largest question: with a photograph, in base64, where one can be dropped in."""
+    return LARGEST_QUESTION + (4 * LARGEST_UPLOAD // 3 if why_no_upload is None else 0)
 
-    return f'<p class="told">Your own photographs cannot find captions here: {escaped(reason)}</p>'
+
+def drop_zone(why_not: str | None) -> str:
+    """A place to drop a photograph in, or why there is none."""
+    if why_not is not None:
+        told = f"Your own photographs cannot find captions here: {escaped(why_not)}"
+        return f'<p class="told">{told}</p>'
+    return (
+        f'<div class="drop" data-most="{LARGEST_UPLOAD}"><label>Or drop a photograph of your own '
+        'here: <input type="file" accept="image/*"></label> <span class="drop-note" '
+        'role="status"></span></div>'
+    )
 
 
 def mounted(page: Any) -> Any:
     """The page as an ASGI application."""
     gr = load_gradio()
     from fastapi import FastAPI
-
-    from cpfean.search.page.guard import LARGEST_UPLOAD
 
     outside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
@@ -167,7 +164,6 @@ def mounted(page: Any) -> Any:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        max_file_size=LARGEST_UPLOAD,
         theme=gr.themes.Default(
             primary_hue="blue", font=_FONT, font_mono=["ui-monospace", "monospace"]
         ),
@@ -175,6 +171,6 @@ def mounted(page: Any) -> Any:
     )
 
 
-_SCRIPTS = ("clicks", "pairs")
+_SCRIPTS = ("clicks", "pairs", "drop")
 # No function of the page can be called by name.
 _EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}

@@ -1,7 +1,7 @@
 """What stands before the page: who may ask, for what, and how much at a time.
 
 Gradio has many more doors than this page uses: it hands out files, forwards to other servers, runs
-functions by name. All but those that its own page in a browser asks for are shut here.
+functions by name, takes files. All but those that its own page in a browser asks for are shut here.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,18 +19,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 USER = "cpfean"
-LARGEST_UPLOAD = 20 * 2**20  # bytes
-_LARGEST_QUESTION = 2**20
-_ROUND = 2**16  # bytes around an upload
-_MOST_UPLOADS = 20  # files that nobody has come for yet
-_OLDEST_UPLOAD = 600.0  # seconds
-_UPLOAD = "/gradio_api/upload"
+LARGEST_QUESTION = 2**20  # bytes
 _EXACT = frozenset(
     {
         *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
         *("/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/startup-events"),
-        *("/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/info"),
-        *(_UPLOAD, "/gradio_api/upload_progress", "/gradio_api/app_id"),
+        *("/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/info", "/gradio_api/app_id"),
     }
 )
 _BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
@@ -58,16 +50,21 @@ class Guard:
         hosts: names under which a browser may ask, without port; None for any. On loopback this
             keeps out other sites' pages whose name leads here.
         password: of the user `USER`; None asks for none.
-        uploads: the folder that files come to.
+        largest: bytes of a request.
     """
 
     def __init__(
-        self, app: App, *, hosts: frozenset[str] | None, password: str | None, uploads: Path
+        self,
+        app: App,
+        *,
+        hosts: frozenset[str] | None,
+        password: str | None,
+        largest: int = LARGEST_QUESTION,
     ) -> None:
         self._app = app
         self._hosts = hosts
         self._password = password
-        self._uploads = uploads
+        self._largest = largest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -80,14 +77,11 @@ class Guard:
         if refused is not None:
             await _answer(send, *refused)
             return
-        limit = LARGEST_UPLOAD + _ROUND if scope["path"] == _UPLOAD else _LARGEST_QUESTION
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > limit:
-            await _answer(send, 413, f"At most {limit:,} bytes are taken.")
+        if not length.isdigit() or int(length) > self._largest:
+            await _answer(send, 413, f"At most {self._largest:,} bytes are taken.")
             return
-        if scope["path"] == _UPLOAD:
-            remove_old(self._uploads)
-        await self._app(scope, _limited(receive, limit), _with_headers(send))
+        await self._app(scope, _limited(receive, self._largest), _with_headers(send))
 
     def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         host = headers.get(b"host", b"").decode("latin-1")
@@ -99,27 +93,6 @@ class Guard:
         if path not in _EXACT and (not path.startswith(_BELOW) or ".." in path):
             return 404, "There is nothing here."
         return None
-
-
-def remove_old(folder: Path, *, most: int = _MOST_UPLOADS, oldest: float = _OLDEST_UPLOAD) -> None:
-    """Removes uploads that nobody came for: the old ones, and the oldest of too many.
-
-    Args:
-        folder: of the uploads.
-        most: files that may stay.
-        oldest: seconds that they may stay.
-    """
-    found = []
-    for file in folder.rglob("*"):
-        try:
-            if file.is_file():
-                found.append((file.stat().st_mtime, file))
-        except OSError:  # just removed by another request
-            continue
-    now = time.time()
-    for place, (changed, file) in enumerate(sorted(found, reverse=True)):
-        if place >= most or now - changed > oldest:
-            file.unlink(missing_ok=True)
 
 
 def _knows(headers: dict[bytes, bytes], password: str) -> bool:

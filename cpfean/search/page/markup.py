@@ -51,18 +51,21 @@ def escaped(text: str) -> str:
     return html.escape(short, quote=True).translate(_SIGNS)
 
 
-def told(hits: Hits, *, what: str) -> str:
+def told(hits: Hits, *, what: str, before: float = 0.0) -> str:
     """How something was found, in a line or three.
 
     Args:
         hits: what was found.
         what: "images" or "captions".
+        before: seconds that a photograph's regions took.
     """
     if hits.is_exact:
         how = f"All {hits.total:,} {what} scored"
     else:
         how = f"A shortlist of {hits.scored:,} of {hits.total:,} {what} scored, the others were not"
     parts = [f"{how}, in {hits.seconds:.2f} s."]
+    if before:
+        parts.append(f"Its regions took {before:.1f} s.")
     read = hits.sentence
     if read is not None and read.unknown:
         words = ", ".join(f"<b>{escaped(word)}</b>" for word in read.unknown[:8])
@@ -243,11 +246,13 @@ def _marks(
             f"top:{100 * y1:.2f}%;width:{100 * (x2 - x1):.2f}%;height:{100 * (y2 - y1):.2f}%;"
             f'border-color:{colour};border-width:{1 + 2 * gate:.1f}px"></span>'
         )
-        corners = [(x, y) for y in (y1, y2 - _TAG_HEIGHT) for x in (x1, x2 - _TAG_WIDTH)]
+        places = [(x, y) for y in (y1, y2 - _TAG_HEIGHT) for x in (x1, x2 - _TAG_WIDTH)]
+        if x2 - x1 < 2 * _TAG_WIDTH or y2 - y1 < 2 * _TAG_HEIGHT:  # it would hide the box
+            places = [(x1, y1 - _TAG_HEIGHT), (x1, y2), (x2, y1), (x1 - _TAG_WIDTH, y1), *places]
         at = least_covering(
             [
                 Box(min(max(x, 0), 1 - _TAG_WIDTH), min(max(y, 0), 1 - _TAG_HEIGHT), *_TAG)
-                for x, y in corners
+                for x, y in places
             ],
             taken,
         )

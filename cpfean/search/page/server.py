@@ -100,14 +100,20 @@ def listening(place: Place) -> socket.socket:
 
 
 def serve(
-    make_app: Callable[[], Any], place: Place, bound: socket.socket, *, ready: Callable[[], None]
+    make_app: Callable[[], Any],
+    place: Place,
+    bound: socket.socket,
+    *,
+    largest: int,
+    ready: Callable[[], None],
 ) -> None:
     """Serves an application until the process is told to stop.
 
     Args:
-        make_app: builds the application; called when there is a folder for what visitors send.
+        make_app: builds the application; called when Gradio has a folder of its own.
         place: where, and to whom.
         bound: what `listening` gave.
+        largest: bytes of a request.
         ready: called when it answers.
 
     Raises:
@@ -120,7 +126,7 @@ def serve(
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        guarded = Guard(make_app(), hosts=place.names, password=place.password, uploads=folder)
+        guarded = Guard(make_app(), hosts=place.names, password=place.password, largest=largest)
         config = uvicorn.Config(
             guarded,
             lifespan="on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from PIL import Image
 
 from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError
-from cpfean.search.page.answers import Answers, model_names
-from cpfean.search.page.photos import Photos
+from cpfean.search.page.answers import LARGEST_UPLOAD, Answers, model_names
+from cpfean.search.page.photos import Photos, as_picture
 from tests.search.conftest import Open
 from tests.training.conftest import TINY
 
@@ -142,9 +143,28 @@ def test_data_of_unknown_making_says_why_it_takes_no_photograph(answers: Answers
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_what_is_no_photograph_gets_a_sentence_back(answers: Answers, content: bytes) -> None:
-    answer = answers.captions_for(content, name="<b>x.jpg")
+    told = {"name": "<b>x.jpg", "content": base64.b64encode(content).decode()}
+    answer = answers.captions_for(told)
     assert 'role="alert"' in answer.told
-    assert "<b>" not in answer.told
+    assert "&lt;b&gt;x.jpg: " in answer.told
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        {},
+        {"name": "x.jpg"},
+        {"name": "x.jpg", "content": "no base64!"},
+        {"name": "x.jpg", "content": ["AAAA"]},
+        {"path": "/etc/passwd"},
+        {"name": "x.jpg", "content": base64.b64encode(b"0" * (LARGEST_UPLOAD + 1)).decode()},
+    ],
+)
+def test_what_is_no_file_gets_a_sentence_back(answers: Answers, told: Any) -> None:
+    answer = answers.captions_for(told)
+    assert 'role="alert"' in answer.told
+    assert answer.asked is None
 
 
 def test_photographs_are_shown_where_there_are_some(opened: Open, tmp_path: Path) -> None:
@@ -178,12 +198,8 @@ def test_photographs_are_small_and_of_the_folder_alone(tmp_path: Path) -> None:
 
 
 def test_a_picture_holds_the_pixels(tmp_path: Path) -> None:
-    from cpfean.search.page.photos import as_picture
-
     pixels = np.full((30, 50, 3), (200, 30, 90), dtype=np.uint8)
     shown = as_picture(pixels, side=100)
-    import base64
-
     data = base64.b64decode(shown.url.split(",")[1])
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (50, 30)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
-import time
 from collections.abc import MutableMapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cpfean.search.page.guard import LARGEST_UPLOAD, Guard, remove_old
+from cpfean.search.page.guard import LARGEST_QUESTION, Guard
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -74,8 +71,8 @@ def asked(
 
 
 @pytest.fixture
-def guard(tmp_path: Path) -> Guard:
-    return Guard(stand_in, hosts=LOOPBACK, password=None, uploads=tmp_path)
+def guard() -> Guard:
+    return Guard(stand_in, hosts=LOOPBACK, password=None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +85,6 @@ def guard(tmp_path: Path) -> Guard:
         "/static/img/logo.svg",
         "/gradio_api/queue/join",
         "/gradio_api/queue/data",
-        "/gradio_api/upload",
         "/gradio_api/heartbeat/abc",
     ],
 )
@@ -110,6 +106,8 @@ def test_what_the_page_needs_is_let_through(guard: Guard, path: str) -> None:
         "/gradio_api/api/look",
         "/gradio_api/stream/x",
         "/gradio_api/component_server",
+        "/gradio_api/upload",
+        "/gradio_api/upload_progress",
         "/gradio_api/vibe-code",
         "/gradio_api/deep_link",
         "/monitoring",
@@ -139,9 +137,9 @@ def basic(pair: str) -> str:
     return "Basic " + base64.b64encode(pair.encode()).decode()
 
 
-def test_with_a_password_everything_asks_for_it(tmp_path: Path) -> None:
-    guard = Guard(stand_in, hosts=None, password="correct horse ü", uploads=tmp_path)
-    for path in ("/", "/gradio_api/queue/join", "/gradio_api/upload", "/docs"):
+def test_with_a_password_everything_asks_for_it() -> None:
+    guard = Guard(stand_in, hosts=None, password="correct horse ü")
+    for path in ("/", "/gradio_api/queue/join", "/assets/x.js", "/docs"):
         answer = asked(guard, path, host="anything.example")
         assert answer.status == 401
         assert answer.headers[b"www-authenticate"].startswith(b"Basic ")
@@ -154,10 +152,11 @@ def test_with_a_password_everything_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_what_is_too_large_is_refused_by_its_length(guard: Guard) -> None:
-    assert asked(guard, "/gradio_api/upload", length=LARGEST_UPLOAD + 2**20).status == 413
-    assert asked(guard, "/gradio_api/queue/join", length=2**20 + 1).status == 413
-    assert asked(guard, "/gradio_api/queue/join", length=-1).status == 413
-    assert asked(guard, "/gradio_api/upload", length=LARGEST_UPLOAD).status == 200
+    for length in (LARGEST_QUESTION + 1, 10**30, -1):
+        assert asked(guard, "/gradio_api/queue/join", length=length).status == 413
+    assert asked(guard, "/gradio_api/queue/join", length=LARGEST_QUESTION).status == 200
+    roomy = Guard(stand_in, hosts=LOOPBACK, password=None, largest=2 * LARGEST_QUESTION)
+    assert asked(roomy, "/gradio_api/queue/join", length=2 * LARGEST_QUESTION).status == 200
 
 
 def test_what_is_larger_than_it_said_is_broken_off(guard: Guard) -> None:
@@ -171,28 +170,3 @@ def test_web_sockets_are_not_spoken(guard: Guard) -> None:
         raise AssertionError("nothing is received or sent")
 
     asyncio.run(guard({"type": "websocket", "path": "/", "headers": []}, never, never))
-
-
-def test_old_uploads_and_the_oldest_of_many_are_removed(tmp_path: Path) -> None:
-    now = time.time()
-    for age in range(8):
-        file = tmp_path / f"folder-{age}" / "photo.jpg"
-        file.parent.mkdir()
-        file.write_bytes(b"x")
-        os.utime(file, (now - 100 * age, now - 100 * age))
-    remove_old(tmp_path, most=5, oldest=350)
-    left = sorted(path.parent.name for path in tmp_path.rglob("*.jpg"))
-    assert left == [f"folder-{age}" for age in range(4)]
-    remove_old(tmp_path, most=2, oldest=1e6)
-    left = sorted(path.parent.name for path in tmp_path.rglob("*.jpg"))
-    assert left == ["folder-0", "folder-1"]
-
-
-def test_an_upload_makes_room_for_itself(guard: Guard, tmp_path: Path) -> None:
-    old = tmp_path / "old.jpg"
-    old.write_bytes(b"x")
-    os.utime(old, (1, 1))
-    asked(guard, "/")
-    assert old.exists()
-    asked(guard, "/gradio_api/upload")
-    assert not old.exists()
