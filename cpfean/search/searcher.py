@@ -14,14 +14,13 @@ cosines of the pooled vectors choose the candidates, and the same score orders t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import UInt8
 
 from cpfean import folders
 from cpfean.analysis.pair_views import (
@@ -36,28 +35,23 @@ from cpfean.data.agreement import GALLERY
 from cpfean.data.split import Split, data_fingerprint, splits_of
 from cpfean.errors import ConfigError, DataError
 from cpfean.fingerprints import code_fingerprint
-from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.photographs.extractor import RegionExtractor
-from cpfean.progress import Progress
 from cpfean.search.hits import EncodedImage, Hit, Hits, check_counts
 from cpfean.search.kept import (
     KeptCaptions,
     Precision,
-    Rows,
     content_name,
     keep_captions,
     keep_images,
     model_fingerprint,
 )
+from cpfean.search.matching import find_captions, find_images
 from cpfean.search.photographs import encode_photograph, open_extractor
-from cpfean.search.ranking import best
 from cpfean.search.sentences import read_sentence
 from cpfean.training.setup import TrainedModel, default_device, open_checkpoint
 from cpfean.training.trained import check_split, data_folder, model_folder, trained_configuration
 
 _FORMAT = 1  # to be counted up when the kept embeddings change their files
-_BLOCK_BYTES = 2**26  # of embeddings that are scored at a time
-_CAPTIONS = 1024  # scored at a time
 
 
 class Searcher:
@@ -201,24 +195,21 @@ class Searcher:
         check_counts(k, shortlist)
         read = read_sentence(sentence, self.trained)
 
-        def score(images: Rows) -> Float[np.ndarray, "candidate"]:
-            return self._score(self._images.rows(images, device=self._device), read.encoded)[:, 0]
-
         names = self.split.image_ids
-        found, scores, scored = self._search(
-            score,
-            self._images.pooled,
-            read.encoded.pooled,
+        found = find_images(
+            self.trained.model,
+            self._images,
+            read.encoded,
             k=k,
             shortlist=shortlist,
-            step=max(1, _BLOCK_BYTES // self._images.bytes_each),
+            products=self._products,
         )
         hits = [
             Hit(rank=rank, score=score, position=image, text=names[image], image_id=names[image])
-            for rank, (image, score) in enumerate(zip(found, scores, strict=True), start=1)
+            for rank, image, score in found.ranked()
         ]
         seconds = time.perf_counter() - started
-        return Hits(hits, total=len(names), scored=scored, seconds=seconds, sentence=read)
+        return Hits(hits, total=len(names), scored=found.scored, seconds=seconds, sentence=read)
 
     def captions(
         self,
@@ -242,16 +233,13 @@ class Searcher:
         asked = self.image_named(image) if isinstance(image, str) else image
         kept, split = self._captions, self.split
 
-        def score(captions: Rows) -> Float[np.ndarray, "candidate"]:
-            return self._score(asked.encoded, kept.rows(captions, device=self._device))[0]
-
-        found, scores, scored = self._search(
-            score,
-            kept.pooled,
-            asked.encoded.pooled,
+        found = find_captions(
+            self.trained.model,
+            kept,
+            asked.encoded,
             k=k,
             shortlist=shortlist,
-            step=_CAPTIONS,
+            products=self._products,
         )
         hits = [
             Hit(
@@ -261,10 +249,10 @@ class Searcher:
                 text=split.captions[caption],
                 image_id=split.image_ids[split.groups.image_of(caption)],
             )
-            for rank, (caption, score) in enumerate(zip(found, scores, strict=True), start=1)
+            for rank, caption, score in found.ranked()
         ]
         seconds = time.perf_counter() - started
-        return Hits(hits, total=len(kept), scored=scored, seconds=seconds)
+        return Hits(hits, total=len(kept), scored=found.scored, seconds=seconds)
 
     def image_named(self, name: str) -> EncodedImage:
         """An image of the gallery by its name.
@@ -352,46 +340,3 @@ class Searcher:
             device=self._device,
             about=about,
         )
-
-    def _search(
-        self,
-        score: Callable[[Rows], Float[np.ndarray, "candidate"]],
-        pooled: Float[np.ndarray, "candidate dim"],
-        query: Float[torch.Tensor, "1 dim"],
-        *,
-        k: int,
-        shortlist: int | None,
-        step: int,
-    ) -> tuple[list[int], list[float], int]:
-        """Positions and scores of the best, and how many were scored.
-
-        Args:
-            score: of some candidates.
-            pooled: of all candidates.
-            query: the pooled vector of what is asked with.
-            k, shortlist: as in `images`.
-            step: candidates scored at a time.
-        """
-        total, listed = len(pooled), None
-        # A score that is the pooled cosine itself has nothing to gain from a shortlist.
-        if shortlist is not None and shortlist < total and self.trained.model.scorer is not None:
-            cosines = (torch.from_numpy(pooled) @ query[0].cpu()).numpy()
-            listed = np.sort(best(cosines, shortlist))  # in the order of the disk
-        scored = total if listed is None else len(listed)
-        progress = Progress("scoring every pair", total=scored)
-        parts = []
-        for start in range(0, scored, step):
-            stop = min(start + step, scored)
-            parts.append(score(slice(start, stop) if listed is None else listed[start:stop]))
-            progress.step(stop)
-        scores = np.concatenate(parts)
-        found: Int64[np.ndarray, "best"] = best(scores, k)
-        positions = found if listed is None else listed[found]
-        return positions.tolist(), scores[found].tolist(), scored
-
-    @torch.inference_mode()
-    def _score(
-        self, images: ImageEmbeddings, captions: CaptionEmbeddings
-    ) -> Float[np.ndarray, "image caption"]:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._products == "bf16"):
-            return self.trained.model.score(images, captions).float().cpu().numpy()
