@@ -7,15 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from cpfean.training.trained import checked_split, model_folder, trained_configuration
 from experiments import command_line
-from experiments.trained import (
-    MODEL,
-    add_data_flags,
-    cache_folder,
-    checked_split,
-    model_folder,
-    trained_configuration,
-)
+from experiments.trained import MODEL, add_data_flags, cache_folder
 
 _EPILOG = """\
   python experiments/evaluate.py runs/NAME --data DIR --split test

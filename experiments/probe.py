@@ -13,14 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError, CpfeanError
 from cpfean.folders import expanded
+from cpfean.training.trained import checked_split, model_folder, trained_configuration
 from experiments import command_line
-from experiments.trained import (
-    MODEL,
-    cache_folder,
-    checked_split,
-    model_folder,
-    trained_configuration,
-)
+from experiments.trained import MODEL, cache_folder
 
 if TYPE_CHECKING:
     from cpfean.analysis.probe_report import CurvePanel, ProbeResult

@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpfean.errors import ConfigError
+from cpfean.training.trained import checked_split, model_folder, trained_configuration
 from experiments import command_line
-from experiments.trained import (
-    MODEL,
-    add_data_flags,
-    cache_folder,
-    checked_split,
-    model_folder,
-    trained_configuration,
-)
+from experiments.trained import MODEL, add_data_flags, cache_folder
 
 if TYPE_CHECKING:
     from cpfean.analysis.views import Gallery, RankChange

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("cpfean", "orchestration", "experiments")
 CLUSTER = frozenset({"ray", "optuna", "mlflow"})
+PAGES = frozenset({"gradio", "uvicorn"})  # an extra brings the first, and one page needs them
 FOUNDATION = frozenset(
     f"cpfean.{name}"
     for name in (
@@ -51,7 +52,7 @@ class Room:
     """
 
     ours: frozenset[str]
-    never: frozenset[str] = CLUSTER
+    never: frozenset[str] = CLUSTER | PAGES
     only_standard_library: bool = False
 
 
@@ -71,9 +72,17 @@ ROOMS = {
     "cpfean.losses": Room(ours=FOUNDATION),
     "cpfean.metrics": Room(ours=FOUNDATION),
     "cpfean.folders": Room(ours=frozenset({"cpfean.errors"}), only_standard_library=True),
-    "cpfean.kernels": Room(ours=frozenset({"cpfean.folders"}), never=CLUSTER | {"torch"}),
+    "cpfean.kernels": Room(ours=frozenset({"cpfean.folders"}), never=CLUSTER | PAGES | {"torch"}),
     "cpfean.model": Room(ours=FOUNDATION | {"cpfean.kernels", "cpfean.model.scorers.registry"}),
     "cpfean.model.scorers.registry": Room(ours=frozenset(), only_standard_library=True),
+    "cpfean.search": Room(
+        ours=ABOVE_TRAINING
+        | {"cpfean.analysis", "cpfean.photographs", "cpfean.search.page", "cpfean.training"}
+    ),
+    "cpfean.search.page": Room(
+        ours=ABOVE_TRAINING | {"cpfean.analysis", "cpfean.photographs", "cpfean.search"},
+        never=CLUSTER,
+    ),
     "cpfean.photographs": Room(ours=FOUNDATION),
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
@@ -82,14 +91,14 @@ ROOMS = {
     "cpfean.training": Room(ours=ABOVE_TRAINING),
     "orchestration": Room(
         ours=frozenset({"cpfean", "orchestration.proposals", "orchestration.study.follower"}),
-        never=frozenset({"optuna"}),
+        never=frozenset({"optuna"}) | PAGES,
     ),
     "orchestration.proposals": Room(
-        ours=frozenset({"cpfean", "orchestration"}), never=frozenset({"ray", "mlflow"})
+        ours=frozenset({"cpfean", "orchestration"}), never=frozenset({"ray", "mlflow"}) | PAGES
     ),
     "orchestration.proposals.search_space": Room(ours=FOUNDATION),
     "orchestration.schedule": Room(
-        ours=frozenset({"cpfean"}), never=frozenset({"optuna", "mlflow", "torch"})
+        ours=frozenset({"cpfean"}), never=frozenset({"optuna", "mlflow", "torch"}) | PAGES
     ),
     # What it brings up to date comes to it, and not the other way round.
     "orchestration.study.follower": Room(ours=frozenset({"cpfean.records.trial_record"})),
@@ -204,6 +213,9 @@ def test_every_package_of_the_science_has_its_row() -> None:
         ("orchestration.proposals.optuna_study", "from ray import tune"),
         ("orchestration.schedule.rounds", "from orchestration.study.study import run_study"),
         ("orchestration.schedule.jobs", "import mlflow"),
+        ("cpfean.search.searcher", "def look():\n    import gradio"),
+        ("cpfean.training.loop", "from cpfean.search.searcher import Searcher"),
+        ("experiments.search", "import gradio"),
         ("experiments.sweep", "import ray"),
         ("experiments.sweep", "from optuna.samplers import TPESampler"),
     ],
@@ -220,6 +232,7 @@ def test_an_import_across_the_rooms_is_found(module: str, source: str) -> None:
         ("cpfean.data.split", "from .regions import RegionStore\nfrom ..errors import DataError"),
         ("cpfean.training.loop", "from cpfean.model.cpfean import Cpfean\nimport torch"),
         ("cpfean.analysis.views", "from cpfean.training.evaluation import score_matrix"),
+        ("cpfean.search.page.blocks", "def page():\n    import gradio"),
         ("orchestration.study.study", "import ray\nfrom cpfean.training.loop import fit"),
         ("experiments.sweep", "from orchestration.study.study import sweep\nimport argparse"),
         ("experiments.schedule", "from orchestration.schedule.rounds import Schedule"),
@@ -236,7 +249,7 @@ def test_importing_all_of_the_science_loads_no_cluster_or_tracking_library() -> 
     program = (
         "import importlib, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
-        f"print(*sorted({set(CLUSTER)!r} & sys.modules.keys()))\n"
+        f"print(*sorted({set(CLUSTER | PAGES)!r} & sys.modules.keys()))\n"
         "print(*sorted(name for name in sys.modules if name.split('.')[0] == 'cpfean'))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What a trained model sees in single images and captions: the data behind the pictures.
+"""A trained model before a split: which pairs of it are worth a picture, and their ranks.
 
 Axes:  image, caption   of a gallery: a split, or the first images of it
        region           real ones of one image, in the detector's order
@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpfean.analysis.pair_views import PairView, check_gates, has_gates, shown_image, view_pair
 from cpfean.config import nearest
 from cpfean.errors import ConfigError, DataError
 from cpfean.metrics.retrieval import QueryRanks, query_ranks
-from cpfean.model.scorers.prominent import ProminentAlignment
 from cpfean.training.evaluation import score_matrix
 from cpfean.training.setup import TrainedModel
 
@@ -28,46 +28,6 @@ Direction = Literal["text to image", "image to text"]
 
 # Ranks up to which a query counts as found, and as found among others.
 _FOUND, _NEAR = 1, 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairView:
-    """One image and one caption, as the alignment sees them.
-
-    Attributes:
-        image, caption: positions in the split.
-        image_id: the image's name.
-        is_match: whether the caption describes the image.
-        score: of the pair, in [-1, 1].
-        fragment_score: what the fragments alone say, before it is weighed into the score.
-        words: the caption's, as texts.
-        weights: omega of each word; they sum to 1.
-        regions: numbers of the image's regions that take part.
-        gates: g of each region, in [0, 1].
-        prominent: for each region, the position of the word that it says.
-        boxes: x1, y1, x2, y2 in shares of the image's width and height; None without boxes.
-        labels: name of each region's object; None without labels.
-        aspect: width of the image by its height, as the boxes were made; 1 if it is not known.
-    """
-
-    image: int
-    caption: int
-    image_id: str
-    is_match: bool
-    score: float
-    fragment_score: float
-    words: list[str]
-    weights: Float[np.ndarray, "word"]
-    regions: Int[np.ndarray, "region"]
-    gates: Float[np.ndarray, "region"]
-    prominent: Int[np.ndarray, "region"]
-    boxes: Float[np.ndarray, "region 4"] | None
-    labels: list[str] | None
-    aspect: float
-
-    def widest(self, count: int) -> list[int]:
-        """Positions of the regions with the highest gates, the highest first."""
-        return np.argsort(-self.gates, kind="stable")[:count].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +90,7 @@ class Gallery:
     @property
     def has_gates(self) -> bool:
         """Whether the model has gates and prominent words to look at."""
-        return isinstance(self.trained.model.scorer, ProminentAlignment)
+        return has_gates(self.trained.model)
 
     def check_gates(self, *, name: str) -> None:
         """Refuses a model without gates.
@@ -138,16 +98,7 @@ class Gallery:
         Raises:
             ConfigError: says which setting makes it so.
         """
-        if self.has_gates:
-            return
-        alignment = self.trained.model.config.alignment
-        reason = f'model.alignment.kind = "{alignment.kind}"'
-        if alignment.global_weight == 1:
-            reason = "model.alignment.global_weight = 1, which leaves the fragments out"
-        raise ConfigError(
-            f"{name} was trained with {reason}: it has no gates and no prominent words to look at. "
-            'Choose a model with kind = "prominent"; as --against any model will do.'
-        )
+        check_gates(self.trained.model, name=name)
 
     @cached_property
     def scores(self) -> Float[Tensor, "image caption"]:
@@ -218,31 +169,14 @@ class Gallery:
         """What the model sees in a pair; the model has gates."""
         model, dataset = self.trained.model, self.trained.dataset
         device = next(model.parameters()).device
-        encoded = model.encode_images(**dataset.image_batch([image]).to(device)._asdict())
-        spoken = model.encode_captions(**dataset.caption_batch([caption]).to(device)._asdict())
-        seen = model.align(encoded, spoken)
-        regions = np.flatnonzero(encoded.mask[0].cpu().numpy())
-        words = self.trained.tokenizer.words(self.split.captions[caption])
-        prominent = seen.prominence[0, 0].argmax(dim=0).cpu().numpy()
-        stored = self.split.regions
-        names, labels = self.split.label_names, stored.labels
-        return PairView(
-            image=image,
-            caption=caption,
-            image_id=self.split.image_ids[image],
+        return view_pair(
+            model,
+            model.encode_images(**dataset.image_batch([image]).to(device)._asdict()),
+            model.encode_captions(**dataset.caption_batch([caption]).to(device)._asdict()),
+            shown=shown_image(self.split, image, sizes=self._sizes),
+            words=self.trained.tokenizer.words(self.split.captions[caption]),
+            position=caption,
             is_match=self.split.image_of(caption) == image,
-            score=float(model.score(encoded, spoken)),
-            fragment_score=float(seen.local),
-            words=words,
-            weights=seen.word_weights[0, 0, : len(words)].double().cpu().numpy(),
-            regions=regions,
-            gates=seen.gates[0, 0].double().cpu().numpy()[regions],
-            prominent=prominent[regions],
-            boxes=None if stored.geometry is None else stored.geometry[image, regions, :4],
-            labels=None
-            if names is None or labels is None
-            else [names[label] for label in labels[image, regions]],
-            aspect=1.0 if self._sizes is None else float(np.divide(*self._sizes[image])),
         )
 
 

@@ -190,18 +190,7 @@ class RetrievalDataset:
         )
 
     def _flat(self, captions: Int64[np.ndarray, "caption"]) -> _Flat:
-        tokens = self.tokens
-        starts = tokens.offsets[captions]
-        lengths = tokens.offsets[captions + 1] - starts
-        positions = np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())
-        links = None if tokens.links is None else [tokens.links[c] for c in captions]
-        return _Flat(
-            pieces=tokens.pieces[positions].astype(np.int64),
-            caption=np.repeat(np.arange(len(captions)), lengths),
-            word_index=tokens.word_index[positions].astype(np.int64),
-            num_words=tokens.num_words[captions].astype(np.int64),
-            links=links,
-        )
+        return _flat(self.tokens, captions)
 
     def _disturbed(self, flat: _Flat, generator: np.random.Generator) -> _Flat:
         """Masks, replaces and deletes words."""
@@ -247,31 +236,11 @@ class RetrievalDataset:
     def _padded(
         self, flat: _Flat, captions: Int64[np.ndarray, "caption"], *, rows: slice = slice(None)
     ) -> CaptionBatch:
-        lengths = np.bincount(flat.caption, minlength=len(flat.num_words))
-        column = np.arange(len(flat.pieces)) - np.repeat(_starts(lengths), lengths)
-        shape = (len(lengths), lengths.max(initial=1))
-        tokens = np.full(shape, self._pad_id, dtype=np.int64)
-        tokens[flat.caption, column] = flat.pieces
-        word_index = np.full(shape, -1, dtype=np.int64)
-        word_index[flat.caption, column] = flat.word_index
-        most_words = flat.num_words.max(initial=1)
-
-        links = None
-        if flat.links is not None:
-            links = np.zeros((len(lengths), most_words, most_words), dtype=bool)
-            for row, link in enumerate(flat.links):
-                links[row, : len(link), : len(link)] = link
-        features = None
-        if self.word_features is not None:
-            features = self._padded_features(captions[rows], most_words)
-        return CaptionBatch(
-            tokens=torch.from_numpy(tokens[rows]),
-            token_mask=torch.from_numpy((np.arange(shape[1]) < lengths[:, None])[rows]),
-            word_index=torch.from_numpy(word_index[rows]),
-            word_mask=torch.from_numpy((np.arange(most_words) < flat.num_words[:, None])[rows]),
-            word_links=None if links is None else torch.from_numpy(links[rows]),
-            word_features=None if features is None else torch.from_numpy(features),
-        )
+        padded = _padded(flat, pad_id=self._pad_id, rows=rows)
+        if self.word_features is None:
+            return padded
+        features = self._padded_features(captions[rows], flat.num_words.max(initial=1))
+        return padded._replace(word_features=torch.from_numpy(features))
 
     def _padded_features(
         self, captions: Int64[np.ndarray, "caption"], most_words: int
@@ -284,6 +253,16 @@ class RetrievalDataset:
         result = np.zeros((len(captions), most_words, values.shape[1]), dtype=np.float32)
         result[row, column] = values[offsets[captions][row] + column]
         return result
+
+
+def sentence_batch(tokens: Tokens, *, pad_id: int) -> CaptionBatch:
+    """Captions that are of no split, padded to the longest of them.
+
+    Args:
+        tokens: theirs, all of which are taken.
+        pad_id: the tokenizer's padding.
+    """
+    return _padded(_flat(tokens, np.arange(tokens.num_captions)), pad_id=pad_id)
 
 
 class GlobalBatches:
@@ -345,6 +324,46 @@ class _Flat(NamedTuple):
     word_index: Int64[np.ndarray, "piece"]
     num_words: Int64[np.ndarray, "caption"]
     links: list[Bool[np.ndarray, "word word"]] | None
+
+
+def _flat(tokens: Tokens, captions: Int64[np.ndarray, "caption"]) -> _Flat:
+    """The pieces of some captions."""
+    starts = tokens.offsets[captions]
+    lengths = tokens.offsets[captions + 1] - starts
+    positions = np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())
+    return _Flat(
+        pieces=tokens.pieces[positions].astype(np.int64),
+        caption=np.repeat(np.arange(len(captions)), lengths),
+        word_index=tokens.word_index[positions].astype(np.int64),
+        num_words=tokens.num_words[captions].astype(np.int64),
+        links=None if tokens.links is None else [tokens.links[c] for c in captions],
+    )
+
+
+def _padded(flat: _Flat, *, pad_id: int, rows: slice = slice(None)) -> CaptionBatch:
+    """Some rows of a batch of captions, padded to the longest of the whole batch."""
+    lengths = np.bincount(flat.caption, minlength=len(flat.num_words))
+    column = np.arange(len(flat.pieces)) - np.repeat(_starts(lengths), lengths)
+    shape = (len(lengths), lengths.max(initial=1))
+    tokens = np.full(shape, pad_id, dtype=np.int64)
+    tokens[flat.caption, column] = flat.pieces
+    word_index = np.full(shape, -1, dtype=np.int64)
+    word_index[flat.caption, column] = flat.word_index
+    most_words = flat.num_words.max(initial=1)
+
+    links = None
+    if flat.links is not None:
+        links = np.zeros((len(lengths), most_words, most_words), dtype=bool)
+        for row, link in enumerate(flat.links):
+            links[row, : len(link), : len(link)] = link
+    return CaptionBatch(
+        tokens=torch.from_numpy(tokens[rows]),
+        token_mask=torch.from_numpy((np.arange(shape[1]) < lengths[:, None])[rows]),
+        word_index=torch.from_numpy(word_index[rows]),
+        word_mask=torch.from_numpy((np.arange(most_words) < flat.num_words[:, None])[rows]),
+        word_links=None if links is None else torch.from_numpy(links[rows]),
+        word_features=None,
+    )
 
 
 def _starts(lengths: Int64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:

@@ -223,8 +223,8 @@ class RegionFiles:
 
         geometry = iou = None
         if told.boxes is not None and told.sizes is not None:
-            geometry = _geometry(told.boxes[:, :num_regions], told.sizes)
-            iou = _overlaps(told.boxes[:, :num_regions]) if overlaps else None
+            geometry = region_geometry(told.boxes[:, :num_regions], told.sizes)
+            iou = region_overlaps(told.boxes[:, :num_regions]) if overlaps else None
         labels, confidences = told.labels, told.confidences
         return RegionStore(
             features=features[::stride, :num_regions],
@@ -591,17 +591,19 @@ def _cut(num_regions: int, counts: np.ndarray, confidences: np.ndarray | None) -
     )
 
 
-def _geometry(
+def region_geometry(
     corners: Float[np.ndarray, "image region 4"], sizes: Float[np.ndarray, "image 2"]
 ) -> Float[np.ndarray, "image region 5"]:
+    """(x1/W, y1/H, x2/W, y2/H, area/(W H)) of boxes in pixels, from images of these sizes."""
     scaled = corners / np.concatenate([sizes, sizes], axis=1)[:, None]
     area = (scaled[..., 2] - scaled[..., 0]) * (scaled[..., 3] - scaled[..., 1])
     return np.concatenate([scaled, area[..., None]], axis=-1).astype(np.float32)
 
 
-def _overlaps(
+def region_overlaps(
     corners: Float[np.ndarray, "image region 4"],
 ) -> Float16[np.ndarray, "image region region"]:
+    """Intersection over union of every two boxes of an image, by pycocotools."""
     boxes = corners.copy()
     boxes[..., 2:] -= boxes[..., :2]  # pycocotools wants x, y, width, height
     images, regions, _ = boxes.shape

@@ -232,6 +232,17 @@ class CaptionTokenizer:
         spans.pop(-1, None)
         return [text[start:stop] for start, stop in spans.values()]
 
+    def unknown_words(self, caption: str) -> list[str]:
+        """Those words of a caption that the vocabulary cannot spell, each once, in their order.
+
+        As they stand in it, without what is cut.
+        """
+        text = caption.translate(_SEPARATORS)
+        coded = self._coded([text])[0]
+        spans = zip(coded.ids, coded.offsets, strict=True)
+        unknown = self.unknown_id
+        return list(dict.fromkeys(text[start:stop] for i, (start, stop) in spans if i == unknown))
+
     def unknown_captions(self, tokens: Tokens) -> Int64[np.ndarray, " unknown"]:
         """Captions of which the vocabulary knows no word: marks alone do not make one known.
 

@@ -59,7 +59,10 @@ def test_the_pages_show_every_trial_with_its_rsum(tmp_path: Path) -> None:
         assert height >= 400
 
 
-def test_a_page_without_a_trial_or_with_another_rsum_is_no_picture() -> None:
+def test_a_page_without_a_trial_or_with_another_rsum_is_no_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("draw_tracking", SCRIPT)
     assert spec
     assert spec.loader

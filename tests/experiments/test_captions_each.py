@@ -17,8 +17,8 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.split import open_split
 from cpfean.data.synthetic import write_synthetic
 from cpfean.training.setup import open_checkpoint
+from cpfean.training.trained import trained_configuration
 from experiments import command_line, evaluate, prepare, probe, show, train, validate
-from experiments.trained import trained_configuration
 from tests.metrics.naive import naive_recalls
 from tests.training.conftest import TINY
 from tests.training.tiny import tiny_experiment

@@ -7,7 +7,6 @@ measuring: what they find means nothing, what they cost is what the released wei
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.pair_views import PairView
 from cpfean.analysis.pictures.sheet import (
     GAP,
     GREY,
@@ -21,7 +22,6 @@ from cpfean.analysis.pictures.sheet import (
     least_covering,
     read_photo,
 )
-from cpfean.analysis.views import PairView
 
 _MOST_NAMED = 6  # regions of an image; more are a thicket
 _LEAST_OPEN = 0.1  # gates below this have as good as no part in the score
@@ -130,6 +130,11 @@ def word_shades(view: PairView, *, low: float, high: float) -> list[float]:
     return [float(value) for value in (relative - low) / (high - low)]
 
 
+def shade(darkness: float) -> tuple[float, float, float]:
+    """The colour behind a word, from almost white to orange: as even to the eye as black allows."""
+    return (1 - 0.02 * darkness, 0.975 - 0.375 * darkness, 0.94 - 0.74 * darkness)
+
+
 def _write_title(sheet: Sheet, panel: Panel, x: float, top: float) -> None:
     view = panel.view
     title = sheet.shortened(panel.title, PANEL, size=10, bold=True)
@@ -150,17 +155,12 @@ def _write_words(
 ) -> None:
     """The caption; what the numbered regions say is underlined."""
     for word, at in enumerate(boxes):
-        sheet.rectangle(at, facecolor=_shade(shades[word]), linewidth=0)
+        sheet.rectangle(at, facecolor=shade(shades[word]), linewidth=0)
         text = sheet.shortened(view.words[word], PANEL - 0.1, size=10)
         sheet.write(at.x + at.width / 2, at.y + 0.11, text, size=10, ha="center")
         if word in colours:
             under = Box(at.x, at.y + at.height - 0.035, at.width, 0.035)
             sheet.rectangle(under, facecolor=colours[word], linewidth=0)
-
-
-def _shade(darkness: float) -> tuple[float, float, float]:
-    # From almost white to orange, as even to the eye as black text on it allows.
-    return (1 - 0.02 * darkness, 0.975 - 0.375 * darkness, 0.94 - 0.74 * darkness)
 
 
 def _word_boxes(sheet: Sheet, words: Sequence[str]) -> list[Box]:

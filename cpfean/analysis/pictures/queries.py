@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cpfean.analysis.pair_views import PairView
 from cpfean.analysis.pictures.pairs import Panel, lay_out_panels
 from cpfean.analysis.pictures.ranks import NamedQuery, RankPanel, lay_out_ranks
 from cpfean.analysis.views import (
     Direction,
     Gallery,
-    PairView,
     RankChange,
     image_sizes,
     outcome,

@@ -16,6 +16,7 @@ from matplotlib.image import imsave
 from matplotlib.patches import Rectangle
 
 from cpfean.analysis.colours import COLOURS
+from cpfean.analysis.pair_views import PairView
 from cpfean.analysis.pictures.pairs import (
     Panel,
     lay_out_panels,
@@ -25,7 +26,6 @@ from cpfean.analysis.pictures.pairs import (
     word_shades,
 )
 from cpfean.analysis.pictures.sheet import Box, Sheet
-from cpfean.analysis.views import PairView
 from cpfean.errors import DataError
 
 WORDS = ["a", "dog", "that", "costs", "$5", "or", "$6"]
