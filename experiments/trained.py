@@ -7,10 +7,12 @@ from pathlib import Path
 from cpfean.config import DataConfig, ExperimentConfig
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.files import read_file
+from cpfean.hub import model_at
 from cpfean.json_files import read_object
 from experiments import command_line
 
-MODEL = "folder of a run, checkpoint or model"  # what every such command takes
+# What every such command takes.
+MODEL = "folder of a run, checkpoint or model, or a model on the Hugging Face Hub: USER/NAME"
 _LONGEST_TOML = 2**20  # bytes
 
 
@@ -59,12 +61,15 @@ def checked_split(
     return folder
 
 
-def model_folder(path: Path) -> Path:
-    """The model in the folder of a run, a checkpoint or a model.
+def model_folder(path: Path | str) -> Path:
+    """The model in the folder of a run, a checkpoint or a model, or of a name on the Hub.
+
+    A name, "user/name" or "user/name@revision", is fetched unless there is a folder of that name.
 
     Raises:
-        CheckpointError: none of these.
+        CheckpointError: none of these, or a name that cannot be fetched.
     """
+    path = model_at(path)
     for folder in (path / "best_model", path):
         if (folder / "config.toml").is_file() or (folder / "state.json").is_file():
             return folder

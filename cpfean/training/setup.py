@@ -15,6 +15,7 @@ from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.split import Split, open_split
 from cpfean.data.tokens import CaptionTokenizer, check_known, load_tokenizer
 from cpfean.errors import CheckpointError, ConfigError
+from cpfean.hub import model_at
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.text_encoder import TextBackbone
@@ -116,7 +117,7 @@ class TrainedModel:
 
 
 def open_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | str,
     *,
     data_folder: Path,
     split: str,
@@ -128,8 +129,8 @@ def open_checkpoint(
     """Reads a checkpoint's best model, and opens a split the way that the model needs it.
 
     Args:
-        checkpoint: a training checkpoint, or a folder that `save_pretrained` wrote with its
-            tokenizer.
+        checkpoint: a training checkpoint, a folder that `save_pretrained` wrote with its
+            tokenizer, or the name of such a model on the Hugging Face Hub.
         data_folder: a checked folder in the native format.
         split: its name.
         cache_dir: for what can be made again.
@@ -141,6 +142,7 @@ def open_checkpoint(
         CheckpointError: not such a folder, or made for data with other fields.
         DataError: what is wrong with the data, captions that the vocabulary does not know included.
     """
+    checkpoint = model_at(checkpoint)
     folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
     model = Cpfean.from_pretrained(folder, text_encoder=text_encoder).to(device)
     tokenizer = CaptionTokenizer.load(folder / "tokenizer")
@@ -152,7 +154,7 @@ def open_checkpoint(
 
 
 def evaluate_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | str,
     *,
     data_folder: Path,
     split: str,
