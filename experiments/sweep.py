@@ -39,6 +39,7 @@ def main() -> None:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a trial (default: 1)"
     )
+    command_line.add_register_flag(parser)
     command_line.add_budget_flags(parser)
     command_line.run(parser, body)
 
@@ -59,6 +60,7 @@ def body(arguments: argparse.Namespace) -> int:
     config = command_line.configuration(arguments)
     space = SEARCH_SPACES[arguments.space]
     space.check(config)
+    register = command_line.registered_name(arguments)
     budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "sweep", where)
@@ -87,6 +89,7 @@ def body(arguments: argparse.Namespace) -> int:
         grace=max(3, epochs // 4) if epochs >= 4 else 0,
         data_folder=folder,
         data_fingerprint=fingerprint,
+        register=register,
         budget=budget,
         allow_drift=arguments.allow_drift,
         retry_failed=arguments.retry_failed,

@@ -123,12 +123,8 @@ def _usage(repo: str, config: ExperimentConfig, *, frozen: bool) -> str:
     return (
         "With the code of the project installed:\n\n"
         "```python\n"
-        "from cpfean.data.tokens import CaptionTokenizer\n"
-        "from cpfean.hub import model_at\n"
-        "from cpfean.model.cpfean import Cpfean\n\n"
-        f'folder = model_at("{repo}")\n'
-        "model = Cpfean.from_pretrained(folder)\n"
-        'tokenizer = CaptionTokenizer.load(folder / "tokenizer")\n'
+        "from cpfean.training.setup import read_model\n\n"
+        f'model, tokenizer = read_model("{repo}")\n'
         "```\n\n"
         f"{first}On region features of your own, a folder in the project's format:\n\n"
         "```sh\n"

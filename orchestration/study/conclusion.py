@@ -72,10 +72,13 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
             follower.update(best)
             if plan.of_kind.has_pictures:
                 follower.keep_files(_pictures(best, study), best)
+            follower.keep_files([folder.path / "best_model"], best)
         elif plan.tests_all:
             # The checkpoint of a run that was known already may be on another machine.
             with suppress(ServiceError):
-                keep_model(best, folder.path / "best_model")
+                model = keep_model(best, folder.path / "best_model")
+                if plan.register:
+                    follower.keep_files([model], best)
     if plan.report is not None:
         follower.keep_files(plan.report(records))
     failures = Counter(record.failure for record in records if record.state == "failed")

@@ -44,7 +44,7 @@ def test_the_figures_of_a_run_are_those_of_its_record(
         "commit `c0ffee`",
         "torch 2.13.0",
         fingerprint,
-        'model_at("me/model")',
+        'read_model("me/model")',
     ):
         assert said in text
 
