@@ -1,10 +1,10 @@
 """A trained model as rows in, rows out: what MLflow's `python_function` asks of a model.
 
-`mlflow.pyfunc.load_model` calls `_load_pyfunc` of the module that a logged model names; nothing
-here needs MLflow. A logged model is the folder of a run's best model as it stands, so nothing of it
-is pickled. The images are those of a data folder: their features come from one detector, are
-checked as a folder, and would be half a megabyte of JSON an image. Whoever loads the model says
-which folder (`model_config={"data": DIR}`), not whoever asks: a server reads nothing else.
+`mlflow.pyfunc.load_model` calls a function of the module that a logged model names; nothing here
+needs MLflow. A logged model is the folder of a run's best model as it stands, so nothing of it is
+pickled. The images are those of a data folder: their features come from one detector, are checked
+as a folder, and would be hundreds of kilobytes of JSON an image. Whoever loads the model says which
+folder (`model_config={"data": DIR}`), and not whoever asks: a server reads no other one.
 
 Axes:  row   of the question or of the answer      image, caption   of one score matrix
 """
@@ -65,8 +65,17 @@ def example(folder: Path) -> Any:
     return pandas.DataFrame({"caption": [f"a {first} and a {second}"]})
 
 
-def _load_pyfunc(folder: str, settings: Mapping[str, Any] | None = None) -> CaptionScorer:
-    """Called by MLflow, with the folder that was logged and the `model_config`."""
+def load_pyfunc(folder: str, settings: Mapping[str, Any] | None = None) -> CaptionScorer:
+    """The model of a folder that was logged; called by MLflow.
+
+    Args:
+        folder: with `config.json`, `model.safetensors`, `config.toml` and the tokenizer.
+        settings: the `model_config`: what differs from `SETTINGS`.
+
+    Raises:
+        ConfigError: another setting.
+        CheckpointError, ConfigError: as `CaptionScorer`.
+    """
     given = SETTINGS | dict(settings or {})
     for name, value in given.items():
         if name not in SETTINGS or not isinstance(value, str):
@@ -74,6 +83,9 @@ def _load_pyfunc(folder: str, settings: Mapping[str, Any] | None = None) -> Capt
                 f"model_config may have the texts {', '.join(SETTINGS)}; got {name} = {value!r:.60}"
             )
     return CaptionScorer(Path(folder), **given)
+
+
+_load_pyfunc = load_pyfunc  # the name that MLflow knows
 
 
 class CaptionScorer:

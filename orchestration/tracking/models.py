@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cpfean
-from cpfean import pyfunc
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,8 +37,11 @@ def log_model(client: MlflowClient, run_id: str, folder: Path) -> str:
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model
 
+    from cpfean import pyfunc  # which imports torch
+
     digest = hashlib.sha256(listing(folder)).hexdigest()
-    experiment = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
     query = f"source_run_id = '{run_id}' AND tags.`{_DIGEST_TAG}` = '{digest}'"
     found = client.search_logged_models([experiment], query)
     logged = next((one for one in found if one.status == LoggedModelStatus.READY), None)
@@ -63,7 +65,9 @@ def log_model(client: MlflowClient, run_id: str, folder: Path) -> str:
                 input_example=pyfunc.example(folder),
             )
             client.log_model_artifacts(id, temporary)
-        client.log_outputs(run_id, [LoggedModelOutput(id, step=0)])
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if id not in {output.model_id for output in outputs}:
+            client.log_outputs(run_id, [LoggedModelOutput(id, step=0)])
         client.finalize_logged_model(id, LoggedModelStatus.READY)
     return f"models:/{logged.model_id}"
 
@@ -93,9 +97,11 @@ def _signature() -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    from cpfean.pyfunc import DEFAULT_K
+
     caption, image = ColSpec("string", "caption"), ColSpec("string", "image_id")
     return ModelSignature(
         inputs=Schema([caption, ColSpec("string", "image_id", required=False)]),
         outputs=Schema([caption, image, ColSpec("double", "score")]),
-        params=ParamSchema([ParamSpec("k", DataType.long, pyfunc.DEFAULT_K)]),
+        params=ParamSchema([ParamSpec("k", DataType.long, DEFAULT_K)]),
     )
