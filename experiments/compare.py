@@ -23,6 +23,7 @@ code) is taken from the folder of results and not trained again. The methods:
   python experiments/compare.py --data DIR --in-process        one run after another, without Ray
   python experiments/compare.py --dry-run                      hours, dollars and disk alone
   python experiments/compare.py --resume                       after a crash: finished runs stay
+  python experiments/compare.py --register NAME                the best model, in MLflow
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
 130 or 143 stopped.

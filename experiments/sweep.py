@@ -21,6 +21,7 @@ the best configuration as a file for train.py, and the best model tested once on
   python experiments/sweep.py --max-hours 8                 no new trial after eight hours
   python experiments/sweep.py --in-process                  one trial after another, without Ray
   python experiments/sweep.py --resume                      after a crash: finished trials stay
+  python experiments/sweep.py --register NAME               the best model under that name in MLflow
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some trials failed, 5 cluster or storage,
 130 or 143 stopped.

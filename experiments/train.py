@@ -13,6 +13,7 @@ _EPILOG = """\
   python experiments/train.py --data DIR --workers 4             four processes share each batch
   python experiments/train.py --dry-run                          hours, dollars and disk alone
   python experiments/train.py --resume                           from the newest checkpoint
+  python experiments/train.py --register NAME                    under that name in MLflow
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 the training failed, 5 cluster or storage,
 130 or 143 stopped.

@@ -373,10 +373,10 @@ def _send_files(
         client.set_tag(run, _FILE_TAG + name, digest)
 
     def log(model: Path, *, name: str = "") -> None:
-        address = models.log_model(client, run, model)
+        address, how = models.log_model(client, run, model), "logged"
         if name:
-            address = f"registered as {models.register(client, run, address, name)}"
-        say(f"tracking: {model.name} is {address}")
+            address, how = models.register(client, run, address, name), "registered"
+        say(f"{model.name} is {how} in MLflow: {address}")
 
     if config:
         keep(_CONFIG, config.encode, lambda: client.log_text(run, config, _CONFIG))

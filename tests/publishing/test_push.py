@@ -157,13 +157,15 @@ def test_a_frozen_text_encoder_is_named_and_not_sent(
     )
     run = write_run(tmp_path / "runs" / "frozen", config, data)
     push = ["push.py", str(run), "me/model"]
-    place, wrong, pushed, evaluated = called(
+    evaluate = ["evaluate.py", "me/model", "--data", str(data)]
+    place, wrong, pushed, evaluated, moved = called(
         hub,
         tmp_path / "mine",
         push,
         [*push, "--text-encoder", "me/other"],
         [*push, "--text-encoder", "me/encoder"],
-        ["evaluate.py", "me/model", "--data", str(data)],
+        evaluate,
+        [*evaluate, "--text-encoder", str(encoder)],
     )
     assert place[0] == 2
     assert "--text-encoder USER/NAME" in place[2]
@@ -177,6 +179,7 @@ def test_a_frozen_text_encoder_is_named_and_not_sent(
     assert evaluated[0] == 0, evaluated[2]
     expected = json.loads((run / "summary.json").read_text(encoding="utf-8"))["test"]
     assert json.loads(evaluated[1])["rsum"] == expected["rsum"]
+    assert moved[:2] == evaluated[:2]
     back = scores(sent, data, tmp_path / "cache", text_encoder=str(encoder))
     assert torch.equal(back, scores(run / "best_model", data, tmp_path / "cache"))
     fingerprint = Cpfean.from_pretrained(run / "best_model").backbone.fingerprint()

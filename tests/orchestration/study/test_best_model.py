@@ -83,7 +83,7 @@ def test_a_sweep_s_best_model_is_registered_and_gives_the_scores_of_the_plain_mo
     plan = sweep(where, register="tiny")
     said: list[str] = []
     result = run_here(plan, where, resume=False, say=said.append)
-    assert "tracking: best_model is registered as models:/tiny/1" in said
+    assert "best_model is registered in MLflow: models:/tiny/1" in said
     assert result.best is not None
     client, experiment = open_store(where.tracking_uri)
     (logged,) = client.search_logged_models([experiment])
@@ -93,7 +93,7 @@ def test_a_sweep_s_best_model_is_registered_and_gives_the_scores_of_the_plain_mo
 
     again: list[str] = []
     run_here(plan, where, resume=True, say=again.append)
-    assert not [line for line in again if line.startswith("tracking")]
+    assert not [line for line in again if "MLflow" in line or line.startswith("tracking")]
     assert len(client.search_logged_models([experiment])) == 1
     assert len(client.search_model_versions("name = 'tiny'")) == 1
 
@@ -139,9 +139,9 @@ def test_a_training_s_model_is_logged_and_registered_by_a_later_resume(where: Se
     run_here(plan, where, resume=False, say=said.append)
     client, experiment = open_store(where.tracking_uri)
     (logged,) = client.search_logged_models([experiment])
-    assert f"tracking: best_model is models:/{logged.model_id}" in said
+    assert f"best_model is logged in MLflow: models:/{logged.model_id}" in said
     assert client.search_registered_models() == []
     run_here(replace(plan, register="alone"), where, resume=True, say=said.append)
-    assert said[-1] == "tracking: best_model is registered as models:/alone/1"
+    assert said[-1] == "best_model is registered in MLflow: models:/alone/1"
     (version,) = MlflowClient(where.tracking_uri).search_model_versions("name = 'alone'")
     assert version.source == logged.artifact_location

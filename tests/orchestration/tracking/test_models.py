@@ -97,8 +97,8 @@ def test_a_model_is_logged_with_its_trial_and_registered_once_by_however_many_dr
     assert one.source_run_id == run.info.run_id
     assert [output.model_id for output in run.outputs.model_outputs] == [one.model_id]
     assert said == [
-        f"tracking: best_model is models:/{one.model_id}",
-        "tracking: best_model is registered as models:/my-model/1",
+        f"best_model is logged in MLflow: models:/{one.model_id}",
+        "best_model is registered in MLflow: models:/my-model/1",
     ]
     assert versions(uri, "my-model") == [("1", one.artifact_location)]
     assert files_of(uri, run) == {"config.toml"}
@@ -139,11 +139,11 @@ def test_a_resume_registers_what_was_only_logged_and_another_name_is_another_mod
 ) -> None:
     done, said = send(uri, best, model, run=SWEEP)
     (one,) = logged(uri)
-    assert (done, said) == (True, [f"tracking: best_model is models:/{one.model_id}"])
+    assert (done, said) == (True, [f"best_model is logged in MLflow: models:/{one.model_id}"])
     assert MlflowClient(uri).search_registered_models() == []
     for name in ("my-model", "their-model"):
         done, said = send(uri, best, model, run=replace(SWEEP, register=name))
-        assert (done, said) == (True, [f"tracking: best_model is registered as models:/{name}/1"])
+        assert (done, said) == (True, [f"best_model is registered in MLflow: models:/{name}/1"])
         assert versions(uri, name) == [("1", one.artifact_location)]
     assert len(logged(uri)) == 1
 
@@ -155,7 +155,7 @@ def test_another_best_model_is_a_further_version(uri: str, best: TrialRecord, mo
     assert listing(model) != before
     done, said = send(uri, best, model)
     assert done
-    assert said[-1] == "tracking: best_model is registered as models:/my-model/2"
+    assert said[-1] == "best_model is registered in MLflow: models:/my-model/2"
     assert len(logged(uri)) == 2
     assert len(versions(uri, "my-model")) == 2
 
@@ -263,7 +263,7 @@ def test_a_server_gets_a_model_too_and_later_where_it_was_away(
     server.start()
     done, said = send(server.url, best, model)
     assert done, said
-    assert said[-1] == "tracking: best_model is registered as models:/my-model/1"
+    assert said[-1] == "best_model is registered in MLflow: models:/my-model/1"
     (one,) = logged(server.url)
     assert one.status == LoggedModelStatus.READY
     assert send(server.url, best, model) == (True, [])
