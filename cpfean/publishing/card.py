@@ -21,7 +21,7 @@ _TASK = "image-text-retrieval"
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _PROTOCOLS = {
     "full": "ranked among the whole split",
-    "coco-1k": "COCO 1K: the mean over folds of 1,000 images, each ranked by itself",
+    "coco-1k": "the mean over folds of 1,000 images, each ranked by itself",
 }
 
 
@@ -91,9 +91,12 @@ def _results(origin: Origin) -> str:
     if origin.test:
         data = _data_name(origin)
         protocol = origin.config.evaluation.protocol
+        size = "whose size is not known here"
+        if origin.gallery is not None:
+            size = "{:,} images with {:,} captions".format(*origin.gallery)
         lines += [
-            f"Test split of {data}, {_PROTOCOLS[protocol]} (protocol `{protocol}`); recall in "
-            "percent, a tie counts against the model:",
+            f"Test split of {data}, {size}, {_PROTOCOLS[protocol]} (protocol `{protocol}`); recall "
+            "in percent, a tie counts against the model:",
             "",
             "| | " + " | ".join(f"R@{k}" for k in _CUTOFFS) + " |",
             "| --- |" + " ---: |" * len(_CUTOFFS),

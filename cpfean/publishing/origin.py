@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cpfean.config import ExperimentConfig
-from cpfean.data.split import data_fingerprint
+from cpfean.data.caption_groups import PER_IMAGE
+from cpfean.data.split import data_fingerprint, open_split
 from cpfean.errors import CheckpointError, DataError
 from cpfean.files import is_there
 from cpfean.json_files import read_object
@@ -41,7 +42,8 @@ class Origin:
         commit: of the code, "-dirty" at its end if files differed from it; None if not known.
         versions: of Python, libraries and code.
         drift: how versions changed in between; empty if they did not.
-        provenance: how the data's features were made, from the data folder; None if it is not
+        gallery: images and captions of the test split; None as below.
+        provenance: how the data's features were made, from the data folder; None if that is not
             here, holds other data by now, or does not tell.
     """
 
@@ -56,6 +58,7 @@ class Origin:
     commit: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     drift: str = ""
+    gallery: tuple[int, int] | None = None
     provenance: Mapping[str, Any] | None = None
 
 
@@ -77,7 +80,7 @@ def origin_of(model: Path, config: ExperimentConfig) -> Origin:
             dev_rsum=state.best_rsum if state.history else None,
             epochs=state.epoch,
             data=state.data_fingerprint,
-            provenance=_provenance(config, state.data_fingerprint),
+            **_of_data(config, state.data_fingerprint),
         )
     run = RunFolder(model.absolute().parent)
     identity = run.identity() if model.name == "best_model" else None
@@ -97,7 +100,7 @@ def origin_of(model: Path, config: ExperimentConfig) -> Origin:
         commit=run.commit,
         versions=run.versions,
         drift=record.drift,
-        provenance=_provenance(config, data),
+        **_of_data(config, data),
     )
 
 
@@ -127,14 +130,19 @@ def _settings(config: ExperimentConfig) -> dict[str, Any]:
     return {path: value for path, value in config.flat().items() if path not in _OF_A_MACHINE}
 
 
-def _provenance(config: ExperimentConfig, fingerprint: str) -> dict[str, Any] | None:
-    """What the data folder tells of how it was made, if it still holds that data."""
+def _of_data(config: ExperimentConfig, fingerprint: str) -> dict[str, Any]:
+    """What only the data itself tells, if it is here and still what it was."""
+    if config.data.path == "synthetic":
+        images = config.data.synthetic.test_images
+        return {"gallery": (images, PER_IMAGE * images)}
     folder = Path(config.data.path)
-    if not is_there(folder / PROVENANCE):
-        return None
     try:
-        if data_fingerprint(folder) != fingerprint:
-            return None
+        if not folder.is_dir() or data_fingerprint(folder) != fingerprint:
+            return {}
+        test = open_split(folder, "test", num_regions=None, overlaps=False)
     except DataError:
-        return None
-    return dict(read_object(folder / PROVENANCE, error=CheckpointError))
+        return {}
+    told: dict[str, Any] = {"gallery": (test.num_images, test.num_captions)}
+    if is_there(folder / PROVENANCE):
+        told["provenance"] = read_object(folder / PROVENANCE, error=CheckpointError)
+    return told

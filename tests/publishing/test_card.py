@@ -40,6 +40,7 @@ def test_the_figures_of_a_run_are_those_of_its_record(
     for said in (
         f"| image to text | {told['i2t_r1']:.1f} | {told['i2t_r5']:.1f} | {told['i2t_r10']:.1f} |",
         f"| text to image | {told['t2i_r1']:.1f} | {told['t2i_r5']:.1f} | {told['t2i_r10']:.1f} |",
+        "Test split of tiny-set, 6 images with 30 captions, ranked among the whole split",
         "rSum on dev: 123.4",
         "commit `c0ffee`",
         "torch 2.13.0",
@@ -101,7 +102,9 @@ def test_how_the_regions_were_made_is_told_where_the_data_still_is_what_it_was(
     assert "/home/me" not in text
     with (here / "dev_caps.txt").open("a", encoding="utf-8") as file:
         file.write("another caption\n")
-    assert origin_of(run_folder / "best_model", config).provenance is None
+    changed = origin_of(run_folder / "best_model", config.with_overrides({"data.path": str(here)}))
+    assert (changed.provenance, changed.gallery) == (None, None)
+    assert changed.test  # what it came to on what the data was
 
 
 def test_places_are_cut_to_their_names() -> None:
