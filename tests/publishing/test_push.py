@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.model.cpfean import Cpfean
 from cpfean.publishing.push import prepared
 from cpfean.training.evaluation import score_matrix
-from cpfean.training.setup import open_checkpoint
+from cpfean.training.setup import open_checkpoint, read_model
 from tests.local_hub import TOKEN, LocalHub, files_in, local_hub
 from tests.model.encoders import write_encoder
 from tests.publishing.conftest import write_run
-from tests.training.tiny import tiny_experiment
+from tests.training.tiny import save_untrained, tiny_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 # Several commands in one process, which imports torch once: exit code and output of each.
@@ -213,6 +214,29 @@ def test_what_goes_out_names_no_place_of_this_machine(
             assert (publication.folder / name).read_bytes() == (model / name).read_bytes()
         kept = publication.folder
     assert not kept.exists()
+
+
+def test_of_a_trained_text_encoder_goes_out_what_it_was_called(data: Path, tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "some-bert")
+    config = tiny_experiment().with_overrides(
+        {"data.path": str(data), "model.text.encoder": str(encoder)}
+    )
+    model = save_untrained(config, data, tmp_path / "model")
+    # As releases have written it that noted where the encoder was read.
+    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    described["text_encoder"]["_name_or_path"] = str(encoder)
+    (model / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    weights = load_file(model / "model.safetensors")
+    save_file(weights, model / "model.safetensors")
+    with prepared(model, "me/model", config=config) as publication:
+        for path in publication.files:
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+        assert "trained further from `some-bert`, is included" in publication.card
+        assert "base_model" not in publication.card
+        sent, _ = read_model(publication.folder)
+        assert sent.config.text.encoder == "some-bert"
+        for name, tensor in sent.own_state().items():
+            assert torch.equal(tensor, weights[name]), name
 
 
 def test_what_cannot_go_out_is_refused_before_anything_is_sent(
