@@ -271,6 +271,26 @@ def add_comparison_flags(parser: Parser, *, seeds: int) -> None:
     add_in_process_flag(parser)
 
 
+def add_register_flag(parser: Parser) -> None:
+    """The flag of commands that end with a best model; `registered_name` reads it."""
+    parser.add_argument(
+        "--register",
+        metavar="NAME",
+        help="register the best model in MLflow by that name; with --resume also that of a run "
+        "that has ended",
+    )
+
+
+def registered_name(arguments: argparse.Namespace) -> str:
+    """The name to register the best model by; empty if it is not to be.
+
+    Raises:
+        ConfigError: no name that a registry takes.
+    """
+    given: str | None = arguments.register
+    return "" if given is None else check_name(given, flag="--register")
+
+
 def add_in_process_flag(parser: Parser) -> None:
     """The flag of commands that can do without Ray."""
     parser.add_argument(

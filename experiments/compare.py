@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from experiments import command_line
 from experiments.methods import COMMON, METHODS
@@ -22,6 +23,7 @@ code) is taken from the folder of results and not trained again. The methods:
   python experiments/compare.py --data DIR --in-process        one run after another, without Ray
   python experiments/compare.py --dry-run                      hours, dollars and disk alone
   python experiments/compare.py --resume                       after a crash: finished runs stay
+  python experiments/compare.py --register NAME                the best model, in MLflow
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some runs failed, 5 cluster or storage,
 130 or 143 stopped.
@@ -49,6 +51,7 @@ def main() -> None:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a run (default: 1)"
     )
+    command_line.add_register_flag(parser)
     command_line.add_budget_flags(parser)
     command_line.run(parser, body)
 
@@ -65,7 +68,9 @@ def body(arguments: argparse.Namespace) -> int:
 
     points = command_line.positive(arguments.tuning, "--tuning")
     chosen = command_line.chosen(arguments.methods, METHODS, flag="--methods", what="method")
+    register = command_line.registered_name(arguments)
     plan, where, seeds = command_line.comparison_plan(arguments, "comparison")
+    plan = replace(plan, register=register)
     if any("model.regions.prior" in method.overrides for method in chosen):
         command_line.check_needs(
             plan.data_folder,

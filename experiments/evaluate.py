@@ -14,6 +14,8 @@ from experiments.trained import MODEL, add_data_flags, cache_folder
 _EPILOG = """\
   python experiments/evaluate.py runs/NAME --data DIR --split test
   python experiments/evaluate.py runs/NAME/best_model --data DIR --protocol coco-1k
+  python experiments/evaluate.py USER/NAME --data DIR          a model on the Hugging Face Hub
+  python experiments/evaluate.py USER/NAME@v1 --data DIR       a branch, tag or commit of it
 
 Six recalls in percent and their sum, rSum (0 to 600); among how many images and captions they were
 ranked, and of how many such folds it is the mean. Everything else goes to standard error.
@@ -29,6 +31,12 @@ def main() -> None:
         "--protocol",
         choices=("full", "coco-1k"),
         help="rank among the whole split, or mean over folds of 1000 images (default: the model's)",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="NAME|DIR",
+        type=command_line.place,
+        help="where a frozen text encoder is now, if it has moved; its weights are compared",
     )
     parser.add_argument(
         "--products",
@@ -57,6 +65,7 @@ def body(arguments: argparse.Namespace) -> int:
         cache_dir=cache_dir,
         device=device,
         num_regions=config.data.num_regions,
+        text_encoder=arguments.text_encoder,
     )
     split = trained.dataset.split
     protocol = arguments.protocol or config.evaluation.protocol

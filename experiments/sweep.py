@@ -21,6 +21,7 @@ the best configuration as a file for train.py, and the best model tested once on
   python experiments/sweep.py --max-hours 8                 no new trial after eight hours
   python experiments/sweep.py --in-process                  one trial after another, without Ray
   python experiments/sweep.py --resume                      after a crash: finished trials stay
+  python experiments/sweep.py --register NAME               the best model under that name in MLflow
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 some trials failed, 5 cluster or storage,
 130 or 143 stopped.
@@ -39,6 +40,7 @@ def main() -> None:
     command_line.add_run_flags(
         parser, workers=1, workers_help="data-parallel processes of a trial (default: 1)"
     )
+    command_line.add_register_flag(parser)
     command_line.add_budget_flags(parser)
     command_line.run(parser, body)
 
@@ -59,6 +61,7 @@ def body(arguments: argparse.Namespace) -> int:
     config = command_line.configuration(arguments)
     space = SEARCH_SPACES[arguments.space]
     space.check(config)
+    register = command_line.registered_name(arguments)
     budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "sweep", where)
@@ -87,6 +90,7 @@ def body(arguments: argparse.Namespace) -> int:
         grace=max(3, epochs // 4) if epochs >= 4 else 0,
         data_folder=folder,
         data_fingerprint=fingerprint,
+        register=register,
         budget=budget,
         allow_drift=arguments.allow_drift,
         retry_failed=arguments.retry_failed,

@@ -13,6 +13,7 @@ _EPILOG = """\
   python experiments/train.py --data DIR --workers 4             four processes share each batch
   python experiments/train.py --dry-run                          hours, dollars and disk alone
   python experiments/train.py --resume                           from the newest checkpoint
+  python experiments/train.py --register NAME                    under that name in MLflow
 
 Exit codes: 0 done, 2 flags or configuration, 3 data, 4 the training failed, 5 cluster or storage,
 130 or 143 stopped.
@@ -27,6 +28,7 @@ def main() -> None:
         workers_help="data-parallel processes, through Ray Train; 0 trains in this process "
         "(default: 0)",
     )
+    command_line.add_register_flag(parser)
     command_line.add_budget_flags(parser, limits=False)
     command_line.run(parser, body)
 
@@ -39,6 +41,7 @@ def body(arguments: argparse.Namespace) -> int:
 
     workers = command_line.positive(arguments.workers, "--workers", least=0)
     config = command_line.configuration(arguments)
+    register = command_line.registered_name(arguments)
     budget = command_line.budget(arguments)
     where = command_line.settings(arguments)
     name = command_line.run_name(arguments, "train", where)
@@ -57,6 +60,7 @@ def body(arguments: argparse.Namespace) -> int:
         fixed=(TrialPlan(name=name, overrides={}, config=config),),
         data_folder=folder,
         data_fingerprint=fingerprint,
+        register=register,
         budget=budget,
         allow_drift=arguments.allow_drift,
         # A training that failed here is asked for again by its resume.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from experiments import command_line
 
-MODEL = "folder of a run, checkpoint or model"  # what every such command takes
+# What every such command takes.
+MODEL = "folder of a run, checkpoint or model, or a model on the Hugging Face Hub: USER/NAME"
 
 
 def add_data_flags(parser: command_line.Parser) -> None:

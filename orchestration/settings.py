@@ -173,7 +173,7 @@ def token_file() -> Path:
     return expanded(given, what="RAY_AUTH_TOKEN_PATH")
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, *, flag: str = "--name") -> str:
     """The name, if it can be that of a folder, a run and a file on any storage.
 
     Raises:
@@ -181,7 +181,7 @@ def check_name(name: str) -> str:
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"--name must be 1 to 80 letters, digits, '.', '-' or '_', and start with a letter or "
+            f"{flag} must be 1 to 80 letters, digits, '.', '-' or '_', and start with a letter or "
             f"digit; got {name[:100]!r}."
         )
     return name

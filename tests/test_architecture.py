@@ -23,6 +23,7 @@ FOUNDATION = frozenset(
         "files",
         "fingerprints",
         "folders",
+        "hub",
         "json_files",
         "output_folders",
         "processes",
@@ -86,6 +87,9 @@ ROOMS = {
     "cpfean.photographs": Room(ours=FOUNDATION),
     "cpfean.processes": Room(ours=frozenset({"cpfean.errors"})),
     "cpfean.progress": Room(ours=frozenset(), only_standard_library=True),
+    "cpfean.publishing": Room(ours=ABOVE_TRAINING | {"cpfean.records", "cpfean.training"}),
+    # MLflow finds it by its name; it needs no MLflow.
+    "cpfean.pyfunc": Room(ours=ABOVE_TRAINING | {"cpfean.training"}),
     "cpfean.records": Room(ours=FOUNDATION),
     "cpfean.storage": Room(ours=FOUNDATION | {"cpfean.training.checkpoint"}),
     "cpfean.training": Room(ours=ABOVE_TRAINING),

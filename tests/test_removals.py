@@ -41,6 +41,7 @@ PLACES = {
     "cpfean.extraction.work_folder:_write": WORK,
     "cpfean.folders:note": "a note of the cache, named by a hash of what it is about",
     "cpfean.model.cpfean:Cpfean.save_pretrained": "in the folder that the caller names for a model",
+    "cpfean.publishing.push:prepared": NEW,
     "cpfean.training.checkpoint:Checkpoint._write": "in the folder that the caller names for a "
     "checkpoint, which `CheckpointFolder` has made",
     "cpfean.training.checkpoint:_write_manifest": "in the same folder",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cpfean.config import ExperimentConfig, ModelConfig
 from cpfean.errors import CheckpointError, ConfigError
+from cpfean.hub import model_at
 from cpfean.json_files import read_object
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings, masked_mean, unit
 from cpfean.model.image_encoder import ImageEncoder
@@ -269,18 +270,24 @@ class Cpfean(nn.Module):
         save_file(state or self.own_state(), folder / "model.safetensors", metadata=described)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, *, text_encoder: str | None = None) -> Cpfean:
+    def from_pretrained(
+        cls, folder: Path | str, *, revision: str | None = None, text_encoder: str | None = None
+    ) -> Cpfean:
         """Reads what `save_pretrained` wrote.
 
         Args:
-            folder: with `config.json` and `model.safetensors`.
+            folder: with `config.json` and `model.safetensors`; or the name of a model on the
+                Hugging Face Hub, "user/name", which is fetched (`cpfean.hub.model_at`).
+            revision: of a name: a branch, tag or commit.
             text_encoder: where a frozen text encoder is now, if it has moved.
 
         Raises:
             CheckpointError: the folder is not such a model, is damaged, holds weights that are not
-                finite, or its frozen text encoder is not the one it was trained with.
+                finite, or its frozen text encoder is not the one it was trained with; a name that
+                cannot be fetched.
             ConfigError: the frozen text encoder cannot be read.
         """
+        folder = model_at(folder, revision=revision)
         described = _Described.read(folder / "config.json")
         weights = folder / "model.safetensors"
         header = read_header(weights, error=CheckpointError)

@@ -128,6 +128,7 @@ class TextBackbone(nn.Module):
     def shape(self) -> dict[str, Any]:
         """The encoder's own configuration as plain data; `config_of` takes it."""
         shape: dict[str, Any] = self.encoder.config.to_dict()
+        shape.pop("_name_or_path", None)  # where it was read, which can be a folder of somebody's
         return shape
 
     @property

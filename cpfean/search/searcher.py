@@ -135,7 +135,7 @@ class Searcher:
             ServiceError: too little disk.
         """
         cache_dir = cache_dir or folders.cache_folder()
-        found = model_folder(Path(model))
+        found = model_folder(model)
         config = trained_configuration(found)
         folder = data_folder(config, None if data is None else str(data), cache_dir=cache_dir)
         split = split or (GALLERY if splits_of(folder) == (GALLERY,) else "test")

@@ -15,6 +15,7 @@ from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.split import Split, open_split
 from cpfean.data.tokens import CaptionTokenizer, check_known, load_tokenizer
 from cpfean.errors import CheckpointError, ConfigError
+from cpfean.hub import model_at
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.text_encoder import TextBackbone
@@ -115,8 +116,36 @@ class TrainedModel:
     dataset: RetrievalDataset
 
 
+def read_model(
+    model: Path | str,
+    *,
+    revision: str | None = None,
+    device: torch.device | None = None,
+    text_encoder: str | None = None,
+) -> tuple[Cpfean, CaptionTokenizer]:
+    """A trained model in evaluation mode, and the tokenizer of its captions.
+
+    Args:
+        model: the folder of a training checkpoint, or one that `save_pretrained` wrote with its
+            tokenizer; or the name of such a model on the Hugging Face Hub, "user/name".
+        revision: of a name: a branch, tag or commit.
+        device: where to compute; the processor if None.
+        text_encoder: where a frozen text encoder is now, if it has moved.
+
+    Raises:
+        CheckpointError: not such a folder, damaged, or a name that cannot be fetched.
+        ConfigError: the frozen text encoder cannot be read.
+    """
+    folder = model_at(model, revision=revision)
+    folder = folder / "best" if (folder / "best").is_dir() else folder
+    read = Cpfean.from_pretrained(folder, text_encoder=text_encoder)
+    tokenizer = CaptionTokenizer.load(folder / "tokenizer")
+    _check_tokenizer_fits(read, tokenizer, source=folder)
+    return read.to(device or torch.device("cpu")), tokenizer
+
+
 def open_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | str,
     *,
     data_folder: Path,
     split: str,
@@ -128,8 +157,8 @@ def open_checkpoint(
     """Reads a checkpoint's best model, and opens a split the way that the model needs it.
 
     Args:
-        checkpoint: a training checkpoint, or a folder that `save_pretrained` wrote with its
-            tokenizer.
+        checkpoint: a training checkpoint, a folder that `save_pretrained` wrote with its
+            tokenizer, or the name of such a model on the Hugging Face Hub.
         data_folder: a checked folder in the native format.
         split: its name.
         cache_dir: for what can be made again.
@@ -141,18 +170,15 @@ def open_checkpoint(
         CheckpointError: not such a folder, or made for data with other fields.
         DataError: what is wrong with the data, captions that the vocabulary does not know included.
     """
-    folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
-    model = Cpfean.from_pretrained(folder, text_encoder=text_encoder).to(device)
-    tokenizer = CaptionTokenizer.load(folder / "tokenizer")
-    _check_tokenizer_fits(model, tokenizer, source=folder)
+    model, tokenizer = read_model(checkpoint, device=device, text_encoder=text_encoder)
     opened = open_split(data_folder, split, num_regions=num_regions)
-    _check_made_for(model, opened, source=str(checkpoint))
+    check_made_for(model, opened, source=str(checkpoint))
     dataset = _dataset(model, opened, tokenizer, cache_dir=cache_dir, device=device)
     return TrainedModel(model=model, tokenizer=tokenizer, dataset=dataset)
 
 
 def evaluate_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | str,
     *,
     data_folder: Path,
     split: str,
@@ -234,6 +260,26 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_made_for(model: Cpfean, split: Split, *, source: str) -> None:
+    """Refuses data without the fields that a model reads.
+
+    Raises:
+        CheckpointError: names what it expects.
+    """
+    inputs = model.inputs
+    wants = []
+    if inputs.feature_dim != split.regions.feature_dim:
+        wants.append(f"features of width {inputs.feature_dim}, found {split.regions.feature_dim}")
+    if model.image_encoder.geometry is not None and split.regions.geometry is None:
+        wants.append("boxes, found none")
+    if model.text_prior is not None and (
+        split.label_names is None or tuple(split.label_names) != inputs.label_names
+    ):
+        wants.append("object labels from the vocabulary it was trained with (objects_vocab.txt)")
+    if wants:
+        raise CheckpointError(f"{source}: the model expects {'; '.join(wants)}.")
+
+
 def _check_tokenizer_fits(model: Cpfean, tokenizer: CaptionTokenizer, *, source: Path) -> None:
     """Refuses a vocabulary that is not the saved model's."""
     text, rows = model.config.text, model.backbone.piece_embeddings().num_embeddings
@@ -251,21 +297,6 @@ def _check_tokenizer_fits(model: Cpfean, tokenizer: CaptionTokenizer, *, source:
         raise CheckpointError(
             f"{source / 'tokenizer'}: not this model's: it expects {'; '.join(wants)}."
         )
-
-
-def _check_made_for(model: Cpfean, split: Split, *, source: str) -> None:
-    inputs = model.inputs
-    wants = []
-    if inputs.feature_dim != split.regions.feature_dim:
-        wants.append(f"features of width {inputs.feature_dim}, found {split.regions.feature_dim}")
-    if model.image_encoder.geometry is not None and split.regions.geometry is None:
-        wants.append("boxes, found none")
-    if model.text_prior is not None and (
-        split.label_names is None or tuple(split.label_names) != inputs.label_names
-    ):
-        wants.append("object labels from the vocabulary it was trained with (objects_vocab.txt)")
-    if wants:
-        raise CheckpointError(f"{source}: the model expects {'; '.join(wants)}.")
 
 
 def _dataset(

@@ -7,6 +7,7 @@ from pathlib import Path
 from cpfean.config import DataConfig, ExperimentConfig
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.files import read_file
+from cpfean.hub import model_at
 from cpfean.json_files import read_object
 
 _LONGEST_TOML = 2**20  # bytes
@@ -49,12 +50,15 @@ def check_split(folder: Path, split: str, *, config: ExperimentConfig, cache_dir
     check_folder(folder, num_regions=regions, splits=(split,), cache_dir=cache_dir)
 
 
-def model_folder(path: Path) -> Path:
-    """The model in the folder of a run, a checkpoint or a model.
+def model_folder(path: Path | str) -> Path:
+    """The model in the folder of a run, a checkpoint or a model, or of a name on the Hub.
+
+    A name, "user/name" or "user/name@revision", is fetched unless there is a folder of that name.
 
     Raises:
-        CheckpointError: none of these.
+        CheckpointError: none of these, or a name that cannot be fetched.
     """
+    path = model_at(path)
     for folder in (path / "best_model", path):
         if (folder / "config.toml").is_file() or (folder / "state.json").is_file():
             return folder

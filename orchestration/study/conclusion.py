@@ -70,12 +70,14 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
         if plan.of_kind.tested == "best":
             _test(best, study)
             follower.update(best)
-            if plan.of_kind.has_pictures:
-                follower.keep_files(_pictures(best, study), best)
+            pictures = _pictures(best, study) if plan.of_kind.has_pictures else []
+            follower.keep_files([*pictures, folder.path / "best_model"], best)
         elif plan.tests_all:
             # The checkpoint of a run that was known already may be on another machine.
             with suppress(ServiceError):
-                keep_model(best, folder.path / "best_model")
+                model = keep_model(best, folder.path / "best_model")
+                if plan.register:
+                    follower.keep_files([model], best)
     if plan.report is not None:
         follower.keep_files(plan.report(records))
     failures = Counter(record.failure for record in records if record.state == "failed")

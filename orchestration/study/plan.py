@@ -83,6 +83,7 @@ class StudyPlan:
         results: folder of what runs came to; a trial that it knows is not trained again.
         report: called at the end with what came out; writes files, which the tracker gets too.
         tags: of the tracker's runs, beside its own.
+        register: the name that the tracker registers the best model by; empty: by none.
         data_folder: the data, checked, on this node.
         data_fingerprint: of the data.
         budget: what it may take; a resume may ask for another one.
@@ -105,6 +106,7 @@ class StudyPlan:
     results: Path | None = None
     report: Callable[[Sequence[TrialRecord]], Sequence[Path]] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    register: str = ""
     budget: Budget = field(default_factory=Budget)
     allow_drift: bool = False
     retry_failed: bool = False

@@ -88,6 +88,9 @@ def run_study(
         sinks: list[Sink] = [] if copy is None else [copy]
         if runner.needs_mlflow or importlib.util.find_spec("mlflow") is not None:
             sinks.append(MlflowSink(settings.tracking_uri, _tracked_run(plan, folder), say=say))
+        elif plan.register:
+            line = commands.pip_install("mlflow[auth]")
+            raise ServiceError(f"--register needs MLflow, which is not installed: `{line}`")
         else:
             say("MLflow is not installed: nothing is tracked, records and results are kept.")
         follower = Follower(sinks, say=say)
@@ -114,6 +117,7 @@ def _tracked_run(plan: StudyPlan, folder: RunFolder) -> TrackedRun:
         tags=own | dict(plan.tags),
         parameters=parameters | plan.base.flat(),
         has_parent=plan.of_kind.has_parent,
+        register=plan.register,
     )
 
 

@@ -19,7 +19,7 @@ from cpfean import commands
 from cpfean.errors import ServiceError, message_of
 from cpfean.records.trial_record import TrialRecord
 from orchestration.study.follower import RefusedError, ShutError, StudyNews
-from orchestration.tracking import stores
+from orchestration.tracking import models, stores
 from orchestration.tracking.address import shown, sqlite_file, without_password
 from orchestration.tracking.runs import (
     HEARTBEAT_SECONDS,
@@ -75,7 +75,7 @@ class MlflowSink:
     def load(self) -> None:
         """Imports MLflow here: importing it beside Ray can deadlock."""
         try:
-            import mlflow  # noqa: F401
+            import mlflow.pyfunc  # noqa: F401
         except ModuleNotFoundError as error:
             line = commands.pip_install("mlflow[auth]")
             raise ServiceError(f"MLflow is not installed ({error}): `{line}`") from None
@@ -134,7 +134,11 @@ class MlflowSink:
             self._trials.setdefault(record.number, _TrialRun(runs)).send(record)
 
     def send_files(self, paths: Sequence[Path], record: TrialRecord | None) -> None:
-        """Sends those that the run lacks by its tags; raises RefusedError if some are not taken."""
+        """Sends those that the run lacks by its tags; a folder is a model.
+
+        Raises:
+            RefusedError: some are not taken.
+        """
         number = None if record is None else record.number
         if not self._keeps_files or (record is None and not self._study.has_parent):
             return
@@ -142,7 +146,7 @@ class MlflowSink:
         with self._judged(record, names) as runs:
             if record is not None:
                 trial = self._trials.setdefault(record.number, _TrialRun(runs))
-                left = trial.send_files(paths, record)
+                left = trial.send_files(paths, record, self._study.register, self._say)
             else:
                 left = _send_files(runs.client, runs.id_of(None), paths)
         if left:
@@ -302,13 +306,20 @@ class _TrialRun:
             runs.log(self._id, parameters=record.experiment.flat())
             self._is_described = True
 
-    def send_files(self, paths: Sequence[Path], record: TrialRecord) -> dict[str, Exception]:
+    def send_files(
+        self,
+        paths: Sequence[Path],
+        record: TrialRecord,
+        register: str,
+        say: Callable[[str], None],
+    ) -> dict[str, Exception]:
         """As the function of that name; the configuration is one of them."""
         self._look(record)
         if self._has_config and not paths:
             return {}
         config = "" if self._has_config else record.experiment.to_toml()
-        left = _send_files(self._runs.client, self._id, paths, config=config)
+        client = self._runs.client
+        left = _send_files(client, self._id, paths, config=config, register=register, say=say)
         self._has_config = _CONFIG not in left
         return left
 
@@ -333,11 +344,18 @@ class _TrialRun:
 
 
 def _send_files(
-    client: MlflowClient, run: str, paths: Sequence[Path], *, config: str = ""
+    client: MlflowClient,
+    run: str,
+    paths: Sequence[Path],
+    *,
+    config: str = "",
+    register: str = "",
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Exception]:
     """Sends those of which the run's tags do not say that they are there; gone ones are left out.
 
-    Returns what was not taken, by name, with why. `config` is the text of one more, or empty.
+    Returns what was not taken, by name, with why. `config` is the text of one more, or empty;
+    `register` the name that a model is registered by, or empty.
     """
     tags = client.get_run(run).data.tags
     left: dict[str, Exception] = {}
@@ -354,9 +372,20 @@ def _send_files(
             return
         client.set_tag(run, _FILE_TAG + name, digest)
 
+    def log(model: Path, *, name: str = "") -> None:
+        address, how = models.log_model(client, run, model), "logged"
+        if name:
+            address, how = models.register(client, run, address, name), "registered"
+        say(f"{model.name} is {how} in MLflow: {address}")
+
     if config:
         keep(_CONFIG, config.encode, lambda: client.log_text(run, config, _CONFIG))
     for path in paths:
         if path.is_file():
             keep(path.name, path.read_bytes, partial(client.log_artifact, run, str(path)))
+        elif path.is_dir():
+            content = partial(models.listing, path)
+            keep(path.name, content, partial(log, path))
+            if register and path.name not in left:
+                keep(f"{path.name} as {register}", content, partial(log, path, name=register))
     return left

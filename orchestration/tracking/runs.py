@@ -51,6 +51,7 @@ class TrackedRun:
         tags: beside those of the program and libraries.
         parameters: of the parent run.
         has_parent: there is a run of the whole, whose children the trials are.
+        register: the name that the best model is registered by; empty if it is not.
     """
 
     id: str
@@ -59,6 +60,7 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     has_parent: bool = True
+    register: str = ""
 
 
 class Runs:

@@ -446,7 +446,8 @@ def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
     assert asked["model"] == tmp_path / "s" / "best_model"
     assert asked["output"] == tmp_path / "s" / "pictures" / "trial-000"
     ((files, best),) = driven.tracker.files
-    assert files == ([] if broken else [Path("a.png")])
+    pictures = [] if broken else [Path("a.png")]
+    assert files == [*pictures, tmp_path / "s" / "best_model"]
     assert best is not None
     assert ("no pictures of trial-000: no paint left at all" in driven.said) == broken
 
