@@ -73,7 +73,6 @@ class OnRay:
         Raises CpfeanError: what a worker tells of, or what is wrong with the cluster.
         """
         import ray.data
-        from ray.exceptions import RayError, RayTaskError
 
         cluster = self._cluster or self._join()
         workers, options = self._demand(cluster)
@@ -97,8 +96,8 @@ class OnRay:
             for block in results.iter_batches(batch_size=None, prefetch_batches=0):
                 for number, content in received(block):
                     yield by_number[number], content
-        except RayError as lost:
-            if isinstance(lost, RayTaskError):  # a defect of ours
+        except ray.exceptions.RayError as lost:
+            if isinstance(lost, ray.exceptions.RayTaskError):  # a defect of ours
                 raise
             raise ServiceError(f"{_GONE}: {message_of(lost)} {_AGAIN}") from lost
 
