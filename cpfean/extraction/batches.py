@@ -26,6 +26,7 @@ from cpfean.photographs.decoding import UnreadablePhotographError, read_photogra
 from cpfean.photographs.extractor import PhotographRegions
 
 MOST_PIXELS = 2**25  # that are held at a time, unless a single photograph has more: 100 MB
+READERS = 8  # threads that read photographs for a GPU, which would wait for one
 NO_REGION = "no region was found in it; a lower --min-score finds more, --fill takes the grid's"
 
 

@@ -9,9 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import torch
 
 from cpfean.errors import ConfigError
-from cpfean.extraction.batches import Batch, Extractor, extract_batch, one_thread, packed
-
-READERS = 8  # threads that read photographs for a GPU, which would wait for one
+from cpfean.extraction.batches import READERS, Batch, Extractor, extract_batch, one_thread, packed
 
 Made = tuple[Batch, bytes]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from cpfean import errors
 from cpfean.errors import CpfeanError, ServiceError
-from cpfean.extraction.batches import Batch, Extractor, extract_batch, packed
+from cpfean.extraction.batches import READERS, Batch, Extractor, extract_batch, packed
 from cpfean.extraction.plan import differences
 
 MakeExtractor = Callable[[torch.device], Extractor]
@@ -26,19 +26,16 @@ class Worker:
         make_extractor: makes it, where the worker is.
         provenance: what it has to tell of itself, apart from where its models are.
         device: "cpu" or "cuda", where it computes.
-        readers: threads that read photographs.
     """
 
     def __init__(
         self,
         make_extractor: MakeExtractor,
         provenance: Mapping[str, Any],
-        *,
         device: str,
-        readers: int,
     ) -> None:
         torch.set_num_threads(1)
-        self._readers = readers
+        self._readers = READERS if device == "cuda" else 1
         self._failure = ""
         try:
             self._extractor = make_extractor(torch.device(device))
@@ -78,12 +75,18 @@ def sent(batch: Batch) -> str:
     return json.dumps(asdict(batch))
 
 
-def received(told: str) -> CpfeanError:
-    """The error that a worker has told of."""
-    name, message = json.loads(told)
-    kind = getattr(errors, name, ServiceError)
-    error: CpfeanError = kind(message)
-    return error
+def received(rows: Mapping[str, np.ndarray]) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each batch that workers have given.
+
+    Raises:
+        CpfeanError: what a worker has told of, as what it was there.
+    """
+    columns = (rows[name] for name in ("number", "content", "error"))
+    for number, content, told in zip(*columns, strict=True):
+        if told:
+            name, message = json.loads(told)
+            raise getattr(errors, name, ServiceError)(message)
+        yield number, content
 
 
 def _told(error: CpfeanError) -> str:

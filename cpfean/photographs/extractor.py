@@ -113,14 +113,17 @@ class RegionExtractor:
             ConfigError: a record that is damaged.
             CheckpointError: a model that is not there, or other weights than those of the record.
         """
-        noted = provenance.get("settings")
-        if not isinstance(noted, dict):
+        records = {}
+        for part in ("settings", "detector", "backbone"):
+            records[part] = {} if provenance.get(part) is None else provenance[part]
+            if not isinstance(records[part], dict):
+                raise ConfigError(f"provenance: expected an object as {part}, found another value.")
+        if not records["settings"]:
             raise ConfigError("provenance: expected settings, found none.")
-        settings = ExtractionSettings.from_dict(noted)
+        settings = ExtractionSettings.from_dict(records["settings"])
         elsewhere = {"detector": detector, "backbone": backbone}
         for part, given in elsewhere.items():
-            record = provenance.get(part) or {}
-            name, revision = getattr(settings, part), record.get("revision")
+            name, revision = getattr(settings, part), records[part].get("revision")
             if given is None and name and revision:  # as of then, whatever is newest now
                 elsewhere[part] = f"{name.partition('@')[0]}@{revision}"
         extractor = cls(
@@ -136,7 +139,7 @@ class RegionExtractor:
         for part in ("detector", "backbone"):
             for key in ("sha256", "settings_sha256"):
                 has = (found[part] or {}).get(key)
-                had = (provenance.get(part) or {}).get(key)
+                had = records[part].get(key)
                 if has != had:
                     what = "weights" if key == "sha256" else "settings"
                     raise CheckpointError(

@@ -41,7 +41,7 @@ class _HeadStart:
 
     def _run(self, settings: Settings) -> None:
         try:
-            self.cluster.set_result(_connected(settings, _end))
+            self.cluster.set_result(_connected(settings, end_process))
         except CpfeanError as error:
             self.cluster.set_exception(error)
         except BaseException as error:
@@ -90,7 +90,7 @@ def connect(
     """
     if settings.address is None and _head_start is not None:
         return _head_start.cluster.result()
-    return _connected(settings, give_up or _end)
+    return _connected(settings, give_up or end_process)
 
 
 def _connected(settings: Settings, give_up: Callable[[ServiceError], None]) -> Cluster:
@@ -159,7 +159,7 @@ def _join(settings: Settings, give_up: Callable[[ServiceError], None]) -> None:
         timer.cancel()
 
 
-def _end(error: ServiceError) -> None:
+def end_process(error: ServiceError) -> None:
     """Ends the process from another thread, as the main thread hangs in Ray."""
     print(error, file=sys.stderr, flush=True)
     os._exit(error.exit_code)
@@ -184,7 +184,7 @@ def look_at(settings: Settings) -> tuple[Cluster, list[str]]:
     """A cluster and its nodes' types, with nothing started; raises ServiceError if none answers."""
     _check(settings)
     try:
-        _join(settings, _end)
+        _join(settings, end_process)
         return cluster_now(is_local=False), node_types()
     except Exception as error:  # Ray raises many kinds here
         raise ServiceError(f"Ray does not answer ({settings.address}): {error}") from error

@@ -1,6 +1,7 @@
 """A worker that is somewhere else, called here as Ray Data calls it there."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,23 @@ from cpfean.extraction.worker import Worker, received, sent
 from tests.extraction.tiny import Quadrants, quadrants, write_photographs
 
 
-def answer(worker: Worker, batch: Batch) -> dict[str, Any]:
-    rows = worker({"batch": np.array([sent(batch)])})
-    assert all(len(column) == 1 for column in rows.values())
-    return {name: column[0] for name, column in rows.items()}
+def answer(worker: Worker, batch: Batch) -> tuple[int, bytes]:
+    (given,) = received(worker({"batch": np.array([sent(batch)])}))
+    return given
 
 
 def worker(make: Any = quadrants, **changed: Any) -> Worker:
     provenance = Quadrants().provenance() | changed
-    return Worker(make, provenance, device="cpu", readers=1)
+    return Worker(make, provenance, "cpu")
 
 
 def test_a_worker_gives_what_the_function_gives(tmp_path: Path) -> None:
     paths = tuple(one.path for one in write_photographs(tmp_path)["train"])
     batch = Batch(number=7, paths=paths, key="k")
-    given = answer(worker(), batch)
-    assert (given["number"], given["error"]) == (7, "")
-    assert given["content"] == packed(extract_batch(quadrants(torch.device("cpu")), batch))
-    assert len(unpacked(io.BytesIO(given["content"]))) == 7
+    number, content = answer(worker(), batch)
+    assert number == 7
+    assert content == packed(extract_batch(quadrants(torch.device("cpu")), batch))
+    assert len(unpacked(io.BytesIO(content))) == 7
 
 
 def test_an_error_of_ours_arrives_as_what_it_was(tmp_path: Path) -> None:
@@ -39,15 +39,10 @@ def test_an_error_of_ours_arrives_as_what_it_was(tmp_path: Path) -> None:
         raise CheckpointError("no such model")
 
     gone = Batch(number=1, paths=(str(tmp_path / "gone.jpg"),), key="k")
-    for made, kind, said in (
-        (worker(), DataError, "cannot be seen"),
-        (worker(without_model), CheckpointError, "no such model"),
-    ):
-        given = answer(made, gone)
-        assert (given["number"], given["content"]) == (1, b"")
-        error = received(given["error"])
-        assert type(error) is kind
-        assert said in str(error)
+    with pytest.raises(DataError, match="cannot be seen"):
+        answer(worker(), gone)
+    with pytest.raises(CheckpointError, match="no such model"):
+        answer(worker(without_model), gone)
 
 
 @pytest.mark.parametrize(
@@ -67,16 +62,15 @@ def test_other_models_and_versions_are_refused_wherever_they_are(
     tmp_path: Path, changed: dict[str, Any], said: str
 ) -> None:
     path = write_photographs(tmp_path)["dev"][0].path
-    given = answer(worker(**changed), Batch(number=0, paths=(path,), key="k"))
+    batch = Batch(number=0, paths=(path,), key="k")
     if said:
-        error = received(given["error"])
-        assert isinstance(error, ServiceError)
-        assert said in str(error)
+        with pytest.raises(ServiceError, match=re.escape(said)):
+            answer(worker(**changed), batch)
     else:
-        assert given["error"] == ""
+        assert answer(worker(**changed), batch)[0] == 0
 
 
-def test_what_was_told_by_a_later_release_is_an_error_nevertheless() -> None:
-    error = received('["SomethingNewError", "says something"]')
-    assert isinstance(error, CpfeanError)
-    assert str(error) == "says something"
+def test_what_a_later_release_tells_is_an_error_nevertheless() -> None:
+    told = np.array(['["SomethingNewError", "says something"]'])
+    with pytest.raises(CpfeanError, match="says something"):
+        list(received({"number": np.array([0]), "content": np.array([b""]), "error": told}))

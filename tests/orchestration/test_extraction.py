@@ -1,5 +1,7 @@
 """Extractions on Ray: the same bytes, errors as they are here, nodes that lack what is needed."""
 
+import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +12,8 @@ from cpfean.extraction.batches import Batch
 from cpfean.extraction.in_process import Threads
 from cpfean.extraction.run import extract
 from orchestration.cluster.versions import Answer, Look
-from orchestration.extraction import OnRay, check_nodes
+from orchestration.extraction import OnRay, check_nodes, watch_head
 from orchestration.settings import ENVIRONMENT, Settings
-from orchestration.versions import versions
 from tests.extraction.tiny import Quadrants, files_of, quadrants, write_photographs
 
 
@@ -28,11 +29,8 @@ class Nodes:
 
     def ask(self, nodes: Mapping[str, str], look: Look) -> dict[str, Answer]:
         here = look()
-        if here == versions():
-            there: dict[str, str] = here | self._other
-        else:
-            there = here if self._sees else {"/disk/photo.jpg": ""}
-        return {"one (10.0.0.1)": here, "two (10.0.0.2)": there}
+        lacks = {} if self._sees else {"/": "absent"}
+        return {"one (10.0.0.1)": here, "two (10.0.0.2)": here | self._other | lacks}
 
 
 def test_nodes_that_see_everything_are_taken(tmp_path: Path) -> None:
@@ -42,7 +40,7 @@ def test_nodes_that_see_everything_are_taken(tmp_path: Path) -> None:
 def test_nodes_that_do_not_see_the_photographs_are_named_with_what_they_lack() -> None:
     with pytest.raises(ServiceError) as refused:
         check_nodes(["/"], Nodes(sees=False))
-    assert "\n  two (10.0.0.2): /disk/photo.jpg\n" in str(refused.value)
+    assert "\n  two (10.0.0.2) does not see /\n" in str(refused.value)
     assert "one (10.0.0.1)" not in str(refused.value)
     for remedy in ("s3://", "--in-process"):
         assert remedy in str(refused.value)
@@ -51,6 +49,30 @@ def test_nodes_that_do_not_see_the_photographs_are_named_with_what_they_lack() -
 def test_nodes_with_other_versions_are_refused() -> None:
     with pytest.raises(ServiceError, match=r"two \(10\.0\.0\.2\): torch 1\.0 there"):
         check_nodes(["/"], Nodes(other={"torch": "1.0"}))
+
+
+def test_a_path_that_is_not_even_here_is_lacking_everywhere(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match=r"one \(10\.0\.0\.1\) does not see .*gone\.jpg"):
+        check_nodes([str(tmp_path / "gone.jpg")], Nodes())
+
+
+def test_a_head_that_is_gone_ends_the_process_and_one_that_answers_does_not(
+    tmp_path: Path,
+) -> None:
+    told: list[ServiceError] = []
+    has_left = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri="", address=address)
+        watch = threading.Thread(target=watch_head, args=(where, has_left, told.append, 0.01))
+        watch.start()
+        for _ in range(5):
+            head.accept()[0].close()
+        assert watch.is_alive()
+    watch.join(timeout=60)
+    (error,) = told
+    assert f"the head at {address}. The same command again goes on." in str(error)
+    assert error.exit_code == 5
 
 
 @pytest.mark.slow

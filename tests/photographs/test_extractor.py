@@ -267,3 +267,5 @@ def test_models_may_have_moved_but_not_changed(made: Made, tmp_path: Path) -> No
         RegionExtractor.from_provenance(plain, device=CPU, backbone=moved)
     with pytest.raises(ConfigError, match="expected settings"):
         RegionExtractor.from_provenance({}, device=CPU)
+    with pytest.raises(ConfigError, match="expected an object as backbone"):
+        RegionExtractor.from_provenance(plain | {"backbone": "mine"}, device=CPU)
