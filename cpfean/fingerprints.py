@@ -39,6 +39,16 @@ def content_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def listing(folder: Path) -> bytes:
+    """Digests and names of all files in a folder and below it: the same bytes, the same content."""
+    lines = []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        lines.append(f"{content}  {file.relative_to(folder).as_posix()}\n")
+    return "".join(lines).encode()
+
+
 def _bare(file: Path) -> str:
     """A module's syntax tree without docstrings."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

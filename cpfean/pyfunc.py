@@ -12,6 +12,7 @@ Axes:  row   of the question or of the answer      image, caption   of one score
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -38,6 +39,16 @@ from cpfean.training.setup import check_made_for, default_device, read_model
 # What whoever loads a logged model may set; "" is what the model was trained with.
 SETTINGS = {"data": "", "split": "test", "text_encoder": ""}
 DEFAULT_K = 10
+_CAPTION = {"type": "string", "name": "caption", "required": True}
+_IMAGE = {"type": "string", "name": "image_id", "required": True}
+_SCORE = {"type": "double", "name": "score", "required": True}
+_K = {"type": "long", "name": "k", "default": DEFAULT_K, "shape": None}
+# What is asked and answered, as MLflow's `ModelSignature.from_dict` reads it.
+SIGNATURE = {
+    "inputs": json.dumps([_CAPTION, _IMAGE | {"required": False}]),
+    "outputs": json.dumps([_CAPTION, _IMAGE, _SCORE]),
+    "params": json.dumps([_K]),
+}
 _AT_A_TIME = 128  # rows, images or captions
 # What is imported here, by the names of the packages: MLflow would load a model to find it out.
 _NEEDS = (

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REMOVES = {"unlink", "rmtree", "rename", "rm", "rm_file", "rmdir", "remove", "removedirs"}
 REMOVES |= {"truncate", "delete_run", "delete_experiment", "delete_artifacts"}
+REMOVES |= {"delete_logged_model", "delete_model_version"}
 OVERWRITES = {"write_text", "write_bytes", "copyfile", "copytree", "copy2", "move"}
 LIBRARIES = {"savefig", "save_file", "save_pretrained", "open_memmap"}
 OURS = {"write_text", "write_json"}  # of cpfean.records.trial_record
@@ -85,6 +86,8 @@ PLACES = {
     "orchestration.tracking.stores:_remove_old_mark": "an empty mark of earlier releases, by its exact name",
     "orchestration.tracking.stores:try_out": "the run that it has made to try writing with",
     "orchestration.study.conclusion:keep_model": f"{RUN}: best_model, or a model of a trial",
+    "orchestration.tracking.models:log_model": "an unfinished twin of our model, with its run and digest",
+    "orchestration.tracking.models:register": "a twin of the version that it has just made",
     "orchestration.tracking.runs:Runs._sole": "a twin of our run, with its key and no numbers",
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cpfean import commands
 from cpfean.errors import ServiceError, message_of
+from cpfean.fingerprints import listing
 from cpfean.records.trial_record import TrialRecord
 from orchestration.study.follower import RefusedError, ShutError, StudyNews
 from orchestration.tracking import models, stores
@@ -384,7 +385,7 @@ def _send_files(
         if path.is_file():
             keep(path.name, path.read_bytes, partial(client.log_artifact, run, str(path)))
         elif path.is_dir():
-            content = partial(models.listing, path)
+            content = partial(listing, path)
             keep(path.name, content, partial(log, path))
             if register and path.name not in left:
                 keep(f"{path.name} as {register}", content, partial(log, path, name=register))

@@ -13,29 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cpfean
+from cpfean.fingerprints import listing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
 
 _DIGEST_TAG = "cpfean.sha256"
-
-
-def listing(folder: Path) -> bytes:
-    """Names and digests of a folder's files, by name: the same bytes, the same content."""
-    lines = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
-    return "".join(lines).encode()
 
 
 def log_model(client: MlflowClient, run_id: str, folder: Path) -> str:
     """Logs a model with its run, unless it has been; returns its address, models:/m-..."""
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-    from mlflow.models import Model
+    from mlflow.models import Model, ModelSignature
 
     from cpfean import pyfunc  # which imports torch
 
@@ -43,13 +33,20 @@ def log_model(client: MlflowClient, run_id: str, folder: Path) -> str:
     run = client.get_run(run_id)
     experiment = run.info.experiment_id
     query = f"source_run_id = '{run_id}' AND tags.`{_DIGEST_TAG}` = '{digest}'"
-    found = client.search_logged_models([experiment], query)
-    logged = next((one for one in found if one.status == LoggedModelStatus.READY), None)
-    if logged is None:
+    found = list(client.search_logged_models([experiment], query))
+    if not found:
         tags = {_DIGEST_TAG: digest}
-        logged = next(iter(found), None) or client.create_logged_model(
+        made = client.create_logged_model(
             experiment, folder.name, run_id, tags, model_type="cpfean"
         )
+        # MLflow sends a request again whose answer was lost, and then there are two.
+        found = list(client.search_logged_models([experiment], query)) or [made]
+    # The finished one first, if there is one.
+    logged, *twins = sorted(found, key=lambda one: one.status != LoggedModelStatus.READY)
+    for twin in twins:
+        if twin.status != LoggedModelStatus.READY:
+            client.delete_logged_model(twin.model_id)
+    if logged.status != LoggedModelStatus.READY:
         id = logged.model_id
         description = Model(logged.artifact_location, run_id, model_uuid=id, model_id=id)
         with tempfile.TemporaryDirectory(prefix="cpfean-model-") as temporary:
@@ -61,7 +58,7 @@ def log_model(client: MlflowClient, run_id: str, folder: Path) -> str:
                 mlflow_model=description,
                 pip_requirements=pyfunc.requirements(),
                 model_config=pyfunc.SETTINGS,
-                signature=_signature(),
+                signature=ModelSignature.from_dict(pyfunc.SIGNATURE),
                 input_example=pyfunc.example(folder),
             )
             client.log_model_artifacts(id, temporary)
@@ -84,24 +81,14 @@ def register(client: MlflowClient, run_id: str, model: str, name: str) -> str:
     id = model.removeprefix("models:/")
     # By its place: an address would be looked up in whatever store is the process's default.
     place = client.get_logged_model(id).artifact_location
-    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    version = next((one for one in versions if one.source == place), None)
-    if version is None:
-        version = client.create_model_version(
-            name, place, run_id, await_creation_for=0, model_id=id
-        )
-    return f"models:/{name}/{version.version}"
 
+    def ours() -> list[int]:
+        versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        return sorted(int(one.version) for one in versions if one.source == place)
 
-def _signature() -> ModelSignature:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    from cpfean.pyfunc import DEFAULT_K
-
-    caption, image = ColSpec("string", "caption"), ColSpec("string", "image_id")
-    return ModelSignature(
-        inputs=Schema([caption, ColSpec("string", "image_id", required=False)]),
-        outputs=Schema([caption, image, ColSpec("double", "score")]),
-        params=ParamSchema([ParamSpec("k", DataType.long, DEFAULT_K)]),
-    )
+    if not (found := ours()):
+        client.create_model_version(name, place, run_id, await_creation_for=0, model_id=id)
+        found = ours()
+        for twin in found[1:]:  # as above
+            client.delete_model_version(name, str(twin))
+    return f"models:/{name}/{found[0]}"

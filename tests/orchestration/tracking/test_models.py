@@ -1,7 +1,7 @@
 """A best model in MLflow: there once, whole, without a pickle, under the name that was asked."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
+from cpfean.fingerprints import listing
 from cpfean.records.trial_record import TrialRecord
 from orchestration.study.follower import Pauses
-from orchestration.tracking.models import listing
-from tests.faults import TrackingServer
 from tests.orchestration.samples import record
 from tests.orchestration.tracking.tracked import (
     SWEEP,
@@ -24,8 +23,6 @@ from tests.orchestration.tracking.tracked import (
     files_of,
     points,
     runs,
-    track,
-    wait_for,
 )
 
 NAMED = replace(SWEEP, register="my-model")
@@ -33,10 +30,8 @@ RARE = Pauses(retry=60.0, refused=60.0)
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".dill", ".cloudpickle")
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
+def write_model(folder: Path) -> Path:
     """A folder that has the files of a model; nobody loads it."""
-    folder = tmp_path / "best_model"
     (folder / "tokenizer").mkdir(parents=True)
     described = {"format": 1, "inputs": {"label_names": ["cat", "tree", "sky"]}}
     (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
@@ -44,6 +39,11 @@ def model(tmp_path: Path) -> Path:
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "best_model")
 
 
 @pytest.fixture
@@ -238,33 +238,3 @@ def test_a_model_that_is_not_on_this_machine_is_left_out(
 ) -> None:
     assert send(uri, best, tmp_path / "best_model") == (True, [])
     assert logged(uri) == []
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
-    server = TrackingServer(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.mark.slow
-def test_a_server_gets_a_model_too_and_later_where_it_was_away(
-    server: TrackingServer, best: TrialRecord, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("TIMEOUT", "5"), ("MAX_RETRIES", "1"), ("BACKOFF_FACTOR", "0")):
-        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    track(server.url, best, run=NAMED)
-    wait_for(server.url, best)
-    server.kill()
-    done, said = send(server.url, best, model)
-    assert not done
-    assert [line for line in said if "best_model" in line and "not sent" in line]
-    server.start()
-    done, said = send(server.url, best, model)
-    assert done, said
-    assert said[-1] == "best_model is registered in MLflow: models:/my-model/1"
-    (one,) = logged(server.url)
-    assert one.status == LoggedModelStatus.READY
-    assert send(server.url, best, model) == (True, [])
-    assert len(versions(server.url, "my-model")) == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 
 from cpfean.errors import ServiceError
 from cpfean.records.run_folder import RunFolder
@@ -29,7 +30,16 @@ from tests.lab.hosts import wait_until
 from tests.orchestration.runners.test_in_process import plan_of
 from tests.orchestration.samples import TINY, record, run_here
 from tests.orchestration.study.scripted import SPACE
-from tests.orchestration.tracking.tracked import Tracked, named, points, runs, steps, wait_for
+from tests.orchestration.tracking.test_models import send, write_model
+from tests.orchestration.tracking.tracked import (
+    Tracked,
+    named,
+    points,
+    runs,
+    steps,
+    track,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -479,3 +489,31 @@ def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path, empty_sto
         where = Settings(output=tmp_path, cache_dir=tmp_path, tracking_uri=uri)
         with pytest.raises(doctor.Ill, match=r"mlflow\.db.*[Rr]ead-?only"):
             doctor.check_tracking(where)
+
+
+@pytest.mark.parametrize("fault", ["refuse", "lose", 500])
+def test_a_model_that_a_server_did_not_take_is_there_once_after_the_next_driver(
+    proxy: Proxy, server: TrackingServer, tmp_path: Path, fault: Fault
+) -> None:
+    """Whatever was lost: the request, or only its answer."""
+    run = replace(named(f"model-{fault}"), register=f"model-{fault}")
+    model, best = write_model(tmp_path / "best_model"), record(0, 1.0, state="finished")
+    track(proxy.url, best, run=run)
+    (sent,) = runs(server.url, id=run.id, trial="0")
+    proxy.only = lambda head: any(
+        part in head for part in (b"logged-models", b"registered-models", b"model-versions")
+    )
+    proxy.fault = fault
+    done, said = send(proxy.url, best, model, run=run)
+    assert not done
+    assert [line for line in said if "best_model" in line]
+    proxy.fault = "none"
+    done, said = send(proxy.url, best, model, run=run)
+    assert done, said
+    client = MlflowClient(server.url)
+    found = client.search_logged_models([sent.info.experiment_id])
+    (one,) = [each for each in found if each.source_run_id == sent.info.run_id]
+    assert one.status == LoggedModelStatus.READY
+    (version,) = client.search_model_versions(f"name = '{run.register}'")
+    assert version.source == one.artifact_location
+    assert send(proxy.url, best, model, run=run) == (True, [])
