@@ -30,6 +30,7 @@ made its regions. The gallery is encoded once and kept in the cache. Needs: pip 
 Exit codes: 0 done, 2 flags or no Gradio, 3 data, 5 model, disk or port, 130 Ctrl-C, 143 killed.
 """
 _LONGEST_PASSWORD = 1000  # bytes
+_MANY = 50_000  # images
 
 
 def main() -> None:
@@ -132,6 +133,11 @@ def _answers(arguments: argparse.Namespace) -> tuple[Answers, str]:
         count=arguments.count,
         shortlist=arguments.shortlist,
     )
+    if arguments.shortlist is None and split.num_images > _MANY:
+        command_line.say(
+            f"every search scores all {split.num_images:,} images, which takes seconds or more; "
+            "--shortlist 200 scores the nearest alone."
+        )
     about = f"{split.num_images:,} images of {split.name}, searched by {' and '.join(names)}"
     return answers, about
 

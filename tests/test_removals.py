@@ -43,6 +43,9 @@ PLACES = {
     "cpfean.folders:note": "a note of the cache, named by a hash of what it is about",
     "cpfean.model.cpfean:Cpfean.save_pretrained": "in the folder that the caller names for a model",
     "cpfean.publishing.push:prepared": NEW,
+    "cpfean.search.array_folders:_make": f"{NEW}, and leftovers of the same array folder by their "
+    "prefix, under its lock; the name that it gives was free",
+    "cpfean.search.page.server:serve": NEW,
     "cpfean.training.checkpoint:Checkpoint._write": "in the folder that the caller names for a "
     "checkpoint, which `CheckpointFolder` has made",
     "cpfean.training.checkpoint:_write_manifest": "in the same folder",

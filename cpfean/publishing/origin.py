@@ -14,6 +14,7 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.caption_groups import PER_IMAGE
+from cpfean.data.provenance import read_provenance
 from cpfean.data.split import data_fingerprint, open_split
 from cpfean.errors import CheckpointError, DataError
 from cpfean.files import is_there
@@ -22,7 +23,6 @@ from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TrialRecord
 from cpfean.training.checkpoint import read_state
 
-PROVENANCE = "provenance.json"
 _OF_A_MACHINE = ("data.path", "model.text.encoder")  # settings that can be places on one
 
 
@@ -140,9 +140,7 @@ def _of_data(config: ExperimentConfig, fingerprint: str) -> dict[str, Any]:
         if not folder.is_dir() or data_fingerprint(folder) != fingerprint:
             return {}
         test = open_split(folder, "test", num_regions=None, overlaps=False)
+        made_by = read_provenance(folder)
     except DataError:
         return {}
-    told: dict[str, Any] = {"gallery": (test.num_images, test.num_captions)}
-    if is_there(folder / PROVENANCE):
-        told["provenance"] = read_object(folder / PROVENANCE, error=CheckpointError)
-    return told
+    return {"gallery": (test.num_images, test.num_captions), "provenance": made_by}

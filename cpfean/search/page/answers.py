@@ -112,12 +112,12 @@ class Answers:
             CpfeanError: as the search for captions, which are encoded here.
         """
         for searcher in self.searchers:
-            first = searcher.image_at(0)
+            sentence = "a"
             if self.has_captions:
-                searcher.captions(first)
-                searcher.images(searcher.split.captions[0])
-            with contextlib.suppress(CpfeanError):  # a sentence for whatever vocabulary there is
-                searcher.images(" ".join(searcher.split.label_names or ["a"])[:100])
+                sentence = searcher.split.captions[0]
+                searcher.captions(searcher.image_at(0), k=1)
+            with contextlib.suppress(CpfeanError):  # of a vocabulary that does not know it
+                searcher.images(sentence, k=1, shortlist=1)
 
     def why_no_upload(self) -> str | None:
         """Why no photograph of one's own can be taken; None if it can."""

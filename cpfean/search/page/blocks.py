@@ -49,8 +49,8 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
     gr = load_gradio()
     clicks, pairs, drop = ((_HERE / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
 
-    def ask(sentence: str) -> tuple[str, Asked | None, str]:
-        return shown(answers.images(sentence))
+    def ask(sentence: str | None) -> tuple[str, Asked | None, str]:
+        return shown(answers.images(sentence or ""))
 
     def look(asked: Asked | None, event: Any) -> str:
         return answers.chosen(asked, event._data)
@@ -63,8 +63,8 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
         except ConfigError:
             return pair, ""
 
-    def captions(name: str) -> tuple[str, Asked | None, str]:
-        return shown(answers.captions_of(name))
+    def captions(name: str | None) -> tuple[str, Asked | None, str]:
+        return shown(answers.captions_of(name or ""))
 
     def any_captions() -> tuple[str, str, Asked | None, str]:
         name = answers.random_image()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from cpfean.search.page.guard import LARGEST_QUESTION, Guard
 
+QUESTION = "/gradio_api/queue/join"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -83,7 +85,6 @@ def guard() -> Guard:
         "/theme.css",
         "/assets/index-abc.js",
         "/static/img/logo.svg",
-        "/gradio_api/queue/join",
         "/gradio_api/queue/data",
         "/gradio_api/heartbeat/abc",
     ],
@@ -153,16 +154,61 @@ def test_with_a_password_everything_asks_for_it() -> None:
 
 def test_what_is_too_large_is_refused_by_its_length(guard: Guard) -> None:
     for length in (LARGEST_QUESTION + 1, 10**30, -1):
-        assert asked(guard, "/gradio_api/queue/join", length=length).status == 413
-    assert asked(guard, "/gradio_api/queue/join", length=LARGEST_QUESTION).status == 200
+        assert asked(guard, "/config", length=length).status == 413
+    assert asked(guard, "/config", length=LARGEST_QUESTION).status == 200
     roomy = Guard(stand_in, hosts=LOOPBACK, password=None, largest=2 * LARGEST_QUESTION)
-    assert asked(roomy, "/gradio_api/queue/join", length=2 * LARGEST_QUESTION).status == 200
+    assert asked(roomy, "/config", length=2 * LARGEST_QUESTION).status == 200
 
 
 def test_what_is_larger_than_it_said_is_broken_off(guard: Guard) -> None:
     piece = b"x" * 2**19
-    assert asked(guard, "/gradio_api/queue/join", body=(piece,)).text == str(2**19)
-    assert asked(guard, "/gradio_api/queue/join", body=(piece,) * 4).status is None
+    assert asked(guard, "/config", body=(piece,)).text == str(2**19)
+    assert asked(guard, "/config", body=(piece,) * 4).status is None
+    assert asked(guard, QUESTION, body=(piece,) * 4).status == 400
+
+
+def test_a_question_of_texts_and_numbers_arrives_as_it_is(guard: Guard) -> None:
+    for data, event in ((["a dog"], None), ([None], {"side": 0, "hit": 3}), ([], {"name": "x"})):
+        told = {"data": data, "event_data": event, "fn_index": 0, "session_hash": "s"}
+        body = json.dumps(told).encode()
+        answer = asked(guard, QUESTION, body=(body[:5], body[5:]))
+        assert (answer.status, answer.text) == (200, str(len(body)))
+
+
+FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"data": [FILE], "event_data": None},
+        {"data": ["a dog"], "event_data": FILE},
+        {"data": [["a dog"]], "event_data": None},
+        {"data": {"path": "/etc/passwd"}, "event_data": None},
+        {"data": ["a dog"], "event_data": ["x"]},
+        {"event_data": None},
+        [],
+        "a dog",
+        None,
+    ],
+)
+def test_a_question_that_names_files_or_is_none_is_refused(guard: Guard, body: object) -> None:
+    assert asked(guard, QUESTION, body=(json.dumps(body).encode(),)).status == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_question_at_all_is_refused(guard: Guard, body: bytes) -> None:
+    assert asked(guard, QUESTION, body=(body,)).status == 400
+
+
+def test_what_fails_behind_it_is_told_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def failing(*_: object) -> None:
+        raise KeyError(99)
+
+    guard = Guard(failing, hosts=LOOPBACK, password=None)
+    assert asked(guard, "/config").status is None
+    assert "KeyError" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_web_sockets_are_not_spoken(guard: Guard) -> None:
