@@ -32,7 +32,7 @@ install_import_hook(
             f"cpfean.photographs.{name}"
             for name in (
                 *("backbones", "detectors", "extractor", "grid", "pooling"),
-                *("suppression", "zero_shot"),
+                *("selection", "suppression", "zero_shot"),
             )
         ),
     ],

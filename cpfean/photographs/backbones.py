@@ -24,13 +24,11 @@ from torch import Tensor
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.detectors import check_outputs
-from cpfean.photographs.pretrained import (
-    ModelFiles,
-    load_config,
-    load_image_processor,
-    load_pretrained,
-)
+from cpfean.photographs.model_files import ModelFiles
+from cpfean.photographs.pretrained import load_config, load_image_processor, load_pretrained
 
+# What makes one vector of a whole photograph; nobody here asks for it.
+_HEADS = r"(^|\.)(pooler|head)\."
 _SMALLEST_MAP = 2  # cells along the shorter side; a narrow photograph gets more pixels than others
 
 
@@ -43,6 +41,7 @@ class Backbone:
         feature_dim: width of a cell's vector.
         stride: pixels a cell, each way.
         resolution: side in pixels of the square with as many pixels as a photograph is given.
+        together: whether photographs of one shape go through the model together, as on a GPU.
 
     Raises:
         CheckpointError: a model of another kind, or one that cannot be loaded.
@@ -60,17 +59,18 @@ class Backbone:
         _check_sees(config, source=str(files.folder))
         self.stride = _stride(config, source=str(files.folder))
         self._processor = load_image_processor(files)
-        self.model = load_pretrained(files, AutoModel, device=device, config=config)
+        self.model = load_pretrained(
+            files, AutoModel, device=device, may_lack=_HEADS, config=config
+        )
         accepted = inspect.signature(self.model.forward).parameters
-        if "pixel_values" not in accepted or "spatial_shapes" in accepted:
-            raise CheckpointError(
-                f"{files.folder}: expected a vision backbone that takes a photograph (DINOv2, "
-                f"SigLIP, ViT, ConvNeXt), found {type(self.model).__name__}."
-            )
+        self._takes_patches = "spatial_shapes" in accepted
+        self.together = device.type != "cpu"
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         )
-        self.resolution = resolution or _resolution(self._processor, self.model.config)
+        self.resolution = resolution or _resolution(
+            self._processor, self.model.config, stride=self.stride
+        )
         blank = np.zeros((self.resolution, self.resolution, 3), dtype=np.uint8)
         (probe,) = self([blank])
         self.feature_dim = int(probe.shape[-1])
@@ -83,15 +83,16 @@ class Backbone:
         Raises:
             CheckpointError: the model gives something else than a map.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
         for place, photograph in enumerate(photographs):
-            groups.setdefault(self._size(photograph), []).append(place)
+            key = self._size(photograph), 0 if self.together else place
+            groups.setdefault(key, []).append(place)
         maps: dict[int, Tensor] = {}
-        for size, places in groups.items():
+        for (size, _), places in groups.items():
             pixels = np.stack([self._pixels(photographs[place], size) for place in places])
             inputs = torch.from_numpy(pixels).to(self.model.device)
             with torch.inference_mode():
-                outputs = self.model(pixel_values=inputs, **self._options)
+                outputs = self.model(**self._inputs(inputs), **self._options)
             together = self._as_map(outputs.last_hidden_state, size)
             check_outputs(self.files, together)
             maps.update(zip(places, together, strict=True))
@@ -122,6 +123,20 @@ class Backbone:
             mean = np.array(processor.image_mean, dtype=np.float32)
             pixels = (pixels - mean) / np.array(processor.image_std, dtype=np.float32)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _inputs(self, pixels: Float32[Tensor, "image 3 row column"]) -> dict[str, Tensor]:
+        """The photographs themselves, or their patches for a model without a shape (NaFlex)."""
+        if not self._takes_patches:
+            return {"pixel_values": pixels}
+        images, _, height, width = pixels.shape
+        rows, columns = height // self.stride, width // self.stride
+        patches = pixels.unflatten(2, (rows, self.stride)).unflatten(4, (columns, self.stride))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(images, rows * columns, -1)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": patches.new_ones(patches.shape[:2], dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[rows, columns]] * images, device=pixels.device),
+        }
 
     def _as_map(
         self, states: Tensor, size: tuple[int, int]
@@ -165,8 +180,11 @@ def _stride(config: Any, *, source: str) -> int:
     return patch * 2 ** (len(stages) - 1) if stages else patch
 
 
-def _resolution(processor: Any, config: Any) -> int:
-    """Side of the square that the image processor would make of every photograph."""
+def _resolution(processor: Any, config: Any, *, stride: int) -> int:
+    """Side of the square that the image processor would make of every square photograph."""
+    most = getattr(processor, "max_num_patches", None)
+    if most:
+        return math.isqrt(most) * stride
     for name in ("crop_size", "size"):
         if name == "crop_size" and not getattr(processor, "do_center_crop", False):
             continue

@@ -27,9 +27,10 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from cpfean.errors import DataError, ServiceError, message_of
 from cpfean.files import open_file, what_it_is
 
-# Pillow's own line between photographs and decompression bombs: a quarter of a gigabyte as RGB.
-# Cameras of 61 megapixels are below it; 30,000 x 20,000 pixels would be 1.8 GB.
-MOST_PIXELS = 2**30 // 4 // 3
+# A gigabyte, at the twelve bytes that a pixel takes at worst: of a progressive JPEG in CMYK all
+# coefficients are held until the last has come, 8 bytes, beside the 4 of the pixel. Cameras of 61
+# megapixels are below it, and it is below Pillow's own line for decompression bombs (89 million).
+MOST_PIXELS = 80_000_000
 LEAST_SIDE = 8  # pixels; below that there is nothing to be detected
 MOST_ELONGATED = 32  # long side / short side: resized for a detector, less than a patch is left
 _LARGEST_FILE = 2**28  # bytes: as large as the largest photograph without any compression

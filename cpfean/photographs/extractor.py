@@ -5,31 +5,28 @@ Axes:  region   of a photograph, the most confident first     feature   of a reg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32, Float64, Int32, Int64, UInt8
+from jaxtyping import Float16, Float32, Int32, UInt8
+from PIL import Image
 
 from cpfean.errors import CheckpointError, ConfigError
 from cpfean.photographs.backbones import Backbone
 from cpfean.photographs.detectors import Detections, ObjectDetector
-from cpfean.photographs.grid import grid_boxes
+from cpfean.photographs.model_files import ModelFiles, find_model
 from cpfean.photographs.pooling import pooled_regions
-from cpfean.photographs.pretrained import ModelFiles, find_model
+from cpfean.photographs.selection import PLACE, Chosen, choose
 from cpfean.photographs.settings import GRID, ExtractionSettings
-from cpfean.photographs.suppression import overlaps, suppressed
 from cpfean.photographs.zero_shot import KINDS, ZeroShotDetector
 
-# What a region is called that no detector has found. It is a place and no thing, so it gets a line
-# of the vocabulary that says no more than that, and confidence 0, by which a model trusts its label
-# as little as it can. To hand it the detector's best guess instead would put names into captions'
-# way that the detector itself rejected.
-PLACE = "region"
 Detector = ObjectDetector | ZeroShotDetector
-_MOST_FILLERS = 2000  # boxes of the grid that are tried
+# Pixels: 2,048 x 2,048, where DETR takes 1,333 x 800 and the largest OWLv2 1,008 x 1,008.
+_LOOKED_AT = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +51,9 @@ class PhotographRegions:
 class RegionExtractor:
     """A detector, or the grid, and what stands for its regions.
 
-    Everything is computed in float32 and by the same steps for each photograph, whatever it is
-    called together with: the same batch gives the same bytes, another batch the same numbers but
-    for the rounding of matrix products.
+    Everything is computed in float32, and no photograph changes what is found in another. On a CPU
+    the bytes are the same in whatever batch a photograph comes; on a GPU they are the same in the
+    same batch, and in another one the same numbers but for the rounding of matrix products.
 
     Attributes:
         settings: what it does.
@@ -87,10 +84,14 @@ class RegionExtractor:
         names = self._detector.label_names if self._detector else None
         self.label_names = None if names is None else [*names, *([PLACE] * (PLACE not in names))]
         self._place = self.label_names.index(PLACE) if self.label_names else 0
-        self._fillers = grid_boxes(_MOST_FILLERS)
         self.feature_dim = self._backbone.feature_dim if self._backbone else 0
         if self._detector is not None and settings.features != "backbone":
             (probe,) = self._detector([np.full((64, 64, 3), 127, dtype=np.uint8)])
+            if not probe.embeddings.shape[1]:
+                raise CheckpointError(
+                    f"{settings.detector}: gives no embeddings of its queries; take features "
+                    '"backbone".'
+                )
             self.feature_dim += probe.embeddings.shape[1]
 
     @classmethod
@@ -112,14 +113,17 @@ class RegionExtractor:
             ConfigError: a record that is damaged.
             CheckpointError: a model that is not there, or other weights than those of the record.
         """
-        noted = provenance.get("settings")
-        if not isinstance(noted, dict):
+        records = {}
+        for part in ("settings", "detector", "backbone"):
+            records[part] = {} if provenance.get(part) is None else provenance[part]
+            if not isinstance(records[part], dict):
+                raise ConfigError(f"provenance: expected an object as {part}, found another value.")
+        if not records["settings"]:
             raise ConfigError("provenance: expected settings, found none.")
-        settings = ExtractionSettings.from_dict(noted)
+        settings = ExtractionSettings.from_dict(records["settings"])
         elsewhere = {"detector": detector, "backbone": backbone}
         for part, given in elsewhere.items():
-            record = provenance.get(part) or {}
-            name, revision = getattr(settings, part), record.get("revision")
+            name, revision = getattr(settings, part), records[part].get("revision")
             if given is None and name and revision:  # as of then, whatever is newest now
                 elsewhere[part] = f"{name.partition('@')[0]}@{revision}"
         extractor = cls(
@@ -135,7 +139,7 @@ class RegionExtractor:
         for part in ("detector", "backbone"):
             for key in ("sha256", "settings_sha256"):
                 has = (found[part] or {}).get(key)
-                had = (provenance.get(part) or {}).get(key)
+                had = records[part].get(key)
                 if has != had:
                     what = "weights" if key == "sha256" else "settings"
                     raise CheckpointError(
@@ -173,11 +177,18 @@ class RegionExtractor:
         Raises:
             CheckpointError: a model whose results are no finite numbers, or too large for float16.
         """
+        seen = [_reduced(photograph) for photograph in photographs]
         found: Sequence[Detections | None] = [None] * len(photographs)
         if self._detector is not None and len(photographs):
-            found = self._detector(photographs)
+            found = self._detector(seen)
         chosen = [
-            self._chosen(detections, size=(photograph.shape[1], photograph.shape[0]))
+            choose(
+                detections,
+                size=(photograph.shape[1], photograph.shape[0]),
+                num_regions=self.settings.num_regions,
+                fill=self.settings.fill,
+                max_overlap=self.settings.max_overlap,
+            )
             for detections, photograph in zip(found, photographs, strict=True)
         ]
         parts: list[list[np.ndarray]] = [[] for _ in photographs]
@@ -186,9 +197,7 @@ class RegionExtractor:
                 assert detections is not None
                 part.append(detections.embeddings[regions.queries])
         if self._backbone is not None and len(photographs):
-            for part, features, regions in zip(
-                parts, self._backbone(photographs), chosen, strict=True
-            ):
+            for part, features, regions in zip(parts, self._backbone(seen), chosen, strict=True):
                 boxes = torch.from_numpy(regions.boxes).to(features.device)
                 part.append(pooled_regions(features, boxes).float().cpu().numpy())
         return [
@@ -196,44 +205,8 @@ class RegionExtractor:
             for part, regions, photograph in zip(parts, chosen, photographs, strict=True)
         ]
 
-    def _chosen(self, detections: Detections | None, *, size: tuple[int, int]) -> _Chosen:
-        """The best detections that do not overlap too much, and boxes of the grid after them."""
-        settings = self.settings
-        if detections is None:
-            return _Chosen(
-                boxes=self._fillers[: settings.num_regions],
-                labels=np.zeros(settings.num_regions, dtype=np.int64),
-                scores=np.zeros(settings.num_regions, dtype=np.float32),
-                queries=np.zeros(0, dtype=np.int64),
-            )
-        # A box of less than a pixel shows nothing.
-        sides = (detections.boxes[:, 2:] - detections.boxes[:, :2]) * np.array(size)
-        candidates = np.flatnonzero((sides >= 1).all(axis=1))
-        kept = suppressed(
-            detections.boxes[candidates],
-            max_overlap=settings.max_overlap,
-            most=settings.num_regions,
-        )
-        kept = candidates[kept]
-        wanted = settings.num_regions - len(kept) if settings.fill else int(not len(kept))
-        fillers = _fitting(
-            self._fillers, detections.boxes[kept], wanted, max_overlap=settings.max_overlap
-        )
-        # A place has no query; the one that looked at most of the same pixels speaks for it.
-        nearest = [int(overlaps(box, detections.query_boxes).argmax()) for box in fillers]
-        return _Chosen(
-            boxes=np.concatenate((detections.boxes[kept], fillers)),
-            labels=np.concatenate(
-                (detections.labels[kept], np.full(len(fillers), self._place, dtype=np.int64))
-            ),
-            scores=np.concatenate(
-                (detections.scores[kept], np.zeros(len(fillers), dtype=np.float32))
-            ),
-            queries=np.concatenate((detections.queries[kept], np.array(nearest, dtype=np.int64))),
-        )
-
     def _finished(
-        self, parts: list[np.ndarray], chosen: _Chosen, *, size: tuple[int, int]
+        self, parts: list[np.ndarray], chosen: Chosen, *, size: tuple[int, int]
     ) -> PhotographRegions:
         features = np.concatenate(parts, axis=1).astype(np.float32)
         with np.errstate(over="ignore"):
@@ -249,12 +222,13 @@ class RegionExtractor:
                 f"{np.abs(features[~half.any(axis=1)]).max():.3g}); take another model."
             )
         width, height = size
+        labels = np.where(chosen.labels < 0, self._place, chosen.labels)
         boxes = (chosen.boxes * np.array([width, height, width, height])).astype(np.float32)
         return PhotographRegions(
             features=half,
             boxes=boxes,
             size=size,
-            labels=None if self.label_names is None else chosen.labels.astype(np.int32),
+            labels=None if self.label_names is None else labels.astype(np.int32),
             scores=None if self._detector is None else chosen.scores.clip(0, 1),
         )
 
@@ -263,14 +237,20 @@ class RegionExtractor:
         return " and ".join(names)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Chosen:
-    """The regions of a photograph before they have features; boxes in shares."""
+def _reduced(
+    photograph: UInt8[np.ndarray, "height width 3"],
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A photograph with at most four times as many pixels as a model could look at.
 
-    boxes: Float64[np.ndarray, "region 4"]
-    labels: Int64[np.ndarray, " region"]
-    scores: Float32[np.ndarray, " region"]
-    queries: Int64[np.ndarray, " query"]
+    Image processors make copies, and some of them as float32 squares: of 80 million pixels that
+    is gigabytes. Means over whole squares of pixels, as Pillow's own `reducing_gap` takes them
+    before a resize, leave nothing of it to be seen.
+    """
+    height, width = photograph.shape[:2]
+    factor = math.isqrt(height * width // _LOOKED_AT)
+    if factor < 2:
+        return photograph
+    return np.asarray(Image.fromarray(photograph).reduce(factor))
 
 
 def _detector(files: ModelFiles, settings: ExtractionSettings, *, device: torch.device) -> Detector:
@@ -287,20 +267,6 @@ def _detector(files: ModelFiles, settings: ExtractionSettings, *, device: torch.
             "leave it out, or take a zero-shot detector such as google/owlv2-base-patch16-ensemble."
         )
     return ZeroShotDetector(files, settings.vocabulary, min_score=settings.min_score, device=device)
-
-
-def _fitting(
-    grid: Float64[np.ndarray, "box 4"],
-    kept: Float64[np.ndarray, "region 4"],
-    count: int,
-    *,
-    max_overlap: float,
-) -> Float64[np.ndarray, "filler 4"]:
-    """The first boxes of the grid that are not nearly a region which is there already."""
-    free = np.ones(len(grid), dtype=bool)
-    for box in kept:
-        free &= overlaps(box, grid) <= max_overlap
-    return grid[free][:count]
 
 
 def _described(part: Detector | Backbone | None) -> dict[str, Any] | None:

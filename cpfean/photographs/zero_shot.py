@@ -24,16 +24,11 @@ from cpfean.photographs.detectors import (
     Detections,
     check_outputs,
     corners,
-    of_equal_size,
     ordered,
+    prepared,
 )
-from cpfean.photographs.pretrained import (
-    ModelFiles,
-    check_kind,
-    load_image_processor,
-    load_pretrained,
-    load_tokenizer,
-)
+from cpfean.photographs.model_files import ModelFiles, check_kind
+from cpfean.photographs.pretrained import load_image_processor, load_pretrained, load_tokenizer
 
 _OWL = ("owlv2", "owlvit")
 _GROUNDING = ("grounding-dino", "mm-grounding-dino")
@@ -63,6 +58,7 @@ class ZeroShotDetector:
         files: of the model.
         model: of transformers.
         label_names: the vocabulary.
+        together: whether photographs of one shape go through the model together (`prepared`).
 
     Raises:
         CheckpointError: another kind of model, or one that cannot be loaded.
@@ -87,6 +83,7 @@ class ZeroShotDetector:
         self.processor = load_image_processor(files)
         tokenizer = load_tokenizer(files)
         self.model = load_pretrained(files, AutoModelForZeroShotObjectDetection, device=device)
+        self.together = device.type != "cpu"
         self._min_score = min_score
         self._is_owl = files.kind in _OWL
         passes = _passes_of_owl if self._is_owl else _passes_of_grounding
@@ -97,7 +94,9 @@ class ZeroShotDetector:
     ) -> list[Detections]:
         """What of the vocabulary is in each photograph."""
         found: list[list[Detections]] = [[] for _ in photographs]
-        for places, inputs in of_equal_size(self.processor, photographs, self.model.device):
+        for places, inputs in prepared(
+            self.processor, photographs, device=self.model.device, together=self.together
+        ):
             for each in self._passes:
                 texts = {
                     name: value.repeat(len(places), *[1] * (value.ndim - 1)).to(self.model.device)

@@ -7,6 +7,7 @@ measuring: what they find means nothing, what they cost is what the released wei
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,28 @@ def tiny_siglip(folder: Path, *, seed: int = 0) -> Path:
     return _saved(
         folder, SiglipModel(config), SiglipImageProcessorPil(size={"height": 32, "width": 32})
     )
+
+
+def tiny_siglip2(folder: Path, *, seed: int = 0) -> Path:
+    """SigLIP 2 of any shape (NaFlex): at most 16 patches of 8 pixels."""
+    from transformers import (
+        Siglip2Config,
+        Siglip2ImageProcessorPil,
+        Siglip2Model,
+        Siglip2TextConfig,
+        Siglip2VisionConfig,
+    )
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = Siglip2Config(
+        text_config=Siglip2TextConfig(**sizes, num_attention_heads=2, vocab_size=32).to_dict(),
+        vision_config=Siglip2VisionConfig(
+            **sizes, num_attention_heads=2, patch_size=8, num_patches=16
+        ).to_dict(),
+    )
+    torch.manual_seed(seed)
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    return _saved(folder, Siglip2Model(config), processor)
 
 
 def tiny_vit(folder: Path, *, seed: int = 0) -> Path:

@@ -86,19 +86,24 @@ def test_regions_are_what_the_native_format_takes(
 
 
 @pytest.mark.parametrize(("detector", "features"), WAYS)
-def test_a_photograph_has_the_same_regions_in_any_batch_and_the_same_bytes_in_the_same(
+def test_a_photograph_has_the_same_bytes_in_any_batch(
     detector: str, features: str, made: Made, photographs: list[np.ndarray]
 ) -> None:
     extract = extractor(made, detector, features)
-    together, again = extract(photographs), extract(photographs)
-    for photograph, one, two in zip(photographs, together, again, strict=True):
-        assert one.features.tobytes() == two.features.tobytes()
-        assert one.boxes.tobytes() == two.boxes.tobytes()
+    for photograph, regions in zip(photographs, extract(photographs), strict=True):
         (alone,) = extract([photograph])
-        np.testing.assert_allclose(alone.boxes, one.boxes, atol=0.02)
-        np.testing.assert_allclose(
-            alone.features.astype(float), one.features.astype(float), atol=0.02
-        )
+        assert alone.features.tobytes() == regions.features.tobytes()
+        assert alone.boxes.tobytes() == regions.boxes.tobytes()
+
+
+def test_more_pixels_than_are_looked_at_change_nothing(made: Made) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (1600, 2700, 3), dtype=np.uint8)
+    large = small.repeat(3, axis=0).repeat(3, axis=1)
+    extract = extractor(made, "rt_detr_v2", "both")
+    (few,), (many,) = extract([small]), extract([large])
+    assert many.size == (8100, 4800)
+    np.testing.assert_array_equal(many.features, few.features)
+    np.testing.assert_allclose(many.boxes, 3 * few.boxes, rtol=1e-6)
 
 
 def test_both_is_the_detectors_beside_the_backbones(
@@ -112,6 +117,22 @@ def test_both_is_the_detectors_beside_the_backbones(
         np.testing.assert_array_equal(first.boxes, both.boxes)
         beside = np.concatenate((first.features, second.features), axis=1)
         np.testing.assert_array_equal(both.features, beside)
+
+
+@pytest.mark.parametrize("backbone", ["dinov2", "siglip", "siglip2", "vit", "convnext"])
+def test_nothing_is_printed_that_was_not_asked_for(
+    backbone: str,
+    made: Made,
+    photographs: list[np.ndarray],
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    detector = {"vit": "owlv2", "siglip": "detr"}.get(backbone, "rt_detr_v2")
+    folder = str(made(backbone)), str(made(detector))
+    capfd.readouterr()
+    extractor(made, detector, "both", backbone=folder[0])(photographs)
+    assert capfd.readouterr() == ("", "")
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_the_grid_is_the_grid(made: Made, photographs: list[np.ndarray]) -> None:
@@ -246,3 +267,5 @@ def test_models_may_have_moved_but_not_changed(made: Made, tmp_path: Path) -> No
         RegionExtractor.from_provenance(plain, device=CPU, backbone=moved)
     with pytest.raises(ConfigError, match="expected settings"):
         RegionExtractor.from_provenance({}, device=CPU)
+    with pytest.raises(ConfigError, match="expected an object as backbone"):
+        RegionExtractor.from_provenance(plain | {"backbone": "mine"}, device=CPU)

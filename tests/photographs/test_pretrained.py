@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cpfean.errors import CheckpointError
 from cpfean.photographs.extractor import ExtractionSettings, RegionExtractor
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 
 Made = Callable[[str], Path]
 Damage = Callable[[Path], object]
@@ -74,6 +74,13 @@ def shard_elsewhere(folder: Path) -> None:
     path.write_text(json.dumps(index), "utf-8")
 
 
+def huge(folder: Path) -> None:
+    """An image processor that would ask for 120 GB."""
+    path = folder / "preprocessor_config.json"
+    size = {"height": 100_000, "width": 100_000}
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"crop_size": size}), "utf-8")
+
+
 def pipe(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
@@ -100,6 +107,7 @@ def pipe(folder: Path) -> None:
         (weights(lambda t: t["layernorm.weight"].fill_(torch.nan)), "not finite"),
         (lambda f: (f / "preprocessor_config.json").unlink(), "expected preprocessor_config.json"),
         (lambda f: (f / "preprocessor_config.json").write_text("[]"), "no image processor"),
+        (huge, "expected sizes from 1 to 4,096 pixels, found 100000"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "found an adapter"),
     ],
 )
@@ -170,7 +178,7 @@ def test_a_pooling_head_that_is_missing_is_not_missed(made: Made) -> None:
 
 _FROM_THE_CACHE = """
 import sys
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 files = find_model(sys.argv[1], what="backbone")
 print(files.revision, files.kind, files.sha256[:8])
 """

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cpfean.errors import CheckpointError, ConfigError
-from cpfean.photographs.pretrained import find_model
+from cpfean.photographs.model_files import find_model
 from cpfean.photographs.zero_shot import ZeroShotDetector
 
 Made = Callable[[str], Path]
@@ -86,8 +86,9 @@ def test_grounding_dino_takes_the_surest_token_of_the_surest_name(
 def test_what_is_found_does_not_depend_on_the_company(
     kind: str, made: Made, photographs: list[np.ndarray]
 ) -> None:
-    found_by = detector(made(kind))
-    together = found_by(photographs)
+    found_by, with_others = detector(made(kind)), detector(made(kind))
+    with_others.together = True  # as on a GPU
+    together = with_others(photographs)
     for photograph, of_four in zip(photographs, together, strict=True):
         (alone,) = found_by([photograph])
         np.testing.assert_allclose(of_four.scores, alone.scores, atol=1e-4)

@@ -7,17 +7,21 @@ folder with a file of captions for all of it, and a folder with nothing but phot
 from __future__ import annotations
 
 import logging
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cpfean.data.convert.captions import read_coco_captions, read_json, read_karpathy
 from cpfean.data.convert.photo_captions import TABLES, clean_name, read_table
 from cpfean.data.convert.photo_folder import PhotoFolder, is_photograph, open_folder
+from cpfean.data.convert.photo_splits import (
+    Captions,
+    check_shares,
+    draw_splits,
+    find_leaks,
+    tell_doubles,
+)
 from cpfean.data.findings import Findings
 from cpfean.data.split import SPLITS
 from cpfean.errors import ConfigError, DataError
@@ -28,8 +32,6 @@ logger = logging.getLogger(__name__)
 GALLERY = "gallery"
 _FOLDERS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 _LARGEST_TABLE = 2**30  # bytes
-
-Captions = dict[str, list[str]]  # of each photograph, by its path from the root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def find_photographs(
         DataError: no photographs, or a list of everything that is wrong, by file and line.
         ServiceError: an object store that does not answer.
     """
-    _check_shares(shares)
+    check_shares(shares)
     folder = open_folder(root)
     if not folder.photographs():
         raise DataError(
@@ -109,17 +111,17 @@ def find_photographs(
         found = _captions_for_all(folder, captions, findings)
         if found is None:
             names = folder.photographs()
-            _tell_doubles(folder.doubles(names))
+            tell_doubles(folder.doubles(names))
             return {GALLERY: [_photograph(folder, name, ()) for name in names]}
         splits = found
     findings.refuse(root)
     groups = folder.doubles(sorted(name for split in splits.values() for name in split))
     if list(splits) == [""]:
-        splits = _drawn(splits[""], groups, shares=shares, seed=seed, root=root)
+        splits = draw_splits(splits[""], groups, shares=shares, seed=seed, root=root)
     else:
-        _refuse_leaks(splits, groups, findings)
+        find_leaks(splits, groups, findings)
         findings.refuse(root)
-    _tell_doubles(groups)
+    tell_doubles(groups)
     return {
         split: [_photograph(folder, name, splits[split][name]) for name in sorted(splits[split])]
         for split in SPLITS
@@ -129,14 +131,6 @@ def find_photographs(
 
 def _photograph(folder: PhotoFolder, name: str, captions: Sequence[str]) -> Photograph:
     return Photograph(name=name, path=folder.path(name), captions=tuple(captions))
-
-
-def _check_shares(shares: tuple[float, float, float]) -> None:
-    if not all(0 <= share <= 1 for share in shares) or not math.isclose(sum(shares), 1):
-        raise ConfigError(
-            f"shares of train, dev and test must be from 0 to 1 and sum to 1; got "
-            f"{', '.join(map(str, shares))}."
-        )
 
 
 def _tables_of_splits(folder: PhotoFolder) -> dict[str, str]:
@@ -320,61 +314,3 @@ def _place(folder: PhotoFolder, image: str, source: str, findings: Findings) -> 
         place=image,
     )
     return None
-
-
-def _drawn(
-    captions: Captions,
-    groups: Sequence[Sequence[str]],
-    *,
-    shares: tuple[float, float, float],
-    seed: int,
-    root: str,
-) -> dict[str, Captions]:
-    """Splits drawn from the photographs; doubles stay together."""
-    # A group begins with the first of its names, and comes where that does.
-    order = np.random.default_rng(seed).permutation(len(groups))
-    ends = np.cumsum(shares) * len(captions)
-    ends[-1] = len(captions)
-    splits: dict[str, Captions] = {split: {} for split in SPLITS}
-    done = 0
-    for position in order:
-        group = groups[position]
-        # By its middle: a large group goes where most of it belongs.
-        middle = done + len(group) / 2
-        split = SPLITS[int(np.searchsorted(ends, middle))]
-        splits[split].update((name, captions[name]) for name in group)
-        done += len(group)
-    empty = [s for s, share in zip(SPLITS, shares, strict=True) if share and not splits[s]]
-    if empty:
-        raise DataError(
-            f"{root}: {len(captions):,} photographs, {len(groups):,} of them different, are too "
-            f"few for shares of {', '.join(map(str, shares))}: none for {' and '.join(empty)}; "
-            "give other shares, or more photographs."
-        )
-    return splits
-
-
-def _refuse_leaks(
-    splits: Mapping[str, Captions], groups: Sequence[Sequence[str]], findings: Findings
-) -> None:
-    split_of = {name: split for split, own in splits.items() for name in own}
-    for group in groups:
-        for name in group[1:]:
-            if split_of[name] != split_of[group[0]]:
-                findings.add(
-                    "leak",
-                    name,
-                    f"expected photographs of {split_of[name]} that are in no other split, found "
-                    f"the same bytes as {group[0]} of {split_of[group[0]]}; remove one",
-                )
-
-
-def _tell_doubles(groups: Sequence[Sequence[str]]) -> None:
-    more = [group for group in groups if len(group) > 1]
-    if more:
-        logger.info(
-            "%d photographs are there more than once, %s for one; captions of one are no right "
-            "answers to the other",
-            len(more),
-            " and ".join(more[0][:3]),
-        )
