@@ -35,7 +35,7 @@ OUT.unfinished, and comes to the same bytes, in this process and on any number o
   python experiments/extract.py PHOTOS OUT --in-process --skip-broken
 
 Exit codes: 0 done, 2 flags, 3 photographs that cannot be read, faults in the files or no room on
-the disk, 4 no memory, 5 models, cluster or storage, 130 stopped.
+the disk, 4 no memory, 5 models, cluster or storage, 130 or 143 stopped.
 """
 
 
@@ -170,14 +170,20 @@ def _extract(
 ) -> Extraction:
     import torch
 
+    from cpfean.extraction.batches import Description
     from cpfean.extraction.run import extract
     from cpfean.photographs.extractor import RegionExtractor
 
-    # The driver's own: it says what a worker's has to be, and refuses what none could load.
-    extractor = RegionExtractor(settings, device=torch.device("cpu"))
+    # It says what those of the workers have to be, and refuses what none could load.
+    ready = [RegionExtractor(settings, device=torch.device("cpu"))]
+    extractor = Description.of(ready[0])
     elsewhere = _absolute(settings)
+    if not arguments.in_process:
+        ready.clear()  # models take memory
 
     def make(device: torch.device) -> RegionExtractor:
+        if ready and device.type == "cpu":
+            return ready.pop()
         return RegionExtractor(elsewhere, device=device)
 
     given: dict[str, Any] = {

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ Found = PhotographRegions | Unreadable
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
-class Extractor(Protocol):
-    """What makes regions of photographs, as `cpfean.photographs.extractor.RegionExtractor` does."""
+class Described(Protocol):
+    """What an extractor tells of itself."""
 
     @property
     def label_names(self) -> list[str] | None: ...
@@ -67,7 +67,31 @@ class Extractor(Protocol):
 
     def provenance(self) -> dict[str, Any]: ...
 
+
+class Extractor(Described, Protocol):
+    """What makes regions of photographs, as `cpfean.photographs.extractor.RegionExtractor` does."""
+
     def __call__(self, photographs: Sequence[Picture]) -> list[PhotographRegions]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What an extractor tells, without its models, which take memory."""
+
+    label_names: list[str] | None
+    feature_dim: int
+    told: dict[str, Any]
+
+    @classmethod
+    def of(cls, extractor: Described) -> Self:
+        return cls(
+            label_names=extractor.label_names,
+            feature_dim=extractor.feature_dim,
+            told=extractor.provenance(),
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        return self.told
 
 
 def extract_batch(extractor: Extractor, batch: Batch, *, readers: int = 1) -> list[Found]:

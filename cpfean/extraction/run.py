@@ -16,7 +16,7 @@ from typing import Any
 from cpfean.data.convert.photographs import Photograph
 from cpfean.errors import DataError
 from cpfean.extraction.assembly import assemble, finished, refuse_strange, unusable
-from cpfean.extraction.batches import Batch, Extractor
+from cpfean.extraction.batches import Batch, Described
 from cpfean.extraction.check import look_at, refuse
 from cpfean.extraction.in_process import Made
 from cpfean.extraction.plan import ExtractionPlan
@@ -55,7 +55,7 @@ def extract(
     photographs: Mapping[str, Sequence[Photograph]],
     target: Path,
     *,
-    extractor: Extractor,
+    extractor: Described,
     run: Runner,
     batch_size: int,
     device: str,

@@ -13,6 +13,7 @@ from PIL import Image
 from cpfean.errors import DataError, NoMemoryError
 from cpfean.extraction.batches import (
     Batch,
+    Description,
     Found,
     Unreadable,
     extract_batch,
@@ -198,3 +199,10 @@ def test_what_differs_between_two_plans_is_told_by_name(tmp_path: Path) -> None:
         "found.test.photographs",
     ]
     assert differences(plan.settings(), plan.settings()) == []
+
+
+def test_a_description_tells_what_the_extractor_tells() -> None:
+    extractor = Quadrants()
+    about = Description.of(extractor)
+    assert about.provenance() == extractor.provenance()
+    assert (about.label_names, about.feature_dim) == (extractor.label_names, 16)

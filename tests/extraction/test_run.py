@@ -49,7 +49,7 @@ def extracted(
     return extract(
         photographs,
         target,
-        extractor=extractor or Quadrants(),  # type: ignore[arg-type]
+        extractor=extractor or Quadrants(),
         run=run or Threads(quadrants, workers=1),
         batch_size=batch_size,
         device="cpu",
@@ -64,7 +64,7 @@ class Stops:
         self.extractor = Quadrants()
         self._after = after
         self._error = error
-        self._threads = Threads(lambda device: self.extractor, workers=1)  # type: ignore[arg-type,return-value]
+        self._threads = Threads(lambda device: self.extractor, workers=1)
 
     def __call__(self, batches: Sequence[Batch]) -> Iterator[Made]:
         for number, made in enumerate(self._threads(batches)):
@@ -112,7 +112,7 @@ def test_the_folder_has_what_the_extractor_found_in_the_order_of_the_ids(
 def test_counts_are_stored_where_photographs_have_different_numbers_of_regions(
     tmp_path: Path, photographs: Photographs
 ) -> None:
-    run = Threads(lambda device: Quadrants(fewest=1), workers=1)  # type: ignore[arg-type,return-value]
+    run = Threads(lambda device: Quadrants(fewest=1), workers=1)
     extracted(photographs, tmp_path / "out", run=run, extractor=Quadrants(fewest=1))
     check_folder(tmp_path / "out")
     counts = np.load(tmp_path / "out" / "train_counts.npy")
@@ -183,7 +183,7 @@ def killed_extraction(photographs: Photographs, target: Path, pause: float) -> N
             time.sleep(pause)
             return super().__call__(pictures)
 
-    extracted(photographs, target, run=Threads(lambda device: Slow(), workers=2))  # type: ignore[arg-type,return-value]
+    extracted(photographs, target, run=Threads(lambda device: Slow(), workers=2))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

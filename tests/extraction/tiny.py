@@ -57,10 +57,9 @@ class Quadrants:
         seen: photographs that it was given so far.
     """
 
-    feature_dim = 16
-    label_names = ("thing", "stuff")
-
     def __init__(self, *, fewest: int = REGIONS, weights: int = 0) -> None:
+        self.feature_dim = 16
+        self.label_names: list[str] | None = ["thing", "stuff"]
         self.seen = 0
         self._fewest = fewest
         generator = torch.Generator().manual_seed(weights)
@@ -107,4 +106,4 @@ class Quadrants:
 
 
 def quadrants(device: torch.device) -> Extractor:
-    return Quadrants()  # type: ignore[return-value]
+    return Quadrants()

@@ -95,7 +95,7 @@ def test_ray_gives_the_bytes_of_this_process_and_its_errors(
             done = extract(
                 photographs,
                 tmp_path / name,
-                extractor=Quadrants(),  # type: ignore[arg-type]
+                extractor=Quadrants(),
                 run=run,
                 batch_size=4,
                 device=ray.device,
