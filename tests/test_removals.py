@@ -23,7 +23,9 @@ PLACES = {
     "there by now is not replaced, as a folder with files never is",
     "cpfean.data.convert.native:NativeWriter._start": "in the unfinished folder that it has made",
     "cpfean.data.convert.native:NativeWriter._remove": "the unfinished folder that it has made",
+    "cpfean.data.convert.native:NativeWriter._write_captions": "in the same folder",
     "cpfean.data.convert.native:_write_lines": "in the unfinished folder that it has made",
+    "cpfean.data.provenance:write_provenance": "in the unfinished folder of `NativeWriter`",
     "cpfean.data.sources:fetch_folder": "in remote-HASH of the cache: leftovers by their prefix, "
     "and what the record says was fetched; other data there is refused first",
     "cpfean.data.sources:_generated": "leftovers under .unfinished-, and its own new folder; the "
