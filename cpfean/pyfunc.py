@@ -57,9 +57,17 @@ _NEEDS = (
 )
 
 
-def requirements() -> list[str]:
-    """What pip has to install for a logged model: the versions here, be they for CPU or CUDA."""
-    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in _NEEDS]
+def requirements(folder: Path) -> list[str]:
+    """What pip has to install for the logged model of a folder, for CPU or CUDA: the versions here.
+
+    Raises:
+        CheckpointError: no model.
+    """
+    described = read_object(folder / "config.json", error=CheckpointError)
+    needs = list(_NEEDS)
+    if described["model"].get("words", {}).get("graph") == "syntax":
+        needs.append("spacy")
+    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in needs]
 
 
 def example(folder: Path) -> Any:

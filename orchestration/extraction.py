@@ -140,7 +140,7 @@ def check_nodes(paths: Sequence[str], nodes: Nodes | None = None) -> None:
     local = [path for path in paths if "://" not in path]
     nodes = nodes or RayNodes()
     answers = nodes.ask(
-        nodes.living(), lambda: versions() | {p: "" for p in local if not os.path.exists(p)}
+        nodes.living(), lambda: versions() | {p: "" for p in local if not os.path.lexists(p)}
     )
     unseen = {f"{host} does not see {p}" for p in local for host in answers if p in answers[host]}
     if told := "\n  ".join([among_nodes(answers, allowed=True), *sorted(unseen)]).lstrip():

@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_when_it_is_loaded_or_first_asked(
         load_pyfunc(str(model), {"data": str(other)}).predict(rows)
 
 
-def test_what_it_needs_has_versions() -> None:
-    needs = dict(line.split("==") for line in requirements())
+def test_what_it_needs_has_versions(model: Path) -> None:
+    needs = dict(line.split("==") for line in requirements(model))
     assert needs["torch"] == torch.__version__.split("+")[0]
     assert {"transformers", "numpy", "pandas"} <= needs.keys()

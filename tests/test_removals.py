@@ -41,6 +41,7 @@ PLACES = {
     "cpfean.extraction.work_folder:WorkFolder._clear": f"{WORK}, by their exact names or endings",
     "cpfean.extraction.work_folder:WorkFolder._read": f"{WORK}: a batch whose bytes are damaged",
     "cpfean.extraction.work_folder:WorkFolder.discard": WORK,
+    "cpfean.extraction.work_folder:WorkFolder.forget": f"{WORK}: batches to be made again",
     "cpfean.extraction.work_folder:_write": WORK,
     "cpfean.folders:note": "a note of the cache, named by a hash of what it is about",
     "cpfean.model.cpfean:Cpfean.save_pretrained": "in the folder that the caller names for a model",

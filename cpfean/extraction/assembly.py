@@ -108,7 +108,7 @@ def assemble(
 
 
 def unusable(plan: ExtractionPlan, work: WorkFolder) -> list[Skipped]:
-    """Photographs of batches that are done which cannot be read, or have no region."""
+    """Photographs of batches that are done which cannot be read."""
     photographs = iter(plan.all_photographs())
     return [
         Skipped(split, photograph, reason)

@@ -27,7 +27,6 @@ from cpfean.photographs.extractor import PhotographRegions
 
 MOST_PIXELS = 2**25  # that are held at a time, unless a single photograph has more: 100 MB
 READERS = 8  # threads that read photographs for a GPU, which would wait for one
-NO_REGION = "no region was found in it; a lower --min-score finds more, --fill takes the grid's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +237,7 @@ def _regions(extractor: Extractor, pictures: Sequence[Picture]) -> list[Photogra
 
 
 def _read(path: str) -> Picture | Unreadable:
-    if "://" not in path and not os.path.exists(path):
+    if "://" not in path and not os.path.lexists(path):
         # Not one to leave out: it was there when all were looked at, or is on another host.
         raise DataError(f"{path}: cannot be seen from {socket.gethostname()} (any more).")
     try:
@@ -248,8 +247,7 @@ def _read(path: str) -> Picture | Unreadable:
 
 
 def _sound(regions: PhotographRegions, *, path: str) -> Found:
-    if not len(regions.features):
-        return Unreadable(reason=NO_REGION)
+    assert len(regions.features), "every photograph has a region"
     if not np.isfinite(regions.features).all():
         raise DataError(
             f"{path}: expected features that are finite numbers in float16, found others: the "

@@ -67,8 +67,10 @@ def refuse(faults: Sequence[tuple[str, str]], *, of: int, done: bool) -> None:
     if not faults:
         return
     lines = "\n".join(f"  {path}: {reason}" for path, reason in faults)
+    # Without one of the photographs that it was begun with an extraction would be another one.
+    mend = "Mend them" if done else "Mend or remove them"
     kept = " What is done is kept: the same command again goes on." if done else ""
     raise DataError(
         f"{len(faults)} of {of} photographs cannot be used:\n{lines}\n"
-        f"Mend or remove them, or leave them out with their captions by --skip-broken.{kept}"
+        f"{mend}, or leave them out with their captions by --skip-broken.{kept}"
     )

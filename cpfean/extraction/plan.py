@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,10 @@ class ExtractionPlan:
             self._batch(number, every[start : start + self.batch_size])
             for number, start in enumerate(starts)
         ]
+
+    def batches_with(self, paths: Set[str]) -> list[Batch]:
+        """The batches that hold any of these photographs."""
+        return [batch for batch in self.batches() if not paths.isdisjoint(batch.paths)]
 
     def settings(self) -> dict[str, Any]:
         """What has to agree between two attempts at the same folder, as JSON has it.

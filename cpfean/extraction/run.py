@@ -107,7 +107,9 @@ def extract(
         made = _make_missing(plan, work, run, feature_dim=extractor.feature_dim)
         seconds = time.monotonic() - start
         skipped = unusable(plan, work)
-        if not skip_broken:
+        if skipped and not skip_broken:
+            # They are looked at anew: what was mended may be as large as before.
+            work.forget(plan.batches_with({one.photograph.path for one in skipped}))
             faults = [(one.photograph.path, one.reason) for one in skipped]
             refuse(faults, of=len(looks.sizes), done=True)
         for one in skipped:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -99,8 +99,16 @@ class WorkFolder:
         """Why each photograph of a batch is left out, empty if it is not; raises as `load` does."""
         return self._read(batch, unpacked_reasons)
 
+    def forget(self, batches: Iterable[Batch]) -> None:
+        """Takes batches away that are done, to be made again."""
+        for batch in batches:
+            self._file(batch).unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Takes all of it away, once the data folder is there."""
+        # What tells whose it is goes last: a process may end at any point of this too.
+        for part in (self._batches, self.assembled):
+            shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, batch: Batch, read: Callable[[BinaryIO], list[_Item]]) -> list[_Item]:

@@ -12,7 +12,7 @@ from typing import Any
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
 from cpfean.model.cpfean import Cpfean
-from cpfean.publishing.origin import Origin, without_places
+from cpfean.publishing.origin import Origin, published
 
 _DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 _CUTOFFS = (1, 5, 10)
@@ -164,10 +164,11 @@ def _inputs(model: Cpfean, config: ExperimentConfig, *, frozen: bool) -> str:
 
 def _making(origin: Origin, config: ExperimentConfig) -> str:
     unknown = "not known"
+    made_by = None if origin.provenance is None else published(origin.provenance)
     rows = {
         "data": _data_name(origin),
         "data fingerprint": f"`{origin.data}`" if origin.data else unknown,
-        "features": _features(origin.provenance),
+        "features": _features(made_by),
         "run": f"{origin.run}, trial {origin.trial} ({origin.kind})" if origin.run else unknown,
         "epochs": str(origin.epochs) if origin.epochs else unknown,
         "seed": str(config.seed),
@@ -178,8 +179,8 @@ def _making(origin: Origin, config: ExperimentConfig) -> str:
         rows["changed on the way"] = origin.drift
     lines = ["| | |", "| --- | --- |", *(f"| {k} | {_cell(v)} |" for k, v in rows.items())]
     parts = ["\n".join(lines), f"All settings:\n\n```toml\n{config.to_toml().strip()}\n```"]
-    if origin.provenance is not None:
-        plain = json.dumps(without_places(dict(origin.provenance)), indent=1, ensure_ascii=False)
+    if made_by is not None:
+        plain = json.dumps(made_by, indent=1, ensure_ascii=False)
         parts.append(f"How the regions were made:\n\n```json\n{plain}\n```")
     return "\n\n".join(parts)
 
@@ -257,7 +258,7 @@ def _features(provenance: Any) -> str:
     for part in ("detector", "backbone"):
         told = provenance.get(part)
         if isinstance(told, dict) and isinstance(told.get("name"), str):
-            names.append(f"{part} {without_places(told['name'])}")
+            names.append(f"{part} {told['name']}")
     return ", ".join(names) or "see below"
 
 

@@ -113,6 +113,23 @@ def without_places(plain: Any) -> Any:
     return Path(plain).name if isinstance(plain, str) and os.path.isabs(plain) else plain
 
 
+def published(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What made the features, without what is nobody's business.
+
+    Photographs that were left out are a number, and a model that is a folder here, which has no
+    revision, has the last part of its path.
+    """
+    plain: dict[str, Any] = without_places(dict(provenance))
+    plain["skipped"] = len(plain.get("skipped") or ())
+    settings = plain["settings"] = dict(plain["settings"])
+    for part in ("detector", "backbone"):
+        told = plain.get(part)
+        if isinstance(told, Mapping) and not told.get("revision"):
+            settings[part] = Path(str(told.get("name"))).name
+            plain[part] = dict(told) | {"name": settings[part]}
+    return plain
+
+
 def _record_of(run: RunFolder, config: ExperimentConfig) -> TrialRecord | None:
     """The record of the trial whose model a run has kept: the one that its summary calls best."""
     summary = run.path / "summary.json"

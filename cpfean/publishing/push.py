@@ -79,6 +79,8 @@ def prepared(
         CheckpointError: not such a folder, damaged, or of another text encoder.
     """
     name = _repo(repo)
+    if card is not None and licence is not None:
+        raise ConfigError("a card of your own names its licence itself: leave --licence out.")
     own = None if card is None else _own_card(card)
     source = model / "best" if (model / "best").is_dir() else model
     origin = origin_of(model, config)

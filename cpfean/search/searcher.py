@@ -32,7 +32,7 @@ from cpfean.analysis.pair_views import (
 )
 from cpfean.config import nearest
 from cpfean.data.agreement import GALLERY
-from cpfean.data.split import Split, data_fingerprint, splits_of
+from cpfean.data.split import Split, data_fingerprint, split_stem, splits_of
 from cpfean.errors import ConfigError, DataError
 from cpfean.fingerprints import code_fingerprint
 from cpfean.photographs.extractor import RegionExtractor
@@ -157,8 +157,10 @@ class Searcher:
             key={
                 "format": _FORMAT,
                 "model": model_fingerprint(found),
-                "code": code_fingerprint("cpfean.model"),
+                "code": [code_fingerprint(f"cpfean.{room}") for room in ("data", "model")],
                 "data": data_fingerprint(folder),
+                # Of large files the fingerprint reads a part; who writes to one changes its time.
+                "written": (folder / f"{split_stem(folder, split)}_ims.npy").stat().st_mtime_ns,
                 "split": split,
                 "num_regions": config.data.num_regions,
             },

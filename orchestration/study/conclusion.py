@@ -78,6 +78,8 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
                 model = keep_model(best, folder.path / "best_model")
                 if plan.register:
                     follower.keep_files([model], best)
+    if plan.register and not (folder.path / "best_model").is_dir():
+        study.say(f"{plan.register} is not registered: there is no best_model on this machine.")
     if plan.report is not None:
         follower.keep_files(plan.report(records))
     failures = Counter(record.failure for record in records if record.state == "failed")

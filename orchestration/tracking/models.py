@@ -56,7 +56,7 @@ def log_model(client: MlflowClient, run_id: str, folder: Path) -> str:
                 data_path=str(folder),
                 code_paths=[str(Path(cpfean.__path__[0]))],
                 mlflow_model=description,
-                pip_requirements=pyfunc.requirements(),
+                pip_requirements=pyfunc.requirements(folder),
                 model_config=pyfunc.SETTINGS,
                 signature=ModelSignature.from_dict(pyfunc.SIGNATURE),
                 input_example=pyfunc.example(folder),

@@ -349,6 +349,42 @@ def test_damage_behind_the_header_is_named_when_the_others_are_done_and_can_be_m
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+def test_a_photograph_that_was_mended_to_the_same_size_is_looked_at_again(
+    tmp_path: Path, photographs: Photographs
+) -> None:
+    path = Path(photographs["train"][2].path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes(len(whole) - 100))
+    with pytest.raises(DataError, match="Mend them, or leave them out"):
+        extracted(photographs, tmp_path / "out")
+    path.write_bytes(whole)
+    assert extracted(photographs, tmp_path / "out").made == 2
+    extracted(photographs, tmp_path / "undisturbed")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+def test_a_link_that_leads_nowhere_is_left_out_as_what_is_broken(
+    tmp_path: Path, photographs: Photographs
+) -> None:
+    path = Path(photographs["dev"][0].path)
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere.png")
+    done = extracted(photographs, tmp_path / "out", skip_broken=True)
+    (skipped,) = done.provenance["skipped"]
+    assert skipped["name"] == path.name
+    assert "link" in skipped["reason"]
+
+
+def test_a_process_may_end_while_it_clears_up(tmp_path: Path, photographs: Photographs) -> None:
+    extracted(photographs, tmp_path / "undisturbed")
+    with pytest.raises(RuntimeError):
+        extracted(photographs, tmp_path / "out", run=Stops(after=3))
+    shutil.rmtree(tmp_path / "out.unfinished" / "batches")  # which goes first
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "out")
+    assert extracted(photographs, tmp_path / "out").was_finished
+    assert not (tmp_path / "out.unfinished").exists()
+
+
 def test_broken_photographs_are_left_out_with_their_captions_if_that_is_asked_for(
     tmp_path: Path, photographs: Photographs, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cpfean.config import ExperimentConfig
-from cpfean.publishing.origin import origin_of, without_places
+from cpfean.publishing.origin import origin_of, published, without_places
 from cpfean.publishing.push import prepared
+from tests.publishing.conftest import write_run
 
 
 def card_of(model: Path, config: ExperimentConfig, licence: str | None = None) -> str:
@@ -87,24 +88,43 @@ def test_a_model_that_was_not_tested_tells_of_dev_alone(
 
 
 def test_how_the_regions_were_made_is_told_where_the_data_still_is_what_it_was(
-    run_folder: Path, config: ExperimentConfig, data: Path, tmp_path: Path
+    config: ExperimentConfig, data: Path, tmp_path: Path
 ) -> None:
     provenance = {
         "format": 1,
+        "settings": {"detector": "/home/me/detectors/rt-detr", "backbone": "facebook/dinov2-small"},
         "detector": {"name": "/home/me/detectors/rt-detr", "sha256": "ab12"},
-        "backbone": {"name": "facebook/dinov2-small", "sha256": "cd34"},
+        "backbone": {"name": "facebook/dinov2-small", "revision": "12ef", "sha256": "cd34"},
+        "skipped": [{"split": "train", "name": "clients/smith.jpg", "reason": "damaged"}],
     }
     here = Path(shutil.copytree(data, tmp_path / "tiny-set"))
     (here / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
-    text = card_of(run_folder / "best_model", config.with_overrides({"data.path": str(here)}))
+    config = config.with_overrides({"data.path": str(here)})
+    model = write_run(tmp_path / "run", config, here) / "best_model"
+    text = card_of(model, config)
     assert "| features | detector rt-detr, backbone facebook/dinov2-small |" in text
     assert '"sha256": "ab12"' in text
+    assert '"skipped": 1' in text
     assert "/home/me" not in text
+    assert "smith" not in text
     with (here / "dev_caps.txt").open("a", encoding="utf-8") as file:
         file.write("another caption\n")
-    changed = origin_of(run_folder / "best_model", config.with_overrides({"data.path": str(here)}))
+    changed = origin_of(model, config)
     assert (changed.provenance, changed.gallery) == (None, None)
     assert changed.test  # what it came to on what the data was
+
+
+def test_a_model_that_is_a_folder_here_has_its_last_name_alone() -> None:
+    provenance = {
+        "settings": {"detector": "../secret/detr", "backbone": "facebook/dinov2-small"},
+        "detector": {"name": "../secret/detr", "revision": None},
+        "backbone": {"name": "facebook/dinov2-small", "revision": "12ef"},
+    }
+    told = published(provenance)
+    assert told["settings"] == {"detector": "detr", "backbone": "facebook/dinov2-small"}
+    assert told["detector"]["name"] == "detr"
+    assert told["backbone"] == provenance["backbone"]
+    assert provenance["detector"]["name"] == "../secret/detr"
 
 
 def test_places_are_cut_to_their_names() -> None:

@@ -46,7 +46,7 @@ def read_table(content: bytes, *, name: str, findings: Findings) -> dict[str, li
             place=f"line {line}",
         )
         return {}
-    rows = _json_rows if name.endswith(".jsonl") else _csv_rows
+    rows = _json_rows if name.lower().endswith(".jsonl") else _csv_rows
     captions: dict[str, list[str]] = {}
     for place, file_name, texts in rows(text, name, findings):
         try:

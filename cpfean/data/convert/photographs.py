@@ -23,13 +23,12 @@ from cpfean.data.convert.photo_splits import (
     tell_doubles,
 )
 from cpfean.data.findings import Findings
-from cpfean.data.split import SPLITS
+from cpfean.data.split import GALLERY, SPLITS
 from cpfean.errors import ConfigError, DataError
 from cpfean.files import read_file
 
 logger = logging.getLogger(__name__)
 
-GALLERY = "gallery"
 _FOLDERS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 _LARGEST_TABLE = 2**30  # bytes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -38,9 +39,11 @@ class Asked:
         images: the one that captions were found for, as each model has it.
         picture: its photograph.
         hits: of each model.
+        number: of the answer; a click on an older one that is still shown has another.
     """
 
     hits: tuple[Hits, ...]
+    number: int
     sentence: str | None = None
     images: tuple[EncodedImage, ...] = ()
     picture: Picture | None = None
@@ -92,6 +95,7 @@ class Answers:
         self._count = count
         self._shortlist = shortlist
         self._alone = threading.Lock()
+        self._answers = itertools.count(1)
         first, *others = (searcher.split for searcher in searchers)
         for other in others:
             if other.image_ids != first.image_ids or other.captions != first.captions:
@@ -150,10 +154,11 @@ class Answers:
                 for hit in found
             ]
             parts.append(markup.told(found, what="images") + markup.cards(cards, side=side))
+        number = next(self._answers)
         return Answer(
             told="",
-            found=markup.columns(parts, names=self.names),
-            asked=Asked(hits=hits, sentence=sentence),
+            found=markup.columns(parts, names=self.names, answer=number),
+            asked=Asked(hits=hits, sentence=sentence, number=number),
         )
 
     def captions_of(self, name: str) -> Answer:
@@ -196,7 +201,8 @@ class Answers:
 
         Args:
             asked: what the visitor was shown.
-            choice: what came with the click: which hit of which model, by their numbers.
+            choice: what came with the click: which hit of which model in which answer, by their
+                numbers.
         """
         try:
             side, chosen = _numbers(asked, choice)
@@ -237,11 +243,12 @@ class Answers:
             + markup.caption_list(found, side=side, image_id=own)
             for side, found in enumerate(hits)
         ]
-        found = markup.columns(lists, names=self.names)
+        number = next(self._answers)
+        found = markup.columns(lists, names=self.names, answer=number)
         return Answer(
             told="",
             found=markup.beside(images[0].shown, picture, found),
-            asked=Asked(hits=hits, images=images, picture=picture),
+            asked=Asked(hits=hits, images=images, picture=picture, number=number),
         )
 
     def _pair(
@@ -273,6 +280,7 @@ def _numbers(asked: Asked | None, choice: Any) -> tuple[int, int]:
     side, number = told.get("side"), told.get("hit")
     if (
         asked is None
+        or told.get("answer") != asked.number
         or not isinstance(side, int)
         or not isinstance(number, int)
         or not 0 <= side < len(asked.hits)

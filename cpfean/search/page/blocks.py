@@ -77,7 +77,7 @@ def build_page(answers: Answers, *, title: str, about: str, why_no_upload: str |
         each.__annotations__["event"] = gr.EventData  # which tells Gradio to hand it on
     plain: dict[str, Any] = {"apply_default_css": False}
     with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.HTML(f"<h1>CPFEAN search</h1><p class='told'>{about}</p>", js_on_load=None)
+        gr.HTML(f"<h1>CPFEAN search</h1><p class='told'>{escaped(about)}</p>", js_on_load=None)
         with gr.Tab("Find images"):
             asked = gr.State(None, time_to_live=_FORGOTTEN)
             with gr.Row(elem_classes="question"):

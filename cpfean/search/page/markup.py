@@ -81,15 +81,21 @@ def problem(message: str) -> str:
     return f'<p class="problem" role="alert">{escaped(message)}</p>'
 
 
-def columns(parts: Sequence[str], *, names: Sequence[str]) -> str:
-    """Parts side by side, under the names of their models if there are several."""
+def columns(parts: Sequence[str], *, names: Sequence[str], answer: int = 0) -> str:
+    """Parts side by side, under the names of their models if there are several.
+
+    Args:
+        parts: of each model.
+        names: of the models.
+        answer: number of the answer that they are, which goes back with a click; 0 for none.
+    """
     if len(parts) == 1:
-        return f'<div class="search">{parts[0]}</div>'
+        return f'<div class="search" data-answer="{answer}">{parts[0]}</div>'
     each = "".join(
         f'<section class="model"><h3>{escaped(name)}</h3>{part}</section>'
         for name, part in zip(names, parts, strict=True)
     )
-    return f'<div class="search models">{each}</div>'
+    return f'<div class="search models" data-answer="{answer}">{each}</div>'
 
 
 def cards(found: Sequence[Card], *, side: int) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cpfean.data.synthetic import write_synthetic
 from cpfean.errors import ConfigError
-from cpfean.search.page.answers import LARGEST_UPLOAD, Answers, model_names
+from cpfean.search.page.answers import LARGEST_UPLOAD, Answers, Asked, model_names
 from cpfean.search.page.photos import Photos, as_picture
 from tests.search.conftest import Open
 from tests.training.conftest import TINY
@@ -42,15 +42,27 @@ def test_a_sentence_finds_as_many_images_as_were_asked_for(answers: Answers) -> 
     assert list(answer.asked.hits[0]) == list(answers.searchers[0].images("a dog", k=5))
 
 
+def click(asked: Asked, hit: int, *, side: int = 0) -> dict[str, int]:
+    """What the page sends when a hit is clicked."""
+    return {"answer": asked.number, "side": side, "hit": hit}
+
+
+def test_a_click_on_an_older_answer_is_refused(answers: Answers) -> None:
+    older, newer = answers.images("a dog").asked, answers.images("a ball").asked
+    assert older is not None
+    assert 'role="alert"' in answers.chosen(newer, click(older, 0))
+    assert 'role="alert"' not in answers.chosen(older, click(older, 0))
+
+
 def test_a_click_shows_the_pair(answers: Answers) -> None:
     asked = answers.images("a dog").asked
     assert asked is not None
     for number, hit in enumerate(asked.hits[0]):
-        pair = answers.chosen(asked, {"side": 0, "hit": number})
+        pair = answers.chosen(asked, click(asked, number))
         view = answers.searchers[0].view("a dog", hit.image_id)
         assert f"score {view.score:.3f}" in pair
         assert f"rank {number + 1} of 30" in pair
-        assert answers.name_of(asked, {"side": 0, "hit": number}) == hit.image_id
+        assert answers.name_of(asked, click(asked, number)) == hit.image_id
 
 
 @pytest.mark.parametrize(
@@ -73,6 +85,9 @@ def test_a_click_shows_the_pair(answers: Answers) -> None:
 )
 def test_a_click_on_what_was_not_shown_is_refused(answers: Answers, choice: Any) -> None:
     asked = answers.images("a dog").asked
+    assert asked is not None
+    if isinstance(choice, dict):
+        choice = choice | {"answer": asked.number}
     assert 'role="alert"' in answers.chosen(asked, choice)
     assert 'role="alert"' in answers.chosen(None, choice)
     with pytest.raises(ConfigError, match="search again"):
@@ -93,10 +108,10 @@ def test_an_image_finds_captions_and_a_click_shows_the_pair(answers: Answers) ->
     assert answer.asked is not None
     assert answer.found.count("<button") == 5
     hit = answer.asked.hits[0][2]
-    pair = answers.chosen(answer.asked, {"side": 0, "hit": 2})
+    pair = answers.chosen(answer.asked, click(answer.asked, 2))
     assert hit.text in pair
     assert f"score {answers.searchers[0].view(hit.text, name).score:.3f}" in pair
-    assert answers.name_of(answer.asked, {"side": 0, "hit": 2}) is None
+    assert answers.name_of(answer.asked, click(answer.asked, 2)) is None
 
 
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "<script>", "test-000031"])
@@ -119,7 +134,7 @@ def test_two_models_stand_side_by_side(both: Answers) -> None:
     assert "<h3>one</h3>" in answer.found
     assert "<h3>two</h3>" in answer.found
     chosen = answer.asked.hits[1][4]
-    pair = both.chosen(answer.asked, {"side": 1, "hit": 4})
+    pair = both.chosen(answer.asked, click(answer.asked, 4, side=1))
     assert "cross_attention" in pair
     assert "rank 5 of 30" in pair
     ranks = [hit.rank for hit in answer.asked.hits[0] if hit.position == chosen.position]
