@@ -65,7 +65,8 @@ def requirements(folder: Path) -> list[str]:
     """
     described = read_object(folder / "config.json", error=CheckpointError)
     needs = list(_NEEDS)
-    if described["model"].get("words", {}).get("graph") == "syntax":
+    words = described.get("model", {}).get("words", {})
+    if words.get("graph") == "syntax":
         needs.append("spacy")
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in needs]
 
