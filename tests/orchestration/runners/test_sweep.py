@@ -161,6 +161,7 @@ def check_the_three_records_agree(driver: Driver) -> None:
     assert told == [states[record.state] for record in after]
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_killed_in_mid_trial_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     config = SHORT.with_overrides({"optim.epochs": 2})
     driver = Driver(tmp_path, config=config, trials=2, workers=2)

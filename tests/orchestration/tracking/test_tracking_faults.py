@@ -491,7 +491,14 @@ def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path, empty_sto
             doctor.check_tracking(where)
 
 
-@pytest.mark.parametrize("fault", ["refuse", "lose", 500])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "lose",
+        pytest.param("refuse", marks=pytest.mark.long),
+        pytest.param(500, marks=pytest.mark.long),
+    ],
+)
 def test_a_model_that_a_server_did_not_take_is_there_once_after_the_next_driver(
     proxy: Proxy, server: TrackingServer, tmp_path: Path, fault: Fault
 ) -> None:
