@@ -78,8 +78,9 @@ def main() -> None:
 
 
 def body(arguments: argparse.Namespace) -> int:
+    from cpfean.listening import listening
     from cpfean.search.page.blocks import build_page, largest_request, load_gradio, mounted
-    from cpfean.search.page.server import Place, listening, serve
+    from cpfean.search.page.server import Place, serve
 
     command_line.positive(arguments.count, "--count", most=1000)
     if arguments.shortlist is not None:
@@ -88,7 +89,7 @@ def body(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--photos {arguments.photos}: expected a folder, found none.")
     place = Place(host=arguments.host, port=arguments.port, password=_password(arguments))
     load_gradio()
-    with listening(place) as bound:
+    with listening(place.host, place.port) as bound:
         answers, about = _answers(arguments)
         answers.prepare()
         why_no_upload = answers.why_no_upload()

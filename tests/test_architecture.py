@@ -25,6 +25,7 @@ FOUNDATION = frozenset(
         "folders",
         "hub",
         "json_files",
+        "listening",
         "output_folders",
         "processes",
         "progress",

@@ -7,11 +7,9 @@ off: nothing here needs a server that runs code.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ from pathlib import Path
 
 from cpfean import commands
 from cpfean.errors import ConfigError, ServiceError, message_of
+from cpfean.listening import LOOPBACK, listening
 from orchestration.tracking.address import shown, sqlite_file
 from orchestration.tracking.passwords import ADMIN, PASSWORD, check_password
 from orchestration.tracking.stores import check_is_store
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 
 
@@ -53,7 +51,7 @@ class ServerPlan:
             raise ConfigError(f"--port must be from 1 to 65535; got {self.port}.")
         if not _HOST.fullmatch(self.host) and not re.fullmatch(r"[0-9a-fA-F:.]+", self.host):
             raise ConfigError(f"--host must be a name or address of this host; got {self.host!r}.")
-        if self.host not in _LOOPBACK and not self.auth:
+        if self.host not in LOOPBACK and not self.auth:
             raise ConfigError(
                 f"--host {self.host} lets everybody who reaches this machine write to the records; "
                 "add --auth, or leave --host out and reach the server through a tunnel."
@@ -68,23 +66,7 @@ class ServerPlan:
 
     def check_port(self) -> None:
         """Raises ConfigError if a server cannot listen there, ServiceError if one does already."""
-        try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(found[0], socket.SOCK_STREAM) as trial:  # as the server does
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(found[4])
-                trial.listen()
-        except socket.gaierror as error:
-            raise ConfigError(f"--host {self.host}: no such host ({error}).") from None
-        except PermissionError:
-            raise ConfigError(f"--port {self.port} is for root; take one above 1023.") from None
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ServiceError(
-                    f"--port {self.port}: something listens there already, another server perhaps; "
-                    f"`{commands.listeners(self.port)}` names it. Take another --port, or stop it."
-                ) from None
-            raise ConfigError(f"--host {self.host} is no address of this host ({error}).") from None
+        listening(self.host, self.port).close()
 
     def command(self) -> list[str]:
         """The command line of the server; its database is told by the environment.
@@ -92,7 +74,7 @@ class ServerPlan:
         Everybody on the host reads command lines, and an address may hold a password.
         """
         # A browser names the port as well, a client may not.
-        names = [*_LOOPBACK[:2], *self.allowed_hosts]
+        names = [*LOOPBACK[:2], *self.allowed_hosts]
         hosts = [*names, *(f"{name}:{self.port}" for name in names)]
         command = [
             *(sys.executable, "-m", "mlflow", "server"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cpfean import commands
-from cpfean.errors import ConfigError, ServiceError
+from cpfean.errors import ConfigError
+from cpfean.listening import LOOPBACK
 from cpfean.search.page.guard import Guard
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LEAST = 12  # characters of a password
 _GOODBYE = 1  # seconds that browsers' open connections are waited for
 
@@ -68,35 +66,6 @@ class Place:
         if self.host not in LOOPBACK:
             return None
         return frozenset({"127.0.0.1", "localhost", "[::1]"})
-
-
-def listening(place: Place) -> socket.socket:
-    """A socket that listens there, before anything that takes long is begun.
-
-    Raises:
-        ConfigError: no such host.
-        ServiceError: something listens there already.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            place.host, place.port, type=socket.SOCK_STREAM
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen()
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {place.host}: no such host ({error}).") from None
-    except PermissionError:
-        raise ConfigError(f"--port {place.port} is for root; take one above 1023.") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ServiceError(
-                f"--port {place.port}: something listens there already; "
-                f"`{commands.listeners(place.port)}` names it. Take another --port, or stop it."
-            ) from None
-        raise ConfigError(f"--host {place.host} is no address of this host ({error}).") from None
-    return bound
 
 
 def serve(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
-from cpfean.errors import ConfigError, ServiceError
-from cpfean.search.page.server import Place, listening
+from cpfean.errors import ConfigError
+from cpfean.search.page.server import Place
 
 
 def place(**changed: object) -> Place:
@@ -44,25 +42,3 @@ def test_a_mistake_is_refused(changed: dict[str, object], said: str) -> None:
 def test_the_address_is_one_that_a_browser_takes() -> None:
     assert place().url == "http://127.0.0.1:7860"
     assert place(host="::1").url == "http://[::1]:7860"
-
-
-def test_a_port_in_use_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ServiceError, match=f"--port {port}: something listens there"):
-            listening(place(port=port))
-
-
-def test_an_address_of_another_host_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no address of this host"):
-        listening(place(host="192.0.2.1", password="a long password"))
-
-
-def test_what_listens_can_be_reached() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with listening(place(port=port)) as bound, socket.create_connection(("127.0.0.1", port)):
-        assert bound.getsockname()[1] == port
