@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from cpfean.config import ExperimentConfig, Plain, nearest
 from cpfean.errors import ConfigError, CpfeanError
 from cpfean.folders import can_be_written, check_text, expanded
+from cpfean.records.budget import Budget, Prices
 from cpfean.records.run_folder import newest_unfinished
 from cpfean.records.trial_record import TUNING
 from cpfean.writing import cannot_write, is_disk_error
@@ -28,7 +29,6 @@ from experiments.terminal import make_forgiving
 from orchestration.proposals.search_space import Choice, SearchSpace
 from orchestration.runners.protocol import Runner
 from orchestration.settings import Settings, check_name, prepare_environment
-from orchestration.study.budget import Budget, Prices
 from orchestration.study.plan import StudyPlan
 from orchestration.study.records_copy import fetch_records
 from orchestration.study.stopping import Interrupted

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cpfean.records.budget import OTHER, Prices, eta, free_bytes, size
 from orchestration.cluster.capacity import allocate, this_machine
 from orchestration.settings import Settings, usable_cpus
-from orchestration.study.budget import OTHER, Prices, eta, free_bytes, size
 from orchestration.study.plan import (
     StudyPlan,
     check_room_for_checkpoints,

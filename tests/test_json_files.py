@@ -11,12 +11,12 @@ import pytest
 
 from cpfean.errors import ConfigError
 from cpfean.json_files import RecordError
+from cpfean.records.budget import SPENT, Meter
 from cpfean.records.results import Results
 from cpfean.records.run_folder import RunFolder, newest_unfinished
 from cpfean.writing import write_json
 from orchestration.cluster.doctor import check_runs
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT, Meter
 from tests.orchestration.samples import TINY, record
 
 DEEP = "[" * 1000 + "]" * 1000

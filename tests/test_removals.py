@@ -56,7 +56,7 @@ PLACES = {
     "experiments.schedule:_compare_with_the_last": RUN,
     "experiments.show:_write_csv": "in a folder of results that `own_folder` has taken",
     "experiments.terminal:_forgiving": "the null device",
-    "orchestration.study.budget:Meter.save": RUN,
+    "cpfean.records.budget:Meter.save": RUN,
     "experiments.command_line:named": "the empty folder that it has made to claim a name",
     "cpfean.storage.checkpoints:CheckpointFolder.new_attempt": RUN,
     "cpfean.storage.checkpoints:CheckpointFolder._write": f"{RUN}: leftovers by their prefix, and a "

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from cpfean import commands
 from cpfean.errors import CpfeanError, message_of
 from cpfean.folders import can_be_written
+from cpfean.records.budget import free_bytes
 from cpfean.records.run_folder import all_runs
 from cpfean.storage.check_file import check_file, read_check_file
 from orchestration.cluster.ray_address import check_this_host
 from orchestration.cluster.versions import Answer, ask_nodes, differences, missing_workers
 from orchestration.settings import Settings, token_file
-from orchestration.study.budget import free_bytes
 from orchestration.tracking import stores
 from orchestration.tracking.address import is_web, shown, sqlite_file, without_password
 from orchestration.tracking.runs import HEARTBEAT_SECONDS, HEARTBEAT_TAG, close_run, status_of

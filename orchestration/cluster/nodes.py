@@ -6,8 +6,8 @@ import json
 
 import ray
 
+from cpfean.records.budget import OTHER
 from orchestration.cluster.capacity import Cluster, Demand, Node, Resources
-from orchestration.study.budget import OTHER
 
 
 def cluster_now(*, is_local: bool) -> Cluster:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from cpfean.errors import CpfeanError, StoppedError
+from cpfean.records.budget import OTHER
 from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoints import CheckpointFolder
 from orchestration.runners.messages import Begun, Ended, Failed, Message, Order
 from orchestration.runners.protocol import Driver, Runner
 from orchestration.runners.training import Abandoned, train
-from orchestration.study.budget import OTHER
 from orchestration.study.failures import known_failure
 from orchestration.study.plan import StudyPlan
 from orchestration.study.stopping import Interrupted, Stop

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpfean.errors import CpfeanError, ServiceError
+from cpfean.records.budget import OTHER
 from orchestration.cluster.capacity import Cluster, Demand, Resources, allocate
 from orchestration.cluster.versions import among_nodes, ask_nodes, missing_workers
 from orchestration.runners.protocol import Driver
 from orchestration.settings import Settings
-from orchestration.study.budget import OTHER
 from orchestration.study.plan import StudyPlan, checkpoint_root, resume_line
 
 _JOIN_SECONDS = 600.0  # for workers that are to be there at least

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cpfean.errors import ServiceError, message_of
+from cpfean.records.budget import Meter
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.checkpoints import CheckpointFolder
 from cpfean.writing import write_json, write_text
 from orchestration.runners.protocol import Driver
-from orchestration.study.budget import Meter
 from orchestration.study.follower import Follower
 from orchestration.study.plan import resume_line, with_more
 

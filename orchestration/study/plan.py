@@ -11,13 +11,13 @@ from cpfean import commands
 from cpfean.config import ExperimentConfig, Plain
 from cpfean.errors import ServiceError
 from cpfean.fingerprints import encoder_fingerprint
+from cpfean.records.budget import SPENT, Budget, Disk, Meter, free_bytes, size
 from cpfean.records.results import Results
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TUNING, TrialRecord
 from cpfean.storage.checkpoints import KEPT
 from orchestration.proposals.search_space import SearchSpace
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT, Budget, Disk, Meter, free_bytes, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

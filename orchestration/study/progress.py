@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestration.study.budget import eta
+from cpfean.records.budget import eta
 
 _SILENCE_SECONDS = 60.0  # without news: say what is waited for
 _LIMIT_SECONDS = 600.0  # without news on one machine: nothing is expected any more

@@ -20,12 +20,12 @@ from pathlib import Path
 from cpfean.errors import ConfigError, ServiceError, message_of
 from cpfean.files import is_there, read_file
 from cpfean.json_files import LARGEST, RecordError
+from cpfean.records.budget import SPENT
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TrialRecord
 from cpfean.storage.object_store import Storage
 from cpfean.writing import write_text
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT
 from orchestration.study.follower import GivenUpError, StudyNews
 from orchestration.study.plan import StudyPlan, folder_of, resume_line
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.records.budget import Price, Prices
 from experiments.dry_run import Estimate, cost_line
-from orchestration.study.budget import Price, Prices
 
 
 def test_an_estimate_counts_rounds_of_trials_and_every_worker() -> None:

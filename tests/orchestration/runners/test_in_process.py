@@ -17,10 +17,10 @@ from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError, NoMemoryError, ServiceError
 from cpfean.json_files import RecordError
+from cpfean.records.budget import SPENT
 from cpfean.records.run_folder import RunFolder
 from cpfean.training import loop
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT
 from orchestration.study.conclusion import StudyResult
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.stopping import Interrupted

@@ -6,12 +6,12 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ServiceError
+from cpfean.records.budget import OTHER, Budget
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TrialRecord
 from orchestration.proposals.search_space import Range, SearchSpace
 from orchestration.runners.messages import Ended, Epoch, Failed
 from orchestration.settings import Settings
-from orchestration.study.budget import OTHER, Budget
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.stopping import Deadlines, Stop
 from orchestration.study.study import Study

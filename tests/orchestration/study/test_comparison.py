@@ -18,6 +18,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.sources import resolve_data
 from cpfean.data.split import data_fingerprint
 from cpfean.errors import ConfigError
+from cpfean.records.budget import Budget
 from cpfean.records.run_folder import RunFolder, newest_unfinished
 from cpfean.records.trial_record import TUNING
 from cpfean.training.setup import evaluate_checkpoint
@@ -26,7 +27,6 @@ from orchestration.proposals.optuna_study import spread_points
 from orchestration.proposals.search_space import Choice, Range, SearchSpace
 from orchestration.runners.in_process import InProcess
 from orchestration.settings import Settings
-from orchestration.study.budget import Budget
 from orchestration.study.comparison import (
     compare_methods,
     compare_variants,

@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 from cpfean.data.sources import resolve_data
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.json_files import RecordError
+from cpfean.records.budget import SPENT, Budget
 from cpfean.records.run_folder import RunFolder
 from cpfean.writing import write_json
 from orchestration.runners.on_ray import OnRay
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT, Budget
 from orchestration.study.follower import Follower, Pauses
 from orchestration.study.plan import StudyPlan, TrialPlan
 from orchestration.study.records_copy import CopyFolder, RecordsCopy, fetch_records

@@ -16,13 +16,13 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from cpfean.errors import CpfeanError, ServiceError
+from cpfean.records.budget import SPENT, Budget, Price, Prices
 from cpfean.records.run_folder import RunFolder, newest_unfinished
 from experiments.outcome import closing_lines
 from orchestration.cluster.capacity import Demand, Node
 from orchestration.runners.messages import Begun, Epoch, Lost, Note, Resumed
 from orchestration.runners.tune import Halving
 from orchestration.settings import Settings
-from orchestration.study.budget import SPENT, Budget, Price, Prices
 from orchestration.study.conclusion import StudyResult, best_of, summary
 from orchestration.study.plan import num_open
 from orchestration.study.stopping import Deadlines, Interrupted

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cpfean.records.budget import SPENT
 from cpfean.records.run_folder import RunFolder
-from orchestration.study.budget import SPENT
 from orchestration.tracking.stores import open_store
 from tests.orchestration.samples import TINY
 
