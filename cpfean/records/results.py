@@ -16,7 +16,7 @@ from typing import Any
 
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ConfigError
-from cpfean.fingerprints import code_fingerprint, encoder_fingerprint
+from cpfean.fingerprints import encoder_fingerprint, training_fingerprint
 from cpfean.json_files import RecordError, read_fields
 from cpfean.records.trial_record import TrialRecord, check_outcome, relocated
 from cpfean.writing import cannot_write, write_json
@@ -65,7 +65,7 @@ class Results:
         self._folder = folder
         self._data = data_fingerprint
         self._commit = commit
-        self._code = code or code_fingerprint()
+        self._code = code or training_fingerprint()
 
     def file_of(self, config: ExperimentConfig) -> Path:
         """Where the result of a configuration is, or will be."""

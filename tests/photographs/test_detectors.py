@@ -99,9 +99,11 @@ def test_what_is_found_does_not_depend_on_the_company(
         with_others(photographs),
         strict=True,
     ):
-        np.testing.assert_allclose(together.scores, alone.scores, atol=1e-4)
-        np.testing.assert_allclose(together.query_boxes, alone.query_boxes, atol=1e-4)
-        np.testing.assert_allclose(together.embeddings, alone.embeddings, atol=1e-3)
+        # float32 through layers of random weights, and a processor takes another algorithm for
+        # several photographs: up to 2e-4 was seen. Padding that takes part changes 0.01 and more.
+        np.testing.assert_allclose(together.scores, alone.scores, atol=1e-3)
+        np.testing.assert_allclose(together.query_boxes, alone.query_boxes, atol=1e-3)
+        np.testing.assert_allclose(together.embeddings, alone.embeddings, atol=1e-2)
 
 
 def test_confidences_fall_and_are_at_least_the_limit(
