@@ -38,7 +38,7 @@ def expected_products(config: AlignmentConfig) -> tuple[int, int, int]:
         return pooled, 0, 0
     pair = pooled + REGIONS * WORDS * DIM
     image, caption = REGIONS**2 * DIM, WORDS**2 * DIM
-    if config.kind == "hard_coding":
+    if config.kind in ("hard_coding", "hard_coding_mean"):
         return pair, 0, 0
     pair += WORDS * REGIONS**2
     if config.kind == "cross_attention":
@@ -64,6 +64,7 @@ def expected_products(config: AlignmentConfig) -> tuple[int, int, int]:
         {"kind": "cross_attention"},
         {"kind": "cross_attention", "global_weight": 0.0},
         {"kind": "hard_coding"},
+        {"kind": "hard_coding_mean"},
         {"global_weight": 1.0},
     ],
 )

@@ -31,6 +31,8 @@ SCORERS: Mapping[str, Entry] = {
     "cross_attention": Entry(scorer="CrossAttention"),
     # CHAN: the best region of each word.
     "hard_coding": Entry(scorer="HardCoding"),
+    # The same, a mean over the words.
+    "hard_coding_mean": Entry(scorer="HardCodingMean"),
     # FILIP: the best region of each word and the best word of each region.
     "late_interaction": Entry(scorer="LateInteraction"),
 }

@@ -89,6 +89,11 @@ def hard_coding(pair: Pair) -> Tensor:
     return temperature * (best / temperature).exp().sum().log()
 
 
+def hard_coding_mean(pair: Pair) -> Tensor:
+    """CHAN's score of words from BERT."""
+    return torch.stack([(pair.regions @ w).max() for w in pair.words]).mean()
+
+
 def late_interaction(pair: Pair) -> Tensor:
     """FILIP's score, the mean of both directions."""
     scores = [[v @ w for w in pair.words] for v in pair.regions]
@@ -101,6 +106,7 @@ NAIVE: dict[str, Callable[[Pair], Tensor]] = {
     "prominent": prominent,
     "cross_attention": cross_attention,
     "hard_coding": hard_coding,
+    "hard_coding_mean": hard_coding_mean,
     "late_interaction": late_interaction,
 }
 
