@@ -143,6 +143,8 @@ class TextConfig(_Part):
         trainable: fine-tune the encoder; False keeps it frozen. "scratch" is always trained.
         units: "words" are means of their pieces, without [CLS] and [SEP]; "pieces" takes every
             piece and both specials as words, as the field's published code does.
+        static: a word is its contextual vector beside its static one, which is the mean of its
+            pieces in the encoder's own table; False leaves the static one out.
         scratch_dim, scratch_layers, scratch_vocabulary: size of "scratch".
     """
 
@@ -151,6 +153,7 @@ class TextConfig(_Part):
     encoder: str = "scratch"
     trainable: bool = True
     units: Literal["words", "pieces"] = "words"
+    static: bool = True
     scratch_dim: int = 128
     scratch_layers: int = 1
     scratch_vocabulary: int = 4000

@@ -25,6 +25,11 @@ ABLATIONS: tuple[Ablation, ...] = (
         overrides={"model.regions.label_confidence": False},
     ),
     Ablation(
+        name="no_static_words",
+        question="What do words' static vectors add to their contextual ones?",
+        overrides={"model.text.static": False},
+    ),
+    Ablation(
         name="no_gcn",
         question="What do relations among words (the textual graph convolution) add?",
         overrides={"model.words.layers": 0},

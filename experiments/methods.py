@@ -22,6 +22,7 @@ _MARGIN = "loss.margin"
 COMMON: dict[str, Choice | Range] = {
     "optim.learning_rate": Range(2e-4, 1.5e-3, log=True),
     _MARGIN: Range(0.1, 0.3, step=0.05),
+    "model.text.static": Choice((True, False)),
 }
 
 _PUBLISHED: Mapping[str, Plain] = {

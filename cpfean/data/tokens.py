@@ -2,8 +2,9 @@
 
 Axes:  caption, piece   of all captions given, one after the other      word   of one caption
 
-A word is what the tokenizer's pre-tokenizer takes for one (for BERT: a run of letters and digits,
-or one punctuation mark); a piece is an entry of its vocabulary; a word has one piece or more.
+A word is what the tokenizer's pre-tokenizer takes for one (for BERT: a run of letters and digits),
+but for punctuation marks, which the encoder sees and nothing else does; where a caption has nothing
+but marks, they are its words. A piece is an entry of the vocabulary; a word has one or more.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -186,7 +188,7 @@ class CaptionTokenizer:
                 parses = iter(self._parser([caption[:limit] for caption in chunk]))
             for row, (coding, parse) in enumerate(zip(coded, parses, strict=True), start=first):
                 num_truncated += bool(coding.overflowing)
-                words = _numbered(coding.word_ids)
+                words = _words_of(coding, chunk[row - first])
                 if max(words, default=-1) < 0:
                     raise DataError(
                         f"caption {row}: expected words, found none that the text encoder knows in "
@@ -227,7 +229,7 @@ class CaptionTokenizer:
         if self.units == "pieces":
             return list(coded.tokens)
         spans: dict[int, tuple[int, int]] = {}
-        for word, (start, stop) in zip(_numbered(coded.word_ids), coded.offsets, strict=True):
+        for word, (start, stop) in zip(_words_of(coded, text), coded.offsets, strict=True):
             spans[word] = (spans.get(word, (start, stop))[0], stop)
         spans.pop(-1, None)
         return [text[start:stop] for start, stop in spans.values()]
@@ -634,6 +636,23 @@ def _vocabulary(words: Counter[str], *, size: int) -> list[str]:
     trained.train_from_iterator(lines, trainer)
     pieces = trained.get_vocab()
     return sorted(pieces, key=pieces.__getitem__)
+
+
+def _words_of(coding: Any, text: str) -> list[int]:
+    """The word of each piece of a text, from 0; -1 for specials and punctuation marks."""
+    places = list(zip(coding.word_ids, coding.offsets, strict=True))
+    words = {word for word, (start, stop) in places if not _is_mark(text[start:stop])} - {None}
+    if not words:
+        return _numbered(coding.word_ids)
+    return _numbered([word if word in words else None for word in coding.word_ids])
+
+
+@lru_cache(maxsize=2**16)  # captions are made of few words
+def _is_mark(text: str) -> bool:
+    """Whether there is punctuation and nothing else; signs of ASCII such as $ are some to BERT."""
+    return all(
+        unicodedata.category(c).startswith("P") or (c.isascii() and not c.isalnum()) for c in text
+    )
 
 
 def _numbered(word_ids: Sequence[int | None]) -> list[int]:

@@ -3,6 +3,7 @@
 Axes:  image, caption   in the batch      region, word, piece   fragments of each, padded
        dim              width of the joint embedding space
        feature          width of the detector's features        text_dim   of the text encoder
+                                                        word_dim   of a word before it is projected
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from cpfean.model.weights import (
     specs,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 _DESCRIBED_BY = "config_sha256"  # in the header of the weights
 
 
@@ -79,23 +80,25 @@ class LabelEmbeddings(nn.Module):
 
         Args:
             pieces: (label, piece) ids of the word pieces of each name, padded with -1.
-            vectors: (label, text_dim) frozen embeddings.
+            vectors: (label, word_dim) frozen embeddings.
         """
         super().__init__()
         self.register_buffer("pieces", pieces)
         self.register_buffer("vectors", vectors)
 
     def forward(
-        self, labels: Int[Tensor, " label"], backbone: TextBackbone
-    ) -> Float[Tensor, "label text_dim"]:
-        """The embeddings of these labels' names."""
+        self, labels: Int[Tensor, " label"], backbone: TextBackbone, *, word_dim: int
+    ) -> Float[Tensor, "label word_dim"]:
+        """The embeddings of these labels' names, as wide as words before they are projected."""
         if self.vectors is not None:
             return self.vectors[labels]
         assert self.pieces is not None
         pieces = self.pieces[labels]
         vectors = backbone.piece_embeddings()(pieces.clamp(min=0))
         scaled = nn.functional.layer_norm(vectors, vectors.shape[-1:])
-        return masked_mean(scaled, pieces >= 0)
+        names = masked_mean(scaled, pieces >= 0)
+        # Without a context a name has its static vector in either half.
+        return names.repeat(1, word_dim // names.shape[1])
 
 
 class Cpfean(nn.Module):
@@ -133,7 +136,8 @@ class Cpfean(nn.Module):
             dim=config.dim,
             geometry=config.regions.geometry and inputs.has_boxes,
         )
-        self.word_projection = nn.Linear(backbone.text_dim, config.dim)  # FC_w
+        word_dim = backbone.word_dim(static=config.text.static)
+        self.word_projection = nn.Linear(word_dim, config.dim)  # FC_w
         self.labels = labels if config.regions.prior else None
         self.text_prior = (
             TextPrior(dim=config.dim, use_confidence=config.regions.label_confidence)
@@ -178,7 +182,8 @@ class Cpfean(nn.Module):
             assert labels is not None, "the model was built for data with labels"
             # Each name once: a batch shows few of the vocabulary's, and most of them often.
             shown, place = labels.unique(return_inverse=True)
-            names = self.word_projection(self.labels(shown, self.backbone))
+            word_dim = self.word_projection.in_features
+            names = self.word_projection(self.labels(shown, self.backbone, word_dim=word_dim))
             regions = self.text_prior(regions, names[place], confidences)
         dtype = self.word_projection.weight.dtype
         overlap = None if iou is None else iou.to(dtype)
@@ -209,9 +214,12 @@ class Cpfean(nn.Module):
             word_links: dependency edges, for the syntax graph.
             word_features: what the frozen text encoder made of the tokens; used in its place.
         """
-        if word_features is None:
-            word_features = self.backbone(tokens, token_mask, word_index, word_mask.shape[1])
-        words = self.word_projection(word_features.to(self.word_projection.weight.dtype))
+        words = word_features
+        if words is None:
+            words = self.backbone(tokens, token_mask, word_index, word_mask.shape[1])
+        if self.config.text.static:
+            words = self.backbone.beside_static(words, tokens, word_index)
+        words = self.word_projection(words.to(self.word_projection.weight.dtype))
         words = unit(self.word_reasoning(words, word_mask, word_links))
         words = words.to(self.word_projection.weight.dtype)
         return CaptionEmbeddings(words, word_mask, unit(self.word_pooling(words, word_mask)))
@@ -315,7 +323,8 @@ class Cpfean(nn.Module):
                     f"{described.text_fingerprint}."
                 )
         with torch.device("meta"):
-            labels = _empty_labels(header, described.inputs, backbone, source=source)
+            word_dim = backbone.word_dim(static=config.text.static)
+            labels = _empty_labels(header, described.inputs, word_dim=word_dim, source=source)
             empty = cls(config, inputs=described.inputs, backbone=backbone, labels=labels)
         check_same(header, specs(empty.own_state()), source=weights, error=CheckpointError)
         if read_metadata(weights).get(_DESCRIBED_BY, described.sha256) != described.sha256:
@@ -442,7 +451,7 @@ def _inputs(plain: Any, *, source: Path) -> ModelInputs:
 
 
 def _empty_labels(
-    header: Mapping[str, Spec], inputs: ModelInputs, backbone: TextBackbone, *, source: str
+    header: Mapping[str, Spec], inputs: ModelInputs, *, word_dim: int, source: str
 ) -> LabelEmbeddings | None:
     """The label embeddings that a header tells of, without numbers.
 
@@ -459,12 +468,12 @@ def _empty_labels(
                 f"{source}: {named:,} labels, and the model {embedded} of labels."
             )
         return None
-    rows, width = len(inputs.label_names), backbone.text_dim
+    rows = len(inputs.label_names)
     fits = spec.shape[:1] == (rows,) and len(spec.shape) == 2 and 0 not in spec.shape
-    if (pieces and vectors) or not fits or (vectors and spec.shape[1] != width):
+    if (pieces and vectors) or not fits or (vectors and spec.shape[1] != word_dim):
         raise CheckpointError(
-            f"{source}: {rows:,} labels for a text encoder of width {width:,}, but the embeddings "
-            f"of labels are {spec}."
+            f"{source}: {rows:,} labels for words of width {word_dim:,}, but the embeddings of "
+            f"labels are {spec}."
         )
     empty = torch.empty(spec.shape, dtype=torch.int64 if pieces else torch.float32)
     return LabelEmbeddings(**{"pieces" if pieces else "vectors": empty})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from cpfean.config import TextConfig
 from cpfean.errors import ConfigError, message_of
@@ -133,8 +134,12 @@ class TextBackbone(nn.Module):
 
     @property
     def text_dim(self) -> int:
-        """Width of a word vector."""
+        """Width of a contextual word vector."""
         return int(self.encoder.config.hidden_size)
+
+    def word_dim(self, *, static: bool) -> int:
+        """Width of a word vector, with the static one beside the contextual one or without."""
+        return self.text_dim + (self.piece_embeddings().embedding_dim if static else 0)
 
     def train(self, mode: bool = True) -> TextBackbone:
         """A frozen encoder has no dropout, in training neither."""
@@ -152,6 +157,25 @@ class TextBackbone(nn.Module):
         """The table of the word pieces, without context."""
         table: nn.Embedding = self.encoder.get_input_embeddings()
         return table
+
+    def beside_static(
+        self,
+        contextual: Float[Tensor, "caption word text_dim"],
+        tokens: Int[Tensor, "caption piece"],
+        word_index: Int[Tensor, "caption piece"],
+    ) -> Float[Tensor, "caption word word_dim"]:
+        """Contextual word vectors, and beside each of them its static one, both layer-normalized.
+
+        In context an article before a noun has much of the noun; its static vector is its own.
+
+        Args:
+            contextual: as `forward` gives them.
+            tokens, word_index: as `forward` takes them.
+        """
+        pieces = self.piece_embeddings()(tokens)
+        static = pool_words(pieces, word_index, contextual.shape[1])
+        both = [layer_norm(vectors, vectors.shape[-1:]) for vectors in (contextual, static)]
+        return torch.cat(both, dim=-1)
 
     def forward(
         self,

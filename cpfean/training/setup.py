@@ -359,12 +359,12 @@ def _embed_labels(
     with torch.no_grad():
         for start in range(0, len(names), 256):
             rows = slice(start, start + 256)
-            words = backbone(
-                torch.from_numpy(np.where(inside[rows], pieces[rows], tokenizer.pad_id)),
-                torch.from_numpy(inside[rows]),
-                torch.from_numpy(word_index[rows]),
-                int(tokens.num_words[rows].max()),
-            )
+            ids = torch.from_numpy(np.where(inside[rows], pieces[rows], tokenizer.pad_id))
+            index = torch.from_numpy(word_index[rows])
+            most_words = int(tokens.num_words[rows].max())
+            words = backbone(ids, torch.from_numpy(inside[rows]), index, most_words)
+            if config.model.text.static:
+                words = backbone.beside_static(words, ids, index)
             counts = torch.from_numpy(tokens.num_words[rows].astype(np.float32))
             vectors.append(words.sum(dim=1) / counts[:, None])
     backbone.train(was_training)

@@ -135,7 +135,9 @@ def checkpoint_bytes(config: ExperimentConfig, *, data_folder: Path) -> int:
             labels = {"pieces": torch.zeros(len(names or ()), _LABEL_PIECES, dtype=torch.int64)}
         else:
             backbone = TextBackbone.of_shape(text)
-            labels = {"vectors": torch.zeros(len(names or ()), backbone.text_dim)}
+            labels = {
+                "vectors": torch.zeros(len(names or ()), backbone.word_dim(static=text.static))
+            }
         model = Cpfean(
             config.model,
             inputs=ModelInputs(

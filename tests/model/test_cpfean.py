@@ -33,6 +33,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "no visual Transformer": {"regions.layers": 0},
     "dense regions": {"regions.graph": "dense"},
     "filtered regions": {"regions.graph": "filtered"},
+    "no static words": {"text.static": False},
     "no GCN": {"words.layers": 0},
     "word window": {"words.graph": "window"},
     "syntax": {"words.graph": "syntax"},
@@ -179,6 +180,34 @@ def test_words_are_means_of_their_pieces() -> None:
     pieces = torch.arange(10.0).reshape(1, 5, 2)
     words = pool_words(pieces, torch.tensor([[-1, 0, 0, 1, -1]]), 3)
     torch.testing.assert_close(words, torch.tensor([[[3.0, 4.0], [6.0, 7.0], [0.0, 0.0]]]))
+
+
+def test_a_word_is_its_contextual_vector_beside_its_static_one() -> None:
+    model = make_model()
+    _, captions = make_batch()
+    arguments = captions["tokens"], captions["token_mask"], captions["word_index"]
+    contextual = model.backbone(*arguments, 4)
+    both = model.backbone.beside_static(contextual, captions["tokens"], captions["word_index"])
+    table = model.backbone.piece_embeddings().weight
+
+    def normalized(vector: Tensor) -> Tensor:
+        centred = vector - vector.mean()
+        return centred / (centred.square().mean() + 1e-5).sqrt()
+
+    for caption, (ids, index) in enumerate(zip(arguments[0], arguments[2], strict=True)):
+        for word in range(int(index.max()) + 1):
+            static = torch.stack([table[i] for i, w in zip(ids, index, strict=True) if w == word])
+            expected = [normalized(contextual[caption, word]), normalized(static.mean(dim=0))]
+            torch.testing.assert_close(both[caption, word], torch.cat(expected))
+    assert model.word_projection.in_features == both.shape[-1] == 2 * contextual.shape[-1]
+    # What a frozen encoder made of the tokens may be given in its place.
+    given = model.encode_captions(**captions, word_features=contextual)
+    torch.testing.assert_close(given.words, model.encode_captions(**captions).words)
+
+
+def test_without_its_static_vector_a_word_depends_on_its_context_alone() -> None:
+    model = make_model({"text.static": False})
+    assert model.word_projection.in_features == model.backbone.text_dim
 
 
 def test_pooled_fragments_leave_padding_out() -> None:
