@@ -261,6 +261,7 @@ def score_products(
             torch.rand(num_captions, words, dim),
             torch.ones(num_captions, words, dtype=torch.bool),
             torch.rand(num_captions, dim),
+            torch.rand(num_captions, words),
         )
         return products(lambda: scorer(every_pair(images, captions)))
 

@@ -180,6 +180,7 @@ def embeddings(
             words=torch.cat([padded(part.words) for part in captions]),
             mask=torch.cat([padded(part.mask) for part in captions]),
             pooled=torch.cat([part.pooled for part in captions]),
+            salience=torch.cat([padded(part.salience) for part in captions]),
         ),
     )
 

@@ -54,7 +54,8 @@ def make_embeddings(
     images = ImageEmbeddings(
         regions, region_mask, unit(masked_mean(regions, region_mask)), thresholds
     )
-    captions = CaptionEmbeddings(words, word_mask, unit(masked_mean(words, word_mask)))
+    salience = torch.rand(num_captions, 16, generator=generator).clamp(min=0.02)
+    captions = CaptionEmbeddings(words, word_mask, unit(masked_mean(words, word_mask)), salience)
     return (
         ImageEmbeddings(*(field.to(device) for field in images)),
         CaptionEmbeddings(*(field.to(device) for field in captions)),

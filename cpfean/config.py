@@ -216,12 +216,15 @@ class WordConfig(_Part):
         graph: "dense" (all words are neighbours), "window" (within two places), "syntax"
             (dependency edges; needs the `syntax` extra and a spaCy model).
         layers: of the textual GCN; 0 leaves it out.
+        consensus: words that the training captions of an image agree on count for more; False
+            takes all words alike.
     """
 
     _prefix: typing.ClassVar[str] = "model.words"
 
     graph: Literal["dense", "window", "syntax"] = "dense"
     layers: int = 1
+    consensus: bool = True
 
     def _validate(self) -> None:
         self._need(0 <= self.layers <= 8, "layers", "from 0 to 8")

@@ -25,6 +25,11 @@ ABLATIONS: tuple[Ablation, ...] = (
         overrides={"model.regions.label_confidence": False},
     ),
     Ablation(
+        name="no_consensus",
+        question="Does it help that words on which an image's captions agree count for more?",
+        overrides={"model.words.consensus": False},
+    ),
+    Ablation(
         name="no_static_words",
         question="What do words' static vectors add to their contextual ones?",
         overrides={"model.text.static": False},

@@ -63,6 +63,8 @@ class Block(NamedTuple):
         region_gram: (image, most regions, most regions) K.
         word_gram: (caption, most words, most words) G.
         thresholds: (image, most regions) theta.
+        salience: (caption, most words) s, above 0.
+        lead: the same shape, log(s) / tau: what a salient word has ahead for every region.
         constants: (kappa, tau, lambda, beta).
         gate: SOFT, HARD or OFF.
     """
@@ -74,6 +76,8 @@ class Block(NamedTuple):
     region_gram: np.ndarray
     word_gram: np.ndarray
     thresholds: np.ndarray
+    salience: np.ndarray
+    lead: np.ndarray
     constants: np.ndarray
     gate: int
 
@@ -364,7 +368,7 @@ def _compare_regions(block, pair, scratch, differentiate):
             found = load(block.cosines, pair.corner + k * block.stride + o)
             s = where_above(counted, 0.0, found, 0.0)
             store(scratch.cosines, k * line + o, s)
-            m = maximum(s, m)
+            m = maximum(s + block.lead[pair.caption, k], m)
         if block.gate == OFF:
             log_g = where_above(counted, 0.0, 0.0, splat(_FAR, real))
             rest = counted
@@ -386,7 +390,7 @@ def _compare_regions(block, pair, scratch, differentiate):
         squared = splat(0.0, real)
         for k in range(num_words):
             s = load(scratch.cosines, k * line + o)
-            p = exp((s - m) * tau)
+            p = exp((s + block.lead[pair.caption, k] - m) * tau)
             store(scratch.prominence, k * line + o, p)
             z = z + p
             inner = inner + p * s
@@ -494,13 +498,13 @@ def _weigh_words(block, pair, scratch):
     """cos(c_k, w_k).
 
     Returns:
-        The sum of the words' weights 1 + beta n_k, and the mean of the cosines with them.
+        The sum of the words' weights s_k (1 + beta n_k), and the mean of the cosines with them.
     """
     beta = block.constants[3]
     sum_weights = 0.0
     weighted = 0.0
     for k in range(pair.num_words):
-        weight = 1.0 + beta * scratch.named_by[k]
+        weight = block.salience[pair.caption, k] * (1.0 + beta * scratch.named_by[k])
         cosine = scratch.inner_words[k] / math.sqrt(max(scratch.squared_words[k], _TINY))
         scratch.of_words[k] = cosine
         sum_weights += weight
@@ -515,6 +519,7 @@ def _weigh_words_back(block, pair, scratch, gradients, u, sum_weights, weighted)
     d_beta = 0.0
     for k in range(pair.num_words):
         d_weight = u * (scratch.of_words[k] - weighted) / sum_weights
+        d_weight *= block.salience[pair.caption, k]
         d_beta += d_weight * scratch.named_by[k]
         scratch.d_named_by[k] = beta * d_weight
     gradients.constants[3] += d_beta
@@ -546,7 +551,7 @@ def _compare_regions_back(block, pair, scratch, gradients, u, sum_gates, relevan
         for k in range(num_words):
             p = load(e, k * line + o)
             mean = mean + p * d_named_by[k]
-            s = load(scratch.cosines, k * line + o)
+            s = load(scratch.cosines, k * line + o) + block.lead[pair.caption, k]
             reaching = reaching + where_above(m, s, 0.0, splat(1.0, real))
         mean = mean * share
         store(scratch.ties, o, 1.0 / reaching)
@@ -580,7 +585,7 @@ def _attend_back(block, pair, scratch, gradients, u, sum_weights):
     a, d_gram, d_log_gate = scratch.attention, scratch.d_region_gram, scratch.d_log_gate
     for k in range(pair.num_words):
         squared = max(scratch.squared_words[k], _TINY)
-        weight = (1.0 + beta * scratch.named_by[k]) / sum_weights
+        weight = block.salience[pair.caption, k] * (1.0 + beta * scratch.named_by[k]) / sum_weights
         d_inner = u * weight / math.sqrt(squared)
         d_squared = -0.5 * u * weight * scratch.of_words[k] / squared
         if scratch.squared_words[k] <= _TINY:
@@ -615,7 +620,8 @@ def _gate_back(block, pair, scratch, gradients):
         d_m = d_x * kappa * load(scratch.ties, o)
         for k in range(pair.num_words):
             at = pair.corner + k * block.stride + o
-            reaches = where_above(m, load(scratch.cosines, k * line + o), 0.0, d_m)
+            s = load(scratch.cosines, k * line + o) + block.lead[pair.caption, k]
+            reaches = where_above(m, s, 0.0, d_m)
             store(gradients.cosines, at, load(gradients.cosines, at) + reaches)
     gradients.constants[0] += d_kappa
     for r in range(pair.num_regions):

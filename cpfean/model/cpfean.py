@@ -33,7 +33,7 @@ from cpfean.model.scorers.pairs import every_pair
 from cpfean.model.scorers.prominent import Alignment, ProminentAlignment
 from cpfean.model.scorers.scorer import Scorer, scorer_class
 from cpfean.model.scoring import local_scores
-from cpfean.model.text_encoder import TextBackbone
+from cpfean.model.text_encoder import TextBackbone, pool_words
 from cpfean.model.text_prior import TextPrior
 from cpfean.model.weights import (
     Spec,
@@ -45,6 +45,7 @@ from cpfean.model.weights import (
 )
 
 _FORMAT = 2
+_LEAST_SALIENCE = 0.02  # a word on which nobody agrees still counts a little
 _DESCRIBED_BY = "config_sha256"  # in the header of the weights
 
 
@@ -111,6 +112,8 @@ class Cpfean(nn.Module):
     Source: arXiv:2311.02183; docs/model.md says what is the paper's, the peers' and ours.
     """
 
+    consensus: Tensor | None
+
     def __init__(
         self,
         config: ModelConfig,
@@ -150,6 +153,9 @@ class Cpfean(nn.Module):
             replace(config.regions, layers=layers), dim=config.dim
         )
         self.word_reasoning = WordReasoning(config.words, dim=config.dim)
+        # Of each word piece; all alike until training captions have told.
+        pieces = backbone.piece_embeddings().num_embeddings
+        self.register_buffer("consensus", torch.ones(pieces) if config.words.consensus else None)
         self.global_weight = config.alignment.global_weight
         self.region_pooling = POOLINGS[config.alignment.pooling]()
         self.word_pooling = POOLINGS[config.alignment.pooling]()
@@ -222,7 +228,23 @@ class Cpfean(nn.Module):
         words = self.word_projection(words.to(self.word_projection.weight.dtype))
         words = unit(self.word_reasoning(words, word_mask, word_links))
         words = words.to(self.word_projection.weight.dtype)
-        return CaptionEmbeddings(words, word_mask, unit(self.word_pooling(words, word_mask)))
+        pooled = unit(self.word_pooling(words, word_mask))
+        salience = self._salience(tokens, word_index, word_mask)
+        return CaptionEmbeddings(words, word_mask, pooled, salience.to(words.dtype))
+
+    def _salience(
+        self,
+        tokens: Int[Tensor, "caption piece"],
+        word_index: Int[Tensor, "caption piece"],
+        word_mask: Bool[Tensor, "caption word"],
+    ) -> Float[Tensor, "caption word"]:
+        """s: the mean consensus of a word's pieces, as a share of its caption's largest."""
+        if self.consensus is None:
+            return torch.ones_like(word_mask, dtype=torch.float32)
+        pieces = self.consensus[tokens][..., None]
+        words = pool_words(pieces, word_index, word_mask.shape[1]).squeeze(-1)
+        words = words.clamp(min=_LEAST_SALIENCE).masked_fill(~word_mask, 0.0)
+        return (words / words.amax(dim=1, keepdim=True)).masked_fill(~word_mask, 1.0)
 
     def score(
         self, images: ImageEmbeddings, captions: CaptionEmbeddings

@@ -41,18 +41,24 @@ class CaptionEmbeddings(NamedTuple):
         words: unit-norm embeddings; arbitrary where masked.
         mask: True where a word is real; the real ones come first.
         pooled: unit-norm pool of the words.
+        salience: s, how much a word tells of the picture, in (0, 1], the most of a caption 1; ones
+            where that is not known.
     """
 
     words: Float[Tensor, "caption word dim"]
     mask: Bool[Tensor, "caption word"]
     pooled: Float[Tensor, "caption dim"]
+    salience: Float[Tensor, "caption word"]
 
     def rows(self, index: Tensor | slice) -> CaptionEmbeddings:
         """The embeddings of some captions, cut to the longest of them."""
         mask = self.mask[index]
         longest = max(1, int(mask.sum(dim=1).max()))
         return CaptionEmbeddings(
-            self.words[index][:, :longest], mask[:, :longest], self.pooled[index]
+            self.words[index][:, :longest],
+            mask[:, :longest],
+            self.pooled[index],
+            self.salience[index][:, :longest],
         )
 
 

@@ -59,9 +59,8 @@ def local_scores(
         if scores is None:
             parameters = [p for p in scorer.parameters() if p.requires_grad]
             fragments = images.regions, images.thresholds, captions.words
-            scores = _BlockScores.apply(
-                scorer, images.mask, captions.mask, product_type, *fragments, *parameters
-            )
+            fixed = images.mask, captions.mask, captions.salience
+            scores = _BlockScores.apply(scorer, *fixed, product_type, *fragments, *parameters)
         return scores if order is None else scores[:, order.argsort()]
 
 
@@ -74,15 +73,17 @@ class _BlockScores(torch.autograd.Function):
         scorer: Scorer,
         region_mask: Bool[Tensor, "image region"],
         word_mask: Bool[Tensor, "caption word"],
+        salience: Float[Tensor, "caption word"],
         product_type: torch.dtype,
         regions: Float[Tensor, "image region dim"],
         thresholds: Float[Tensor, "image region"],
         words: Float[Tensor, "caption word dim"],
         *parameters: Float[Tensor, "..."],
     ) -> Float[Tensor, "image caption"]:
-        ctx.save_for_backward(region_mask, word_mask, regions, thresholds, words, *parameters)
+        tensors = region_mask, word_mask, salience, regions, thresholds, words
+        ctx.save_for_backward(*tensors, *parameters)
         ctx.scorer, ctx.product_type = scorer, product_type
-        images, captions = _embeddings(region_mask, word_mask, regions, thresholds, words)
+        images, captions = _embeddings(*tensors)
         step_images, step_captions = _BLOCK[images.mask.device.type == "cuda"]
         blocks = [
             [
@@ -96,8 +97,8 @@ class _BlockScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Float[Tensor, "image caption"]) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
-        region_mask, word_mask, *tensors = ctx.saved_tensors
-        images, captions = _embeddings(region_mask, word_mask, *tensors[:3])
+        region_mask, word_mask, salience, *tensors = ctx.saved_tensors
+        images, captions = _embeddings(region_mask, word_mask, salience, *tensors[:3])
         parameters = tensors[3:]
         totals = [torch.zeros_like(tensor) for tensor in tensors]
         num_images, num_captions = upstream.shape
@@ -132,19 +133,20 @@ class _BlockScores(torch.autograd.Function):
             totals[2][:, : leaves[2].shape[1]].index_add_(0, columns, found[2])
             for total, one in zip(totals[3:], found[3:], strict=True):
                 total += one
-        return (None, None, None, None, *totals)
+        return (None, None, None, None, None, *totals)
 
 
 def _embeddings(
     region_mask: Bool[Tensor, "image region"],
     word_mask: Bool[Tensor, "caption word"],
+    salience: Float[Tensor, "caption word"],
     regions: Float[Tensor, "image region dim"],
     thresholds: Float[Tensor, "image region"],
     words: Float[Tensor, "caption word dim"],
 ) -> tuple[ImageEmbeddings, CaptionEmbeddings]:
     """What scorers of fragments look at; the pooled vectors are left empty."""
     images = ImageEmbeddings(regions, region_mask, regions[:, 0, :0], thresholds)
-    return images, CaptionEmbeddings(words, word_mask, words[:, 0, :0])
+    return images, CaptionEmbeddings(words, word_mask, words[:, 0, :0], salience)
 
 
 def _parts(embeddings: _Embeddings, size: int) -> list[_Embeddings]:

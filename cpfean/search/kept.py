@@ -70,11 +70,13 @@ class KeptCaptions:
     Attributes:
         pooled: unit-norm pool of each caption's words.
         words: unit-norm embeddings of all captions' words.
+        salience: of these words.
         offsets: where each caption starts; one more than there are captions.
     """
 
     pooled: Float32[np.ndarray, "caption dim"]
     words: Float32[np.ndarray, "word dim"]
+    salience: Float32[np.ndarray, " word"]
     offsets: Int64[np.ndarray, "caption+1"]
 
     def __len__(self) -> int:
@@ -90,11 +92,14 @@ class KeptCaptions:
         starts, lengths = self.offsets[:-1][captions], self.lengths[captions]
         mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
         words = np.zeros((*mask.shape, self.words.shape[1]), dtype=np.float32)
-        words[mask] = self.words[(starts[:, None] + np.arange(mask.shape[1]))[mask]]
+        salience = np.ones(mask.shape, dtype=np.float32)
+        place = (starts[:, None] + np.arange(mask.shape[1]))[mask]
+        words[mask], salience[mask] = self.words[place], self.salience[place]
         return CaptionEmbeddings(
             torch.from_numpy(words).to(device),
             torch.from_numpy(mask).to(device),
             torch.from_numpy(self.pooled[captions]).to(device),
+            torch.from_numpy(salience).to(device),
         )
 
 
@@ -174,14 +179,16 @@ def keep_captions(
     shapes: Shapes = {
         "pooled": ((split.num_captions, model.config.dim), "<f4"),
         "words": ((int(offsets[-1]), model.config.dim), "<f4"),
+        "salience": ((int(offsets[-1]),), "<f4"),
     }
 
     def batches() -> Iterator[tuple[int, dict[str, Tensor]]]:
         for start in range(0, split.num_captions, batch_size):
             block = range(start, min(start + batch_size, split.num_captions))
             batch = dataset.caption_batch(block).to(device)
-            words, mask, pooled = model.encode_captions(**batch._asdict())
-            yield block.stop, {"words": words[mask], "pooled": pooled}
+            words, mask, pooled, salience = model.encode_captions(**batch._asdict())
+            flat = {"words": words[mask], "salience": salience[mask]}
+            yield block.stop, flat | {"pooled": pooled}
 
     arrays = kept_arrays(
         folder,

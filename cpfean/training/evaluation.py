@@ -274,13 +274,15 @@ def _encode_captions(
     with prefetched(made, pin=on_gpu) as ready:
         for done, ((_, embedded, rows), batch) in enumerate(zip(mine, ready, strict=True), start=1):
             fields = batch.to(device, non_blocking=on_gpu)._asdict()
-            words, _, pooled = model.encode_captions(**fields)
+            words, _, pooled, salience = model.encode_captions(**fields)
             embedded.words[rows, : words.shape[1]] = words
             embedded.pooled[rows] = pooled
+            embedded.salience[rows, : words.shape[1]] = salience
             progress.step(done)
     for number, (_, embedded, rows) in enumerate(batches):
         sent_from(embedded.words[rows], owner=number % world_size)
         sent_from(embedded.pooled[rows], owner=number % world_size)
+        sent_from(embedded.salience[rows], owner=number % world_size)
     return [(torch.as_tensor(columns, device=device), embedded) for columns, embedded in groups]
 
 
@@ -307,4 +309,5 @@ def _room_for(
     mask = torch.arange(longest, device=device) < lengths[:, None]
     like = model.word_projection.weight
     words = like.new_zeros((len(num_words), longest, model.config.dim))
-    return CaptionEmbeddings(words, mask, like.new_zeros((len(num_words), model.config.dim)))
+    pooled = like.new_zeros((len(num_words), model.config.dim))
+    return CaptionEmbeddings(words, mask, pooled, like.new_ones(mask.shape))

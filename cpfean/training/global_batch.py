@@ -46,6 +46,7 @@ class GlobalBatchLoss(nn.Module):
             words=gathered(captions.words, total=total),
             mask=gathered(captions.mask.to(torch.uint8), total=total).bool(),
             pooled=gathered(captions.pooled, total=total),
+            salience=gathered(captions.salience, total=total),
         )
         image_ids = gathered(batch.image_ids, total=total)
         scores = self.model.score(images, everybody)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cpfean.config import ExperimentConfig
+from cpfean.data.consensus import word_consensus
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.split import Split, open_split
 from cpfean.data.tokens import CaptionTokenizer, check_known, load_tokenizer
@@ -60,6 +61,11 @@ def open_experiment(
     torch.manual_seed(config.seed)
     model = build_model(config, split=train, tokenizer=tokenizer).to(device)
     training = _dataset(model, train, tokenizer, cache_dir=cache_dir, device=device, config=config)
+    if model.consensus is not None:
+        image_of = np.asarray(train.image_of(np.arange(train.num_captions)), dtype=np.int64)
+        pieces = len(model.consensus)
+        told = word_consensus(training.tokens, image_of, num_pieces=pieces)
+        model.consensus.copy_(torch.from_numpy(told))
     return Experiment(
         model=model,
         tokenizer=tokenizer,

@@ -227,9 +227,7 @@ def _share_of_loss(model: Cpfean, batch: Batch, config: ExperimentConfig, *, tot
     images = model.encode_images(**batch.images._asdict())
     captions = model.encode_captions(**batch.captions._asdict())
     rows = torch.arange(total, device=captions.pooled.device) % len(captions.pooled)
-    everybody = CaptionEmbeddings(
-        words=captions.words[rows], mask=captions.mask[rows], pooled=captions.pooled[rows]
-    )
+    everybody = CaptionEmbeddings(*(field[rows] for field in captions))
     scores = model.score(images, everybody)
     image_ids = torch.arange(total, device=scores.device)
     return triplet_loss(

@@ -33,6 +33,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "no visual Transformer": {"regions.layers": 0},
     "dense regions": {"regions.graph": "dense"},
     "filtered regions": {"regions.graph": "filtered"},
+    "no consensus": {"words.consensus": False},
     "no static words": {"text.static": False},
     "no GCN": {"words.layers": 0},
     "word window": {"words.graph": "window"},
@@ -203,6 +204,28 @@ def test_a_word_is_its_contextual_vector_beside_its_static_one() -> None:
     # What a frozen encoder made of the tokens may be given in its place.
     given = model.encode_captions(**captions, word_features=contextual)
     torch.testing.assert_close(given.words, model.encode_captions(**captions).words)
+
+
+def test_salience_is_the_consensus_of_a_word_as_a_share_of_its_captions_largest() -> None:
+    model = make_model()
+    _, captions = make_batch()
+    assert model.consensus is not None
+    assert (model.encode_captions(**captions).salience == 1).all()  # before anything is known
+    generator = torch.Generator().manual_seed(1)
+    model.consensus.copy_(torch.rand(VOCABULARY, generator=generator))
+    model.consensus[captions["tokens"][1, 1]] = 0.0
+    found = model.encode_captions(**captions).salience
+    for caption in range(4):
+        index, ids = captions["word_index"][caption], captions["tokens"][caption]
+        words = [model.consensus[ids[index == k]].mean() for k in range(int(index.max()) + 1)]
+        consensus = torch.stack(words).clamp(min=0.02)
+        torch.testing.assert_close(found[caption, : len(words)], consensus / consensus.max())
+        assert (found[caption, len(words) :] == 1).all()
+    state = model.own_state()
+    torch.testing.assert_close(state["consensus"], model.consensus)
+    plain = make_model({"words.consensus": False})
+    assert "consensus" not in plain.own_state()
+    assert (plain.encode_captions(**captions).salience == 1).all()
 
 
 def test_without_its_static_vector_a_word_depends_on_its_context_alone() -> None:

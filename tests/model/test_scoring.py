@@ -76,7 +76,9 @@ def embed(leaves: list[Tensor], *, prefix: bool) -> tuple[ImageEmbeddings, Capti
     images = ImageEmbeddings(
         unit(regions), region_mask, unit(masked_mean(regions, region_mask)), thresholds
     )
-    captions = CaptionEmbeddings(unit(words), word_mask, unit(masked_mean(words, word_mask)))
+    pooled = unit(masked_mean(words, word_mask))
+    salience = torch.rand(word_mask.shape, generator=torch.Generator().manual_seed(3)) + 0.02
+    captions = CaptionEmbeddings(unit(words), word_mask, pooled, salience.to(words.dtype))
     return images, captions
 
 

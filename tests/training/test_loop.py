@@ -6,17 +6,19 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cpfean.config import ExperimentConfig
+from cpfean.data.consensus import word_consensus
 from cpfean.errors import CheckpointError, DivergedError, StoppedError
 from cpfean.model.cpfean import Cpfean
 from cpfean.training import loop
 from cpfean.training.checkpoint import Checkpoint, newest_valid, read_state
 from cpfean.training.loop import EpochReport, FitResult, fit
-from cpfean.training.setup import evaluate_checkpoint
+from cpfean.training.setup import evaluate_checkpoint, open_experiment
 from tests.training.tiny import tiny_experiment
 
 CPU = torch.device("cpu")
@@ -316,3 +318,17 @@ def test_saved_model_is_whole(
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="damaged"):
         Cpfean.from_pretrained(tmp_path)
+
+
+def test_a_model_knows_on_which_words_the_training_captions_agree(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    experiment = open_experiment(
+        tiny_experiment(), data_folder=data_folder, cache_dir=tmp_path, device=CPU
+    )
+    found, train = experiment.model.consensus, experiment.train
+    assert found is not None
+    image_of = np.array([train.split.image_of(k) for k in range(len(train))])
+    expected = word_consensus(train.tokens, image_of, num_pieces=len(found))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    assert len(np.unique(expected)) > 10

@@ -35,6 +35,7 @@ class Pairs:
         cosines: S, of every word with every region.
         region_mask, word_mask: True where a fragment is real.
         thresholds: theta of each region, as the scorer itself has made them.
+        salience: s of each word, in (0, 1].
         regions, words: unit-norm embeddings; a scorer that needs more of them than S takes the
             Gram matrices, which are made when they are asked for.
     """
@@ -43,6 +44,7 @@ class Pairs:
     region_mask: Bool[Tensor, "image 1 1 region"]
     word_mask: Bool[Tensor, "#image caption word 1"]
     thresholds: Float[Tensor, "image 1 region"]
+    salience: Float[Tensor, "#image caption word"]
     regions: Float[Tensor, "image region dim"]
     words: Float[Tensor, "#image caption word dim"]
 
@@ -101,6 +103,7 @@ def _pairs(
         region_mask=images.mask[:, None, None, :],
         word_mask=captions.mask[:, :, None].unsqueeze(over),
         thresholds=images.thresholds[:, None, :],
+        salience=captions.salience.unsqueeze(over),
         regions=images.regions,
         words=captions.words.unsqueeze(over),
     )

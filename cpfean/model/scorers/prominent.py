@@ -9,7 +9,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,12 +42,12 @@ class Alignment(NamedTuple):
 class ProminentAlignment(Scorer):
     """Gates irrelevant regions and lets prominent words count for more.
 
-    For unit vectors v_r (regions) and w_k (words), S_rk = <v_r, w_k>:
+    For unit vectors v_r (regions) and w_k (words), S_rk = <v_r, w_k>, and words of salience s_k:
 
-        m_r  = max_k S_rk                              relevance of region r to the caption
+        m_r  = max_k (S_rk + log(s_k) / tau)           relevance of region r to the caption
         g_r  = sigmoid(kappa (m_r - theta_r))          gate
-        P_rk = softmax_k(tau S_rk)                     the word that is prominent for region r
-        om_k = (1 + beta n_k) / sum_l (1 + beta n_l),  n_k = sum_r g_r P_rk
+        P_rk = softmax_k(tau S_rk + log s_k)           the word that is prominent for region r
+        om_k = s_k (1 + beta n_k) / sum_l s_l (1 + beta n_l),  n_k = sum_r g_r P_rk
         A_rk = softmax_r(lambda S_rk + log g_r)
         c_k  = sum_r A_rk v_r,   d_r = sum_k P_rk w_k
         local = 1/2 sum_k om_k cos(c_k, w_k) + 1/2 sum_r g_r cos(v_r, d_r) / sum_r g_r
@@ -128,7 +128,7 @@ class ProminentAlignment(Scorer):
         own = added = None
         for _ in range(self.rounds - 1):
             log_gates = self._log_gates(current, pairs)
-            prominent = self._prominence(current, pairs.word_mask)
+            prominent = self._prominence(current, pairs)
             step = log_gates.exp()[:, :, None, :] * prominent
             toward = word_gram @ step
             squared = 1 + 2 * (step * current).sum(dim=2) + (step * toward).sum(dim=2)
@@ -139,8 +139,8 @@ class ProminentAlignment(Scorer):
 
         log_gates = self._log_gates(current, pairs)
         gates = log_gates.exp()
-        prominent = self._prominence(current, pairs.word_mask)
-        weights = self._word_weights(gates, prominent, pairs.word_mask)
+        prominent = self._prominence(current, pairs)
+        weights = self._word_weights(gates, prominent, pairs)
 
         logits = self.region_temperature * current + log_gates[:, :, None, :]
         attention = logits.masked_fill(~pairs.region_mask, -torch.inf).softmax(dim=-1)
@@ -167,7 +167,8 @@ class ProminentAlignment(Scorer):
         if self.gate == "off":
             log_gates = scores.new_zeros(scores.shape[0], scores.shape[1], scores.shape[3])
         else:
-            relevance = scores.masked_fill(~pairs.word_mask, -torch.inf).amax(dim=2)
+            ahead = scores + self._lead(pairs)
+            relevance = ahead.masked_fill(~pairs.word_mask, -torch.inf).amax(dim=2)
             excess = relevance - pairs.thresholds
             log_gates = functional.logsigmoid(self.log_sharpness.exp() * excess)
             if self.gate == "hard":
@@ -178,21 +179,24 @@ class ProminentAlignment(Scorer):
                 log_gates = log_gates + (hard - log_gates).detach()
         return log_gates.masked_fill(~pairs.region_mask[:, 0], -torch.inf)
 
+    def _lead(self, pairs: Pairs) -> Float[Tensor, "#image caption word 1"]:
+        """log(s) / tau: what a salient word has ahead of others for every region."""
+        return (pairs.salience.clamp(min=TINY).log() / self.word_temperature)[..., None]
+
     def _prominence(
-        self,
-        scores: Float[Tensor, "image caption word region"],
-        word_mask: Bool[Tensor, "#image caption word 1"],
+        self, scores: Float[Tensor, "image caption word region"], pairs: Pairs
     ) -> Float[Tensor, "image caption word region"]:
-        logits = self.word_temperature * scores
-        return logits.masked_fill(~word_mask, -torch.inf).softmax(dim=2)
+        logits = self.word_temperature * (scores + self._lead(pairs))
+        return logits.masked_fill(~pairs.word_mask, -torch.inf).softmax(dim=2)
 
     def _word_weights(
         self,
         gates: Float[Tensor, "image caption region"],
         prominent: Float[Tensor, "image caption word region"],
-        word_mask: Bool[Tensor, "#image caption word 1"],
+        pairs: Pairs,
     ) -> Float[Tensor, "image caption word"]:
-        weights = word_mask.squeeze(-1).to(prominent.dtype).expand(prominent.shape[:3])
+        weights = pairs.salience * pairs.word_mask.squeeze(-1)
+        weights = weights.expand(prominent.shape[:3])
         if self.prominence:
             named_by = (prominent @ gates[..., None]).squeeze(-1)
             weights = weights * (1 + functional.softplus(self.raw_prominence_weight) * named_by)

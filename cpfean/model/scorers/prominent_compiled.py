@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cpfean.kernels import prominent
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
-from cpfean.model.scorers.pairs import FEW
+from cpfean.model.scorers.pairs import FEW, TINY
 
 # So many regions by so many words are a block: S is 1 MB of float32, which the second cache of a
 # core holds; smaller blocks make slower products.
@@ -54,7 +54,7 @@ def compiled_scores(
         product_type: S comes from matrix products in this type.
     """
     regions, thresholds = _without_padding(images.regions, images.mask, images.thresholds)
-    words, _ = _without_padding(captions.words, captions.mask, captions.mask)
+    words, salience = _without_padding(captions.words, captions.mask, captions.salience)
     scores: Tensor = _CompiledScores.apply(
         regions.rows,
         words.rows,
@@ -62,6 +62,7 @@ def compiled_scores(
         constants,
         regions.gram,
         words.gram,
+        salience,
         _Layout(regions.offsets, words.offsets, _GATES[gate], product_type),
     )
     return scores
@@ -122,9 +123,10 @@ class _CompiledScores(torch.autograd.Function):
         constants: Float[Tensor, "4"],
         region_gram: Float[Tensor, "image most_regions most_regions"],
         word_gram: Float[Tensor, "caption most_words most_words"],
+        salience: Float[Tensor, "caption most_words"],
         layout: _Layout,
     ) -> Float[Tensor, "image caption"]:
-        tensors = regions, words, thresholds, constants, region_gram, word_gram
+        tensors = regions, words, thresholds, constants, region_gram, word_gram, salience
         ctx.save_for_backward(*tensors)
         ctx.layout = layout
         return _Blocks(*tensors, layout).scores()
@@ -134,7 +136,7 @@ class _CompiledScores(torch.autograd.Function):
         with torch.no_grad():
             blocks = _Blocks(*(*ctx.saved_tensors, ctx.layout))
             found = blocks.gradients(gradients[0].contiguous())
-        return (*found, None, None, None)
+        return (*found, None, None, None, None)
 
 
 class _Blocks:
@@ -148,6 +150,7 @@ class _Blocks:
         constants: Float[Tensor, "4"],
         region_gram: Float[Tensor, "image most_regions most_regions"],
         word_gram: Float[Tensor, "caption most_words most_words"],
+        salience: Float[Tensor, "caption most_words"],
         layout: _Layout,
     ) -> None:
         self.layout = layout
@@ -157,6 +160,8 @@ class _Blocks:
         self.region_gram, self.word_gram = region_gram, word_gram
         self.thresholds = thresholds.detach().contiguous()
         self.constants = constants.detach()
+        self.salience = salience.detach().contiguous()
+        self.lead = self.salience.clamp(min=TINY).log() / self.constants[1]
         self.threads = max(1, min(torch.get_num_threads(), len(thresholds)))
         share = -(-int(layout.regions[-1]) // self.threads)
         self.image_blocks = _blocks(layout.regions, at_most=min(_BLOCK_REGIONS, share))
@@ -237,11 +242,14 @@ class _Captions(NamedTuple):
         words: one after the other, in the products' type.
         offsets: the first word of each, and the end.
         gram: G of each.
+        salience, lead: s of each word, and log(s) / tau.
     """
 
     words: Float[Tensor, "word dim"]
     offsets: Int64[np.ndarray, "caption+1"]
     gram: Float[Tensor, "caption most most"]
+    salience: Float[Tensor, "caption most"]
+    lead: Float[Tensor, "caption most"]
 
 
 class _Thread:
@@ -275,7 +283,14 @@ class _Thread:
         """Consecutive captions."""
         offsets = self.blocks.layout.words[part[0] : part[1] + 1]
         words = self.blocks.words[offsets[0] : offsets[-1]]
-        return _Captions(words, offsets - offsets[0], self.blocks.word_gram[slice(*part)])
+        blocks, chosen = self.blocks, slice(*part)
+        return _Captions(
+            words,
+            offsets - offsets[0],
+            blocks.word_gram[chosen],
+            blocks.salience[chosen],
+            blocks.lead[chosen],
+        )
 
     def multiply(self, images: _Images, captions: _Captions) -> prominent.Block:
         """Fills `cosines` with words by regions; what the kernel takes with them."""
@@ -296,6 +311,8 @@ class _Thread:
             region_gram=images.gram.numpy(),
             word_gram=captions.gram.numpy(),
             thresholds=images.thresholds.numpy(),
+            salience=captions.salience.numpy(),
+            lead=captions.lead.numpy(),
             constants=self.blocks.constants.numpy(),
             gate=self.blocks.layout.gate,
         )
@@ -347,7 +364,13 @@ class _GradientThread(_Thread):
             d_word_gram = torch.zeros_like(self.d_word_gram[: len(picked)])
             d_words = self._propagate(
                 (image, image + 1),
-                _Captions(self.blocks.words[rows], offsets, self.blocks.word_gram[captions]),
+                _Captions(
+                    self.blocks.words[rows],
+                    offsets,
+                    self.blocks.word_gram[captions],
+                    self.blocks.salience[captions],
+                    self.blocks.lead[captions],
+                ),
                 d_word_gram,
                 upstream[image : image + 1, captions],
                 starts=(0, 0),

@@ -32,7 +32,9 @@ def embed(
     images = ImageEmbeddings(
         unit(regions), region_mask, unit(masked_mean(regions, region_mask)), thresholds
     )
-    captions = CaptionEmbeddings(unit(words), word_mask, unit(masked_mean(words, word_mask)))
+    pooled = unit(masked_mean(words, word_mask))
+    salience = torch.rand(word_mask.shape, generator=torch.Generator().manual_seed(5)).double()
+    captions = CaptionEmbeddings(unit(words), word_mask, pooled, salience.clamp(min=0.02))
     return images, captions
 
 

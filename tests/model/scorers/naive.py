@@ -23,6 +23,7 @@ class Pair(NamedTuple):
         regions: (region, dim) unit-norm embeddings.
         words: (word, dim) likewise.
         thresholds: (region,) theta.
+        salience: (word,) s.
         config: the settings of `model.alignment`.
         learned: the scorer's parameters by name.
     """
@@ -30,6 +31,7 @@ class Pair(NamedTuple):
     regions: Tensor
     words: Tensor
     thresholds: Tensor
+    salience: Tensor
     config: AlignmentConfig
     learned: Mapping[str, Tensor]
 
@@ -40,7 +42,8 @@ def prominent(pair: Pair) -> Tensor:
     gate_mode = config.gate if config.fusion else "off"
     for last in [False] * (config.rounds - 1) + [True]:
         scores = torch.stack([torch.stack([v @ w for w in words]) for v in regions])
-        relevance = scores.max(dim=1).values
+        lead = pair.salience.log() / config.word_temperature
+        relevance = (scores + lead).max(dim=1).values
         if gate_mode == "off":
             gates = log_gates = None
         else:
@@ -57,15 +60,16 @@ def prominent(pair: Pair) -> Tensor:
                 gates = log_gates.exp()
         if gates is None:
             gates, log_gates = torch.ones_like(relevance), torch.zeros_like(relevance)
-        prominent = (config.word_temperature * scores).softmax(dim=1)
+        likeness = pair.salience * (config.word_temperature * scores).exp()
+        prominent = likeness / likeness.sum(dim=1, keepdim=True)
         fused = prominent @ words
         if not last:
             moved = regions + gates[:, None] * fused
             regions = moved / moved.norm(dim=1, keepdim=True)
-    weights = torch.ones(len(words), dtype=scores.dtype)
+    weights = pair.salience
     if config.prominence and config.fusion:
         named_by = (gates[:, None] * prominent).sum(dim=0)
-        weights = 1 + softplus(pair.learned["raw_prominence_weight"]) * named_by
+        weights = weights * (1 + softplus(pair.learned["raw_prominence_weight"]) * named_by)
     weights = weights / weights.sum()
     attention = (config.region_temperature * scores + log_gates[:, None]).softmax(dim=0)
     contexts = attention.T @ regions

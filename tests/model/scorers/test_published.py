@@ -41,7 +41,7 @@ def test_a_baseline_scores_as_published(method) -> None:
     regions, words = at(0, 90), at(30, 80, 200)
     real = torch.ones(1, 3, dtype=torch.bool)
     images = ImageEmbeddings(regions, real[:, :2], unit(regions.mean(1)), torch.zeros(1, 2))
-    captions = CaptionEmbeddings(words, real, unit(words.mean(1)))
+    captions = CaptionEmbeddings(words, real, unit(words.mean(1)), torch.ones(1, 3))
     found = scorer(every_pair(images, captions)).item()
     assert found == pytest.approx(PUBLISHED[method.name.removesuffix("_on_full_encoder")], abs=1e-9)
 

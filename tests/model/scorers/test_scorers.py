@@ -74,6 +74,7 @@ def naive_scores(scorer: Scorer, config: AlignmentConfig, *embedded: object) -> 
                     images.regions[i, :r],
                     captions.words[c, :w],
                     images.thresholds[i, :r],
+                    captions.salience[c, :w],
                     config,
                     learned,
                 )
@@ -144,7 +145,9 @@ def test_order_of_regions_and_words_does_not_matter(config: AlignmentConfig) -> 
         thresholds=images.thresholds[:, region_order],
     )
     shuffled_captions = captions._replace(
-        words=captions.words[:, word_order], mask=captions.mask[:, word_order]
+        words=captions.words[:, word_order],
+        mask=captions.mask[:, word_order],
+        salience=captions.salience[:, word_order],
     )
     torch.testing.assert_close(
         scorer(every_pair(shuffled_images, shuffled_captions)),
@@ -168,8 +171,12 @@ def test_scores_are_cosines_and_padding_has_no_say(config: AlignmentConfig) -> N
     )
     word_noise = unit(torch.randn(captions.words.shape, dtype=torch.float64))
     words = torch.where(captions.mask[..., None], captions.words, word_noise)
+    least = torch.where(captions.mask, captions.salience, 0.03)
     torch.testing.assert_close(
-        scorer(every_pair(disturbed, captions._replace(words=words))), scores, atol=1e-12, rtol=0
+        scorer(every_pair(disturbed, captions._replace(words=words, salience=least))),
+        scores,
+        atol=1e-12,
+        rtol=0,
     )
 
 
