@@ -12,8 +12,8 @@ import torch
 from cpfean.errors import ConfigError, DataError
 from cpfean.metrics.best import BestCandidates
 from cpfean.metrics.eccv_caption import METRICS, EccvCaption
+from tests.metrics.coco_scores import CAPTIONS, IMAGES, made_scores
 
-IMAGES, CAPTIONS = 5000, 25000
 ROWS = 500
 
 
@@ -32,20 +32,6 @@ def ids(judged: Any) -> tuple[list[int], list[int], list[int]]:
     return list(own), captions, np.repeat(np.arange(IMAGES), 5).tolist()
 
 
-def made_scores(judged: Any, images: list[int], captions: list[int]) -> np.ndarray:
-    """Random, with matches of every kind somewhat better; images x captions, half a GB."""
-    rng = np.random.default_rng(0)
-    scores = rng.random((IMAGES, CAPTIONS), dtype=np.float32)
-    row_of = {image: row for row, image in enumerate(images)}
-    column_of = {caption: column for column, caption in enumerate(captions)}
-    for matches, bonus in ((judged.cxc_gts, 0.05), (judged.eccv_gts, 0.05)):
-        for image, own in matches["i2t"].items():
-            scores[row_of[image], [column_of[c] for c in own if c in column_of]] += bonus
-        for caption, own in matches["t2i"].items():
-            scores[[row_of[i] for i in own], column_of[caption]] += bonus
-    return scores
-
-
 def slow(ranked: list[int], matches: set[int]) -> tuple[float, float, float]:
     """R@1, mAP@R and R-Precision of one query, by their definitions (arXiv:2204.03359)."""
     hits = [item in matches for item in ranked[: len(matches)]]
@@ -59,7 +45,7 @@ def test_metrics_are_those_of_sorting_every_judged_query(
 ) -> None:
     images, captions, owners = ids
     eccv = EccvCaption(images, captions, image_of_caption=owners)
-    assert (eccv.captions_each, eccv.images_each) == (48, 19)  # as docs/data.md says
+    assert (eccv.captions_each, eccv.images_each) == (48, 19)  # as docs/reproduce.md says
     scores = made_scores(judged, images, captions)
     best = BestCandidates(IMAGES, CAPTIONS, captions_each=48, images_each=19)
     for start in range(0, IMAGES, ROWS):
