@@ -4,16 +4,17 @@ Axes:  image, caption   of a gallery: the whole split, or a fold of it
 
 Processes share the work: each encodes some captions and sends them to the others, then scores its
 own images against all captions. In memory are the captions' embeddings and one batch of images;
-the scores of a batch are counted and forgotten.
+the scores of a batch are counted and forgotten. Several models go through the images side by side,
+so that the mean of their scores is counted likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.prefetch import prefetched
 from cpfean.data.split import Split, open_split
 from cpfean.errors import DataError
+from cpfean.metrics.best import BestCandidates
 from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings
@@ -65,28 +67,85 @@ def evaluate(
         DataError: "coco-1k" on a split that does not have what it asks for.
         DivergedError: a score is not finite; raised on every process.
     """
-    galleries = galleries_of(dataset.split, protocol, fold=fold)
-    was_training = model.training
-    model.eval()
+    (found,) = evaluate_together(
+        [Member(model, dataset, products)],
+        protocol=protocol,
+        batch_size=batch_size,
+        device=device,
+        fold=fold,
+    )
+    return found.metrics
+
+
+class Member(NamedTuple):
+    """A model, the split as it reads it, and the type of the matrix products of its scoring."""
+
+    model: Cpfean
+    dataset: RetrievalDataset
+    products: Literal["fp32", "bf16"] = "fp32"
+
+
+class Kept(NamedTuple):
+    """How many of the best captions of an image, and images of a caption, are kept."""
+
+    captions_each: int
+    images_each: int
+
+
+class Evaluated(NamedTuple):
+    """The recalls, and the best candidates of every query if they were asked for."""
+
+    metrics: RetrievalMetrics
+    best: BestCandidates | None
+
+
+@torch.inference_mode()
+def evaluate_together(
+    members: Sequence[Member],
+    *,
+    protocol: Protocol,
+    batch_size: int,
+    device: torch.device,
+    fold: int = COCO_FOLD,
+    keep: Kept | None = None,
+) -> list[Evaluated]:
+    """What each model comes to on a split, and behind them, of several, the mean of their scores.
+
+    The mean is that of the scores as they are, in float64: a model whose scores spread more has
+    more of a say.
+
+    Args:
+        members: at least one, all with the same split of the same data.
+        protocol, batch_size, device, fold: as in `evaluate`.
+        keep: the best candidates to be kept, in one process and with "full" alone.
+
+    Raises:
+        DataError, DivergedError: as `evaluate`.
+    """
+    split = members[0].dataset.split
+    galleries = galleries_of(split, protocol, fold=fold)
+    if keep is not None and len(galleries) > 1:
+        raise ValueError("best candidates are those of a whole split")
+    was_training = [member.model.training for member in members]
+    for member in members:
+        member.model.eval()
     try:
-        metrics = []
+        found = []
         for number, gallery in enumerate(galleries, start=1):
-            name = dataset.split.name
+            name = split.name
             if len(galleries) > 1:
                 name = f"{name}, fold {number} of {len(galleries)}"
-            ranks = _count_ranks(
-                model,
-                dataset,
-                gallery,
-                name=name,
-                batch_size=batch_size,
-                device=device,
-                products=products,
+            counted = _count_ranks(
+                members, gallery, name=name, batch_size=batch_size, device=device, keep=keep
             )
-            metrics.append(ranks.metrics())
+            found.append([Evaluated(ranks.metrics(), best) for ranks, best in counted])
     finally:
-        model.train(was_training)
-    return RetrievalMetrics.mean(metrics)
+        for member, training in zip(members, was_training, strict=True):
+            member.model.train(training)
+    return [
+        Evaluated(RetrievalMetrics.mean([each.metrics for each in folds]), folds[0].best)
+        for folds in zip(*found, strict=True)
+    ]
 
 
 def galleries_of(split: Split, protocol: Protocol, *, fold: int = COCO_FOLD) -> list[range]:
@@ -162,40 +221,61 @@ def score_matrix(
 
 
 def _count_ranks(
-    model: Cpfean,
-    dataset: RetrievalDataset,
+    members: Sequence[Member],
     gallery: range,
     *,
     name: str,
     batch_size: int,
     device: torch.device,
-    products: Literal["fp32", "bf16"],
-) -> RankCounter:
-    """Counts what this process's share of a gallery's images tells."""
-    groups = dataset.split.groups
+    keep: Kept | None,
+) -> list[tuple[RankCounter, BestCandidates | None]]:
+    """Counts what this process's share of a gallery's images tells, in the order of the results."""
+    groups = members[0].dataset.split.groups
     captions = groups.of_images(gallery)
-    ranks = RankCounter(
-        gallery,
-        captions,
-        torch.from_numpy(groups.image_of_caption[captions.start : captions.stop]),
-        dtype=model.word_projection.weight.dtype,
-        device=device,
-    )
-    rows = _score_rows(
-        model,
-        dataset,
-        gallery,
-        name=name,
-        batch_size=batch_size,
-        device=device,
-        products=products,
-    )
-    with closing(rows):
-        for first, scores in rows:
-            ranks.add(scores, first=first)
-            if ranks.diverged:
+    image_of_caption = torch.from_numpy(groups.image_of_caption[captions.start : captions.stop])
+    dtypes = [member.model.word_projection.weight.dtype for member in members]
+    if len(members) > 1:
+        dtypes.append(torch.float64)
+    counted: list[tuple[RankCounter, BestCandidates | None]] = []
+    for dtype in dtypes:
+        ranks = RankCounter(gallery, captions, image_of_caption, dtype=dtype, device=device)
+        best = None
+        if keep is not None:
+            best = BestCandidates(
+                len(gallery), len(captions), **keep._asdict(), dtype=dtype, device=device
+            )
+        counted.append((ranks, best))
+    with ExitStack() as stack:
+        rows = []
+        for number, member in enumerate(members, start=1):
+            of = f", model {number} of {len(members)}" if len(members) > 1 else ""
+            rows.append(
+                stack.enter_context(
+                    closing(
+                        _score_rows(
+                            member.model,
+                            member.dataset,
+                            gallery,
+                            name=f"{name}{of}",
+                            batch_size=batch_size,
+                            device=device,
+                            products=member.products,
+                        )
+                    )
+                )
+            )
+        for blocks in zip(*rows, strict=True):
+            first = blocks[0][0]
+            scores = [block for _, block in blocks]
+            if len(scores) > 1:
+                scores.append(torch.stack([block.double() for block in scores]).mean(dim=0))
+            for (ranks, best), block in zip(counted, scores, strict=True):
+                ranks.add(block, first=first)
+                if best is not None and not ranks.diverged:
+                    best.add(block, first=first - gallery.start)
+            if any(ranks.diverged for ranks, _ in counted):
                 break
-    return ranks
+    return counted
 
 
 def _score_rows(

@@ -24,7 +24,14 @@ from cpfean.data.dataset import RetrievalDataset
 from cpfean.errors import DataError, DivergedError
 from cpfean.model.cpfean import Cpfean
 from cpfean.training import evaluation
-from cpfean.training.evaluation import check_protocol, evaluate, length_groups
+from cpfean.training.evaluation import (
+    Kept,
+    Member,
+    check_protocol,
+    evaluate,
+    evaluate_together,
+    length_groups,
+)
 from cpfean.training.setup import open_experiment
 from tests.metrics.naive import naive_recalls
 
@@ -266,3 +273,62 @@ def test_products_in_bf16_are_those_of_scoring_alone(
         watched: Any = Watched(model, seen)
         evaluate(watched, dataset, protocol="full", batch_size=5, device=CPU, products=products)
         assert found == {"encode_images": {False}, "encode_captions": {False}, "score": {autocast}}
+
+
+def two_members(config: ExperimentConfig, folder: Path, cache: Path) -> list[Member]:
+    """Two models of float32 on the 16 images, of different widths and scorers."""
+    others = config.with_overrides({"seed": 9, "model.alignment.kind": "cross_attention"})
+    pairs = (model_and_split(each, folder, cache) for each in (config, others))
+    return [Member(model.float(), dataset) for model, dataset in pairs]
+
+
+@pytest.mark.parametrize(("protocol", "fold"), [("full", 16), ("coco-1k", FOLD)])
+def test_an_ensemble_ranks_by_the_mean_of_its_models_scores(
+    tiny_config: ExperimentConfig,
+    data_folder: Path,
+    tmp_path: Path,
+    protocol: Literal["full", "coco-1k"],
+    fold: int,
+) -> None:
+    members = two_members(tiny_config, data_folder, tmp_path)
+    found = evaluate_together(members, protocol=protocol, batch_size=3, device=CPU, fold=FOLD)
+    matrices = [plain_scores(member.model, member.dataset).double() for member in members]
+    matrices.append((matrices[0] + matrices[1]) / 2)
+    expected = [plain_evaluation(scores, fold=fold) for scores in matrices]
+    assert [each.metrics.as_dict() for each in found] == [pytest.approx(each) for each in expected]
+    assert [each.best for each in found] == [None] * 3
+    assert len({each["rsum"] for each in expected}) == 3
+    alone = [
+        evaluate(*member[:2], protocol=protocol, batch_size=3, device=CPU, fold=FOLD)
+        for member in members
+    ]
+    assert alone == [each.metrics for each in found[:2]]
+
+
+def test_the_best_candidates_of_each_model_and_of_the_ensemble_are_kept(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    members = two_members(tiny_config, data_folder, tmp_path)
+    found = evaluate_together(
+        members,
+        protocol="full",
+        batch_size=3,
+        device=CPU,
+        keep=Kept(captions_each=9, images_each=4),
+    )
+    matrices = [plain_scores(member.model, member.dataset).double() for member in members]
+    for each, scores in zip(found, [*matrices, (matrices[0] + matrices[1]) / 2], strict=True):
+        assert each.best is not None
+        assert torch.equal(each.best.captions, scores.argsort(dim=1, descending=True)[:, :9])
+        assert torch.equal(each.best.images, scores.T.argsort(dim=1, descending=True)[:, :4])
+
+
+def test_a_model_of_an_ensemble_that_diverged_is_told(
+    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    members = two_members(tiny_config, data_folder, tmp_path)
+    members[1].model.score = lambda images, captions: torch.full(  # type: ignore[method-assign]
+        (len(images.mask), len(captions.mask)), torch.nan
+    )
+    with pytest.raises(DivergedError, match="image 0, caption 0"):
+        evaluate_together(members, protocol="full", batch_size=3, device=CPU, keep=Kept(3, 3))
