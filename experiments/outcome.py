@@ -24,8 +24,8 @@ def print_comparison(result: StudyResult, report: Path, where: Settings) -> None
     print_closing(result, where)
 
 
-def print_closing(result: StudyResult, where: Settings) -> None:
-    print("\n" + "\n".join(closing_lines(result, where)), flush=True)
+def print_closing(result: StudyResult, where: Settings, *, report: Path | None = None) -> None:
+    print("\n" + "\n".join(closing_lines(result, where, report=report)), flush=True)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
@@ -59,9 +59,13 @@ def table(records: Sequence[TrialRecord]) -> str:
     )
 
 
-def closing_lines(result: StudyResult, settings: Settings) -> list[str]:
-    """Where everything is."""
+def closing_lines(
+    result: StudyResult, settings: Settings, *, report: Path | None = None
+) -> list[str]:
+    """Where everything is; a report that is not there is not named."""
     lines = [f"records         {result.folder}"]
+    if report is not None and report.is_dir():
+        lines.append(f"report          {report}")
     if result.best is None:
         lines.append("best            none: no trial finished")
     else:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpfean.config import nearest
 from cpfean.errors import ConfigError
 from experiments import command_line
 from experiments.search_spaces import SEARCH_SPACES
 
+if TYPE_CHECKING:
+    from cpfean.records.trial_record import TrialRecord
+    from orchestration.proposals.search_space import SearchSpace
+
 _EPILOG = """\
 Ray Tune runs the trials, Optuna proposes them, successive halving stops those far behind, and
 MLflow shows them: a parent run for the sweep, a child for each trial. Ends with a table of trials,
-the best configuration as a file for train.py, and the best model tested once on the test split.
+the best configuration as a file for train.py, the best model tested once on the test split, and a
+report: which settings mattered, and a picture of each.
 
   python experiments/sweep.py                               the generated data, on this machine
   python experiments/sweep.py --data DIR --workers 2        own regions and captions
@@ -99,8 +109,9 @@ def body(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return print_dry_run([plan], where, in_process=arguments.in_process)
     with command_line.named(plan, arguments, where) as plan:
+        report = where.output / plan.name / "report"
         result = run_study(
-            plan,
+            replace(plan, report=lambda records: write_report(records, space, report)),
             where,
             runner=command_line.runner(where, in_process=arguments.in_process),
             resume=arguments.resume,
@@ -110,8 +121,33 @@ def body(arguments: argparse.Namespace) -> int:
     if result.test:
         print(f"\n{result.best.name if result.best else ''} on the test split:")
         print_metrics(result.test)
-    print_closing(result, where)
+    print_closing(result, where, report=report)
     return result.exit_code
+
+
+def write_report(
+    records: Sequence[TrialRecord], space: SearchSpace, folder: Path
+) -> Sequence[Path]:
+    """Which settings of the space mattered, as files; the same for the same records."""
+    from cpfean.analysis.search_report import SearchedTrial, Setting, write_search_report
+    from orchestration.proposals.optuna_study import NEEDED, Proposals
+    from orchestration.proposals.search_space import Choice
+
+    settings = [
+        Setting(path=path, choices=values.values)
+        if isinstance(values, Choice)
+        else Setting(path=path, low=values.low, high=values.high, log=values.log)
+        for path, values in space.parameters.items()
+    ]
+    trials = [
+        SearchedTrial(state=record.state, rsum=record.best_rsum, values=record.overrides)
+        for record in records
+        if record.state in ("finished", "pruned") and math.isfinite(record.best_rsum)
+    ]
+    # It proposes nothing here: no baseline, and whatever seed.
+    search = Proposals(space, name="report", seed=0, baseline=None, trials=len(records))
+    mattered = search.importance(records)
+    return write_search_report(trials, settings, mattered, folder, needed=NEEDED)
 
 
 if __name__ == "__main__":

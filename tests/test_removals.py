@@ -73,6 +73,7 @@ PLACES = {
     "cpfean.records.run_folder:RunFolder.write": RUN,
     "cpfean.writing:write_json": "a file that is ours by its folder: see who calls it",
     "cpfean.analysis.report:write_report": RUN,
+    "cpfean.analysis.search_report:write_search_report": RUN,
     "cpfean.records.results:Results.keep": "a result, named by a hash of all that it depends on",
     "orchestration.tracking.server:ServerPlan.environment": "in the server's own folder",
     "orchestration.tracking.stores:_try_file": NEW,

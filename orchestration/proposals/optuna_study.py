@@ -8,10 +8,12 @@ which nothing reads back.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpfean import commands
+from cpfean.analysis.importance import Importance, shuffle_test
 from cpfean.config import Plain
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import is_there
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 _TRIES = 50  # proposals looked at before a space counts as exhausted
 _GUIDED = 5  # of these by TPE, which goes on proposing what it knows to be good; the rest at random
+_BEST = 5  # trials at least, or a tenth if that is more, whose values are compared with all
+NEEDED = 4 * _BEST  # trials that tell which settings mattered
 
 
 class Proposals:
@@ -132,6 +137,30 @@ class Proposals:
             with suppress(OSError):
                 _remove(new)
             raise cannot_write(file, error) from error
+
+    def importance(self, records: Sequence[TrialRecord]) -> dict[str, Importance]:
+        """How much each setting mattered for being among the best trials, by path, greatest first.
+
+        By Optuna's PED-ANOVA, which knows conditions (arXiv 2304.10255, 2601.20800). Stopped trials
+        count with the rSum that they had: without them a setting whose bad values were all stopped
+        would seem not to matter. Empty if fewer than NEEDED trials have one.
+        """
+        known = [r for r in records if r.state in ("finished", "pruned")]
+        judged = [replace(r, state="finished") for r in known if math.isfinite(r.best_rsum)]
+        if len(judged) < NEEDED:
+            return {}
+        study, module = self._study(judged), self._optuna.importance
+        part = max(0.1, _BEST / len(judged))
+        evaluator = module.PedAnovaImportanceEvaluator(target_quantile=part)
+
+        def measure(rsums: Sequence[float]) -> dict[str, float]:
+            with warnings.catch_warnings(category=UserWarning, action="ignore"):
+                # Of a target the lowest are the best, of which it warns each time.
+                return module.get_param_importances(
+                    study, evaluator=evaluator, target=lambda t: -rsums[t.number], normalize=False
+                )
+
+        return shuffle_test(measure, [t.values[0] for t in study.trials], seed=self._seed)
 
     def _study(
         self, records: Sequence[TrialRecord], storage: optuna.storages.BaseStorage | None = None

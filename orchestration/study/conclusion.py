@@ -81,7 +81,11 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
     if plan.register and not (folder.path / "best_model").is_dir():
         study.say(f"{plan.register} is not registered: there is no best_model on this machine.")
     if plan.report is not None:
-        follower.keep_files(plan.report(records))
+        try:
+            follower.keep_files(plan.report(records))
+        # As with the pictures: a later resume writes it.
+        except Exception as error:
+            study.say(f"no report: {message_of(error)}")
     failures = Counter(record.failure for record in records if record.state == "failed")
     failed = ", ".join(f"{count} {failure}" for failure, count in failures.items())
     used_up, more = meter.used_up, with_more(plan, meter)

@@ -127,6 +127,7 @@ class MlflowSink:
                 # Where data and encoder were at first stays: MLflow takes no second value.
                 told = run.data.params.keys() & _PLACES
                 own = {n: v for n, v in self._study.parameters.items() if n not in told}
+                runs.log_data(run)
                 runs.log(parent, parameters=own)
                 self._is_described = True
 
@@ -270,7 +271,7 @@ class _TrialRun:
             return
         run = self._runs.open_trial(record)
         self._id = run.info.run_id
-        self._start = start_of(run)
+        self._run, self._start = run, start_of(run)
         # Tag and status are two calls, and a driver may be killed between them.
         state = run.data.tags.get(STATE_TAG, "")
         self._state = state if run.info.status == STATUS.get(state) else ""
@@ -302,6 +303,7 @@ class _TrialRun:
             runs.log(self._id, tags=tags)
             runs.set_status(self._id, record.state)
             self._state = record.state
+        runs.log_data(self._run)
         # Last, since a run whose parameters somebody else has set refuses ours.
         if not self._is_described:
             runs.log(self._id, parameters=record.experiment.flat())

@@ -10,6 +10,7 @@ RUNNING the tag `cpfean.heartbeat` tells when its driver last lived, by the driv
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from orchestration.versions import version_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 STATE_TAG = "cpfean.state"
 HEARTBEAT_TAG = "cpfean.heartbeat"
@@ -74,6 +75,7 @@ class Runs:
         self._study = study
         self._beat_seconds = beat_seconds
         self._ids: dict[int | None, str] = {}
+        self._with_data: set[str] = set()
         self._beats: dict[str, float] = {}  # when the next one of each open run is due
 
     def id_of(self, number: int | None) -> str:
@@ -145,6 +147,15 @@ class Runs:
             if run.info.run_id not in known:
                 close_run(self.client, run)
 
+    def log_data(self, run: Run) -> None:
+        """Makes the study's data an input of a run, unless it is one already."""
+        data, there = _data_of(self._study.tags), run.inputs.dataset_inputs if run.inputs else []
+        if data is None or run.info.run_id in self._with_data:
+            return
+        if data.dataset.digest not in {one.dataset.digest for one in there}:
+            self.client.log_inputs(run.info.run_id, [data])
+        self._with_data.add(run.info.run_id)
+
     def log(
         self,
         run_id: str,
@@ -185,6 +196,20 @@ class Runs:
         query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in key.items())
         runs = self.client.search_runs([self.experiment], query)
         return sorted(runs, key=lambda r: (not r.data.metrics, start_of(r), r.info.run_id))
+
+
+def _data_of(tags: Mapping[str, str]) -> DatasetInput | None:
+    """What the tags tell of the data, and no more, for MLflow; None if they tell nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if "cpfean.data" not in tags:
+        return None
+    place, features = tags["cpfean.data_path"], tags.get("cpfean.features")
+    kind = "s3" if place.startswith("s3://") else "code" if place == "synthetic" else "local"
+    name = place.rstrip("/").rpartition("/")[2] or "data"
+    profile = json.dumps({"features": features}) if features else None
+    data = Dataset(name, tags["cpfean.data"], kind, json.dumps({"uri": place}), profile=profile)
+    return DatasetInput(data, [InputTag("mlflow.data.context", "training")])
 
 
 def close_run(client: MlflowClient, run: Run) -> None:

@@ -18,7 +18,7 @@ import pytest
 from cpfean.config import ExperimentConfig
 from cpfean.errors import ServiceError
 from cpfean.records.trial_record import TrialRecord
-from orchestration.proposals.optuna_study import Proposals
+from orchestration.proposals.optuna_study import NEEDED, Proposals
 from orchestration.proposals.search_space import SearchSpace
 from tests.faults import small_disk
 from tests.orchestration.proposals.spaces import FOUR, GATE, SPACE, THRESHOLD
@@ -95,7 +95,7 @@ def test_a_proposal_depends_on_the_records_the_seed_and_the_number_alone(num_see
 
 _ANOTHER = """
 import json, sys
-from orchestration.proposals.optuna_study import Proposals
+from orchestration.proposals.optuna_study import NEEDED, Proposals
 from cpfean.records.trial_record import TrialRecord
 from tests.orchestration.proposals.spaces import SPACE
 seen = [TrialRecord(**fields) for fields in json.load(sys.stdin)]
@@ -201,7 +201,7 @@ def test_an_export_to_a_full_disk_leaves_the_one_that_was_there(tmp_path: Path) 
 _EXPORT = """
 import sys
 from pathlib import Path
-from orchestration.proposals.optuna_study import Proposals
+from orchestration.proposals.optuna_study import NEEDED, Proposals
 from tests.orchestration.proposals.spaces import SPACE
 from tests.orchestration.samples import record
 overrides = {"model.alignment.gate": "off", "loss.margin": 0.2}
@@ -228,3 +228,40 @@ def test_an_export_that_is_killed_leaves_no_half_of_one(tmp_path: Path) -> None:
         assert not file.exists() or len(load(file).trials) == 20
     proposals().export(file, run_five())
     assert len(load(file).trials) == 5
+
+
+def searched(number: int, *, of: int = 24) -> TrialRecord:
+    """One of many trials of which the margin alone decides; what is far off is stopped early."""
+    margin = 0.1 + 0.3 * (number * 7 % of) / (of - 1)
+    overrides = {GATE: ("soft", "off")[number % 2], "loss.margin": margin}
+    if overrides[GATE] == "soft":
+        overrides[THRESHOLD] = round(0.1 * (number // 2 % 5), 1)
+    state = "finished" if abs(margin - 0.2) < 0.1 else "pruned"
+    return record(number, 300 - 500 * abs(margin - 0.2), state=state, overrides=overrides)
+
+
+def test_the_setting_that_decides_is_the_important_one_also_if_its_bad_values_were_stopped() -> (
+    None
+):
+    seen = [searched(number) for number in range(24)]
+    assert {r.state for r in seen} == {"finished", "pruned"}
+    seen += [
+        record(24, 9.0, state="failed", failure="oom", overrides=seen[0].overrides),
+        record(25, state="running", overrides=seen[1].overrides),
+    ]
+    found = proposals().importance(seen)
+    assert set(found) == {"loss.margin", GATE, THRESHOLD}  # of half of the trials, too
+    assert next(iter(found)) == "loss.margin"
+    assert found["loss.margin"].share > 0.5
+    assert found["loss.margin"].p < 0.05
+    assert found[GATE].p > 0.05
+    assert proposals().importance(seen) == found
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_few_trials_no_importance_is_told() -> None:
+    seen = [searched(number) for number in range(24)]
+    assert proposals().importance(seen[: NEEDED - 1]) == {}
+    without = [record(n, state="pruned", overrides=seen[n].overrides) for n in range(24)]
+    assert proposals().importance(without) == {}  # none has an rSum
+    assert proposals().importance(seen[:NEEDED])

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ray.tune.schedulers import TrialScheduler
 from cpfean.errors import CpfeanError, ServiceError
 from cpfean.records.budget import SPENT, Budget, Price, Prices
 from cpfean.records.run_folder import RunFolder, newest_unfinished
+from cpfean.records.trial_record import TrialRecord
 from experiments.outcome import closing_lines
 from orchestration.cluster.capacity import Demand, Node
 from orchestration.runners.messages import Begun, Epoch, Lost, Note, Resumed
@@ -450,6 +451,27 @@ def test_a_sweep_has_pictures_of_its_best_trial_and_can_do_without(
     assert files == [*pictures, tmp_path / "s" / "best_model"]
     assert best is not None
     assert ("no pictures of trial-000: no paint left at all" in driven.said) == broken
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_report_is_kept_with_the_whole_and_the_study_does_without_a_broken_one(
+    tmp_path: Path, broken: bool
+) -> None:
+    def report(records: Sequence[TrialRecord]) -> list[Path]:
+        if broken:
+            raise OSError("no paint left")
+        return [tmp_path / f"{len(records)}.md"]
+
+    def script(study: Driven) -> None:
+        study.finish(study.begin())
+
+    driven = Driven(tmp_path, script, kind="ablations", trials=1, prepare=False, report=report)
+    result = driven.run()
+    assert result.best is not None
+    assert (tmp_path / "s" / "summary.json").is_file()
+    kept = [files for files, of in driven.tracker.files if of is None]
+    assert kept == ([] if broken else [[tmp_path / "1.md"]])
+    assert ("no report: no paint left" in driven.said) == broken
 
 
 def test_the_summary_tells_the_commit_at_the_start(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Against a real MLflow on sqlite; a server that is away is a closed port."""
 
+import json
 import socket
 import sqlite3
 import threading
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.data import get_source
 
 from cpfean import commands
 from orchestration.study.follower import Pauses
@@ -123,6 +125,88 @@ def test_a_training_by_itself_is_one_run_without_a_parent(uri: str) -> None:
     (run,) = runs(uri, id="1")
     assert run.info.run_name == "my-training"
     assert "mlflow.parentRunId" not in run.data.tags
+
+
+def on_data(path: str, *, parent: bool = True, **more: str) -> TrackedRun:
+    tags = {"cpfean.data": "0123456789abcdef", "cpfean.data_path": path} | more
+    return TrackedRun(id="4711", name="my-sweep", kind="sweep", tags=tags, has_parent=parent)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "kind"),
+    [
+        ("synthetic", "synthetic", "code"),
+        ("s3://bucket/cpfean/flickr30k/", "flickr30k", "s3"),
+        ("/data/f30k_precomp", "f30k_precomp", "local"),
+        ("/", "data", "local"),
+    ],
+)
+def test_the_data_is_an_input_of_the_parent_and_of_each_trial(
+    uri: str, path: str, name: str, kind: str
+) -> None:
+    trials = [record(n, 10.0, state="finished") for n in range(2)]
+    track(uri, *trials, end="finished", run=on_data(path))
+    found = runs(uri, id="4711")
+    assert len(found) == 3
+    for run in found:
+        (given,) = run.inputs.dataset_inputs
+        data = given.dataset
+        assert (data.name, data.digest, data.source_type) == (name, "0123456789abcdef", kind)
+        assert json.loads(data.source) == {"uri": path}  # as the tag has it, and nothing else
+        assert (data.schema, data.profile) == (None, None)
+        assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+        assert get_source(data).to_dict() is not None  # MLflow knows sources of this kind
+
+
+def test_what_made_the_features_is_told_with_the_data(uri: str) -> None:
+    told = {"cpfean.features": "regions by DETR, features of the detector"}
+    alone = on_data("/data/photos", parent=False, **told)
+    track(uri, record(0, 10.0, state="finished"), end="finished", run=alone)
+    (run,) = runs(uri, id="4711")
+    (given,) = run.inputs.dataset_inputs
+    assert json.loads(given.dataset.profile) == {"features": told["cpfean.features"]}
+
+
+def test_data_is_an_input_once_however_often_the_driver_comes_back(uri: str) -> None:
+    sent = []
+
+    class Counting(MlflowClient):
+        def log_inputs(self, run_id: str, *given: Any, **more: Any) -> None:
+            sent.append(run_id)
+            super().log_inputs(run_id, *given, **more)
+
+    # A run of a release that told MLflow nothing of the data gets it when it is gone on with.
+    before = TrackedRun(id="4711", name="my-sweep", kind="sweep")
+    track(uri, record(0, 10.0, state="running"), run=before)
+    assert {len(run.inputs.dataset_inputs) for run in runs(uri, id="4711")} == {0}
+    for place in ("/data/f30k", "/data/f30k", "/moved/to/here"):
+        study = Tracked(uri, on_data(place), client=Counting)
+        study.update(record(0, 10.0, state="running"))
+        study.update(record(0, 10.0, 20.0, state="finished"))
+        assert study.end()
+    found = runs(uri, id="4711")
+    assert sorted(sent) == sorted(run.info.run_id for run in found)
+    inputs = [run.inputs.dataset_inputs for run in found]
+    assert [[one.dataset.name for one in of] for of in inputs] == [["f30k"], ["f30k"]]
+
+
+def test_data_whose_answer_was_lost_is_an_input_once(uri: str) -> None:
+    lost = []
+
+    class Losing(MlflowClient):
+        def log_inputs(self, run_id: str, *given: Any, **more: Any) -> None:
+            super().log_inputs(run_id, *given, **more)
+            if run_id not in lost:
+                lost.append(run_id)
+                raise ConnectionError("the answer was lost")
+
+    study = Tracked(uri, on_data("/data/f30k"), client=Losing, pauses=SOON)
+    study.update(record(0, 10.0, state="finished"))
+    wait_until(lambda: len(lost) == 2, seconds=30, what="both answers are lost")
+    wait_for(uri, record(0, 10.0, state="finished"))
+    assert study.end()
+    assert {len(run.inputs.dataset_inputs) for run in runs(uri, id="4711")} == {1}
+    assert all("loss.margin" in run.data.params for run in runs(uri, role="trial"))
 
 
 def test_a_server_that_is_away_neither_stalls_nor_raises_and_gets_everything_later(
