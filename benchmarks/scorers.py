@@ -133,8 +133,8 @@ def naive_scores(
     shards = [
         torch.stack(
             [
-                _naive_column(constants, regions, thresholds, words[mask])
-                for words, mask in zip(captions.words, captions.mask, strict=True)
+                _naive_column(constants, regions, thresholds, words[mask], salience[mask])
+                for words, mask, _, salience in zip(*captions, strict=True)
             ],
             dim=1,
         )
@@ -145,14 +145,17 @@ def naive_scores(
     return torch.cat(shards)
 
 
-def _naive_column(constants: Tensor, regions: Tensor, thresholds: Tensor, words: Tensor) -> Tensor:
+def _naive_column(
+    constants: Tensor, regions: Tensor, thresholds: Tensor, words: Tensor, salience: Tensor
+) -> Tensor:
     """Scores of some images with one caption, (image,)."""
     kappa, tau, lam, beta = constants
     cosines = regions @ words.T  # image region word
-    gates = torch.sigmoid(kappa * (cosines.amax(dim=2) - thresholds))
-    prominence = (tau * cosines).softmax(dim=2)
+    ahead = cosines + salience.log() / tau
+    gates = torch.sigmoid(kappa * (ahead.amax(dim=2) - thresholds))
+    prominence = (tau * ahead).softmax(dim=2)
     named_by = (gates[..., None] * prominence).sum(dim=1)
-    weights = 1 + beta * named_by
+    weights = salience * (1 + beta * named_by)
     weights = weights / weights.sum(dim=1, keepdim=True)
     attention = (lam * cosines + gates.log()[..., None]).softmax(dim=1)
     contexts = attention.transpose(1, 2) @ regions  # image word dim

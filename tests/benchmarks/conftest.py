@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.conftest import data_folder, tiny_config
+
+__all__ = ["data_folder", "run_benchmark", "tiny_config"]
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
