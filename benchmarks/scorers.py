@@ -155,7 +155,7 @@ def _naive_column(
     gates = torch.sigmoid(kappa * (ahead.amax(dim=2) - thresholds))
     prominence = (tau * ahead).softmax(dim=2)
     named_by = (gates[..., None] * prominence).sum(dim=1)
-    weights = salience * (1 + beta * named_by)
+    weights = 1 + beta * named_by
     weights = weights / weights.sum(dim=1, keepdim=True)
     attention = (lam * cosines + gates.log()[..., None]).softmax(dim=1)
     contexts = attention.transpose(1, 2) @ regions  # image word dim

@@ -216,8 +216,8 @@ class WordConfig(_Part):
         graph: "dense" (all words are neighbours), "window" (within two places), "syntax"
             (dependency edges; needs the `syntax` extra and a spaCy model).
         layers: of the textual GCN; 0 leaves it out.
-        consensus: words that the training captions of an image agree on count for more; False
-            takes all words alike.
+        consensus: which word is prominent for a region depends on how far training captions of an
+            image agree on the word, too; False takes all words alike.
     """
 
     _prefix: typing.ClassVar[str] = "model.words"

@@ -26,7 +26,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     ),
     Ablation(
         name="no_consensus",
-        question="Does it help that words on which an image's captions agree count for more?",
+        question="Does it help that words on which an image's captions agree are prominent first?",
         overrides={"model.words.consensus": False},
     ),
     Ablation(

@@ -63,8 +63,7 @@ class Block(NamedTuple):
         region_gram: (image, most regions, most regions) K.
         word_gram: (caption, most words, most words) G.
         thresholds: (image, most regions) theta.
-        salience: (caption, most words) s, above 0.
-        lead: the same shape, log(s) / tau: what a salient word has ahead for every region.
+        lead: (caption, most words) log(s) / tau, what a salient word has ahead for every region.
         constants: (kappa, tau, lambda, beta).
         gate: SOFT, HARD or OFF.
     """
@@ -76,7 +75,6 @@ class Block(NamedTuple):
     region_gram: np.ndarray
     word_gram: np.ndarray
     thresholds: np.ndarray
-    salience: np.ndarray
     lead: np.ndarray
     constants: np.ndarray
     gate: int
@@ -498,13 +496,13 @@ def _weigh_words(block, pair, scratch):
     """cos(c_k, w_k).
 
     Returns:
-        The sum of the words' weights s_k (1 + beta n_k), and the mean of the cosines with them.
+        The sum of the words' weights 1 + beta n_k, and the mean of the cosines with them.
     """
     beta = block.constants[3]
     sum_weights = 0.0
     weighted = 0.0
     for k in range(pair.num_words):
-        weight = block.salience[pair.caption, k] * (1.0 + beta * scratch.named_by[k])
+        weight = 1.0 + beta * scratch.named_by[k]
         cosine = scratch.inner_words[k] / math.sqrt(max(scratch.squared_words[k], _TINY))
         scratch.of_words[k] = cosine
         sum_weights += weight
@@ -519,7 +517,6 @@ def _weigh_words_back(block, pair, scratch, gradients, u, sum_weights, weighted)
     d_beta = 0.0
     for k in range(pair.num_words):
         d_weight = u * (scratch.of_words[k] - weighted) / sum_weights
-        d_weight *= block.salience[pair.caption, k]
         d_beta += d_weight * scratch.named_by[k]
         scratch.d_named_by[k] = beta * d_weight
     gradients.constants[3] += d_beta
@@ -585,7 +582,7 @@ def _attend_back(block, pair, scratch, gradients, u, sum_weights):
     a, d_gram, d_log_gate = scratch.attention, scratch.d_region_gram, scratch.d_log_gate
     for k in range(pair.num_words):
         squared = max(scratch.squared_words[k], _TINY)
-        weight = block.salience[pair.caption, k] * (1.0 + beta * scratch.named_by[k]) / sum_weights
+        weight = (1.0 + beta * scratch.named_by[k]) / sum_weights
         d_inner = u * weight / math.sqrt(squared)
         d_squared = -0.5 * u * weight * scratch.of_words[k] / squared
         if scratch.squared_words[k] <= _TINY:

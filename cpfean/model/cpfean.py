@@ -238,13 +238,14 @@ class Cpfean(nn.Module):
         word_index: Int[Tensor, "caption piece"],
         word_mask: Bool[Tensor, "caption word"],
     ) -> Float[Tensor, "caption word"]:
-        """s: the mean consensus of a word's pieces, as a share of its caption's largest."""
+        """s: the mean consensus of a word's pieces over its caption's largest, squared."""
         if self.consensus is None:
             return torch.ones_like(word_mask, dtype=torch.float32)
         pieces = self.consensus[tokens][..., None]
         words = pool_words(pieces, word_index, word_mask.shape[1]).squeeze(-1)
         words = words.clamp(min=_LEAST_SALIENCE).masked_fill(~word_mask, 0.0)
-        return (words / words.amax(dim=1, keepdim=True)).masked_fill(~word_mask, 1.0)
+        shares = words / words.amax(dim=1, keepdim=True)
+        return shares.square().masked_fill(~word_mask, 1.0)
 
     def score(
         self, images: ImageEmbeddings, captions: CaptionEmbeddings

@@ -206,7 +206,7 @@ def test_a_word_is_its_contextual_vector_beside_its_static_one() -> None:
     torch.testing.assert_close(given.words, model.encode_captions(**captions).words)
 
 
-def test_salience_is_the_consensus_of_a_word_as_a_share_of_its_captions_largest() -> None:
+def test_salience_is_the_squared_share_of_the_captions_largest_consensus() -> None:
     model = make_model()
     _, captions = make_batch()
     assert model.consensus is not None
@@ -219,7 +219,7 @@ def test_salience_is_the_consensus_of_a_word_as_a_share_of_its_captions_largest(
         index, ids = captions["word_index"][caption], captions["tokens"][caption]
         words = [model.consensus[ids[index == k]].mean() for k in range(int(index.max()) + 1)]
         consensus = torch.stack(words).clamp(min=0.02)
-        torch.testing.assert_close(found[caption, : len(words)], consensus / consensus.max())
+        torch.testing.assert_close(found[caption, : len(words)], (consensus / consensus.max()) ** 2)
         assert (found[caption, len(words) :] == 1).all()
     state = model.own_state()
     torch.testing.assert_close(state["consensus"], model.consensus)

@@ -9,7 +9,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -47,7 +47,7 @@ class ProminentAlignment(Scorer):
         m_r  = max_k (S_rk + log(s_k) / tau)           relevance of region r to the caption
         g_r  = sigmoid(kappa (m_r - theta_r))          gate
         P_rk = softmax_k(tau S_rk + log s_k)           the word that is prominent for region r
-        om_k = s_k (1 + beta n_k) / sum_l s_l (1 + beta n_l),  n_k = sum_r g_r P_rk
+        om_k = (1 + beta n_k) / sum_l (1 + beta n_l),  n_k = sum_r g_r P_rk
         A_rk = softmax_r(lambda S_rk + log g_r)
         c_k  = sum_r A_rk v_r,   d_r = sum_k P_rk w_k
         local = 1/2 sum_k om_k cos(c_k, w_k) + 1/2 sum_r g_r cos(v_r, d_r) / sum_r g_r
@@ -140,7 +140,7 @@ class ProminentAlignment(Scorer):
         log_gates = self._log_gates(current, pairs)
         gates = log_gates.exp()
         prominent = self._prominence(current, pairs)
-        weights = self._word_weights(gates, prominent, pairs)
+        weights = self._word_weights(gates, prominent, pairs.word_mask)
 
         logits = self.region_temperature * current + log_gates[:, :, None, :]
         attention = logits.masked_fill(~pairs.region_mask, -torch.inf).softmax(dim=-1)
@@ -193,10 +193,9 @@ class ProminentAlignment(Scorer):
         self,
         gates: Float[Tensor, "image caption region"],
         prominent: Float[Tensor, "image caption word region"],
-        pairs: Pairs,
+        word_mask: Bool[Tensor, "#image caption word 1"],
     ) -> Float[Tensor, "image caption word"]:
-        weights = pairs.salience * pairs.word_mask.squeeze(-1)
-        weights = weights.expand(prominent.shape[:3])
+        weights = word_mask.squeeze(-1).to(prominent.dtype).expand(prominent.shape[:3])
         if self.prominence:
             named_by = (prominent @ gates[..., None]).squeeze(-1)
             weights = weights * (1 + functional.softplus(self.raw_prominence_weight) * named_by)

@@ -160,8 +160,7 @@ class _Blocks:
         self.region_gram, self.word_gram = region_gram, word_gram
         self.thresholds = thresholds.detach().contiguous()
         self.constants = constants.detach()
-        self.salience = salience.detach().contiguous()
-        self.lead = self.salience.clamp(min=TINY).log() / self.constants[1]
+        self.lead = salience.detach().clamp(min=TINY).log() / self.constants[1]
         self.threads = max(1, min(torch.get_num_threads(), len(thresholds)))
         share = -(-int(layout.regions[-1]) // self.threads)
         self.image_blocks = _blocks(layout.regions, at_most=min(_BLOCK_REGIONS, share))
@@ -242,13 +241,12 @@ class _Captions(NamedTuple):
         words: one after the other, in the products' type.
         offsets: the first word of each, and the end.
         gram: G of each.
-        salience, lead: s of each word, and log(s) / tau.
+        lead: log(s) / tau of each word.
     """
 
     words: Float[Tensor, "word dim"]
     offsets: Int64[np.ndarray, "caption+1"]
     gram: Float[Tensor, "caption most most"]
-    salience: Float[Tensor, "caption most"]
     lead: Float[Tensor, "caption most"]
 
 
@@ -288,7 +286,6 @@ class _Thread:
             words,
             offsets - offsets[0],
             blocks.word_gram[chosen],
-            blocks.salience[chosen],
             blocks.lead[chosen],
         )
 
@@ -311,7 +308,6 @@ class _Thread:
             region_gram=images.gram.numpy(),
             word_gram=captions.gram.numpy(),
             thresholds=images.thresholds.numpy(),
-            salience=captions.salience.numpy(),
             lead=captions.lead.numpy(),
             constants=self.blocks.constants.numpy(),
             gate=self.blocks.layout.gate,
@@ -368,7 +364,6 @@ class _GradientThread(_Thread):
                     self.blocks.words[rows],
                     offsets,
                     self.blocks.word_gram[captions],
-                    self.blocks.salience[captions],
                     self.blocks.lead[captions],
                 ),
                 d_word_gram,

@@ -66,10 +66,10 @@ def prominent(pair: Pair) -> Tensor:
         if not last:
             moved = regions + gates[:, None] * fused
             regions = moved / moved.norm(dim=1, keepdim=True)
-    weights = pair.salience
+    weights = torch.ones(len(words), dtype=scores.dtype)
     if config.prominence and config.fusion:
         named_by = (gates[:, None] * prominent).sum(dim=0)
-        weights = weights * (1 + softplus(pair.learned["raw_prominence_weight"]) * named_by)
+        weights = 1 + softplus(pair.learned["raw_prominence_weight"]) * named_by
     weights = weights / weights.sum()
     attention = (config.region_temperature * scores + log_gates[:, None]).softmax(dim=0)
     contexts = attention.T @ regions
