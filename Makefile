@@ -23,15 +23,15 @@ install: $(STAMP)  ## Make .venv and install the tested versions (once; again wh
 sweep: $(STAMP)  ## Search the model's settings on the built-in data and record the trials in MLflow
 	$(BIN)/python experiments/sweep.py $(ARGS)
 
-# Files side by side, those that take longest first, as tests/conftest.py sorts them: three of the
-# quick ones at a time, since many a test waits, and two where several start Ray.
-TEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+# Files side by side, those that take longest first, as tests/conftest.py sorts them: three at a time
+# on two cores, since many a test waits.
+TEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -n 3
 
 test: $(STAMP)  ## Run the tests, without what takes long beside quicker tests of the same
-	$(TEST) -n 3 $(ARGS)
+	$(TEST) $(ARGS)
 
 test-all: $(STAMP)  ## Run all tests but the drills, as continuous integration does
-	$(TEST) -n 2 --long $(ARGS)
+	$(TEST) --long $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .
