@@ -21,7 +21,7 @@ import torch
 
 from cpfean.analysis.pair_views import check_gates
 from cpfean.config import ExperimentConfig
-from cpfean.errors import CpfeanError
+from cpfean.errors import ConfigError, CpfeanError
 from cpfean.folders import cache_folder
 from cpfean.model.scorers.pairs import listed_pairs
 from cpfean.model.scorers.prominent import ProminentAlignment
@@ -64,8 +64,12 @@ class Chosen(NamedTuple):
 
 
 def content_share(words: Counter[str]) -> float:
-    """The share of the words that are none of `FUNCTION_WORDS`."""
-    content = sum(n for word, n in words.items() if word.casefold() not in FUNCTION_WORDS)
+    """The share of the words that are none of `FUNCTION_WORDS`, and no punctuation either."""
+    content = sum(
+        n
+        for word, n in words.items()
+        if word.casefold() not in FUNCTION_WORDS and any(c.isalnum() for c in word)
+    )
     return content / max(1, words.total())
 
 
@@ -74,10 +78,12 @@ def chosen_words(trained: TrainedModel, *, batch: int = 256) -> Chosen:
     """Counts the prominent words of all matching pairs of a split.
 
     Raises:
-        ConfigError: the model has no gates.
+        ConfigError: the model has no gates, or its words are pieces of words.
     """
     model, dataset = trained.model, trained.dataset
     check_gates(model, name="the model")
+    if model.config.text.units == "pieces":
+        raise ConfigError('with model.text.units = "pieces" there are no words to be counted.')
     assert isinstance(model.scorer, ProminentAlignment)
     counted = Chosen(Counter(), Counter(), 0, 0)
     open_regions = regions = 0

@@ -217,7 +217,7 @@ class WordConfig(_Part):
             (dependency edges; needs the `syntax` extra and a spaCy model).
         layers: of the textual GCN; 0 leaves it out.
         consensus: which word is prominent for a region depends on how far training captions of an
-            image agree on the word, too; False takes all words alike.
+            image agree on the word, too; False takes all words alike. Only `kind` "prominent" asks.
     """
 
     _prefix: typing.ClassVar[str] = "model.words"

@@ -12,7 +12,8 @@ _EPILOG = (
     """\
 Each method is tuned over as many configurations as the others, judged on dev, on one seed; the best
 of each then runs on further seeds and is tested. What ran before (same configuration, data and
-code) is taken from the folder of results and not trained again. The methods:
+training code) is taken from the folder of results and not trained again. Margins and
+temperatures are searched from each method's published ones on, whatever --set gives. The methods:
 
 """
     + "\n".join(f"  {method.name:36}{method.source}" for method in METHODS)

@@ -64,7 +64,8 @@ def main() -> None:
         "--text-encoder",
         metavar="NAME|DIR",
         type=command_line.place,
-        help="where a frozen text encoder is now, if it has moved; its weights are compared",
+        help="where a frozen text encoder is now, if it has moved, for all models; its weights are "
+        "compared",
     )
     parser.add_argument(
         "--products",

@@ -1,10 +1,11 @@
 """The methods of `compare.py`: the full model, and the field's scorers in two forms.
 
 As published, a baseline sees no object labels and its fragments do not reason over each other. "On
-the full encoder" it has everything that the full model has, and differs in the score alone.
+the full encoder" it has everything that the full model has, and differs in the score and in its
+margin alone. Either way it may have words' static vectors, which are searched for all alike.
 
-The first point that a method is tuned at has its published margin and temperature, which lie inside
-what is searched. All of them were published with hardest negatives.
+The first point that a method is tuned at has its published margin and temperature, whatever the
+base's are; they lie inside what is searched. All of them were published with hardest negatives.
 """
 
 from __future__ import annotations

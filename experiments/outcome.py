@@ -20,8 +20,7 @@ def print_comparison(result: StudyResult, report: Path, where: Settings) -> None
     from orchestration.study.comparison import seed_runs
 
     print("\n" + markdown_table(compare(seed_runs(result.records))))
-    print(f"tables, plots   {report}")
-    print_closing(result, where)
+    print_closing(result, where, report=report)
 
 
 def print_closing(result: StudyResult, where: Settings, *, report: Path | None = None) -> None:
@@ -62,10 +61,10 @@ def table(records: Sequence[TrialRecord]) -> str:
 def closing_lines(
     result: StudyResult, settings: Settings, *, report: Path | None = None
 ) -> list[str]:
-    """Where everything is; a report that is not there is not named."""
+    """Where everything is; a report that was not written is not named."""
     lines = [f"records         {result.folder}"]
-    if report is not None and report.is_dir():
-        lines.append(f"report          {report}")
+    if report is not None and result.has_report:
+        lines.append(f"tables, plots   {report}")
     if result.best is None:
         lines.append("best            none: no trial finished")
     else:

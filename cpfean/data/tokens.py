@@ -640,11 +640,12 @@ def _vocabulary(words: Counter[str], *, size: int) -> list[str]:
 
 def _words_of(coding: Any, text: str) -> list[int]:
     """The word of each piece of a text, from 0; -1 for specials and punctuation marks."""
-    places = list(zip(coding.word_ids, coding.offsets, strict=True))
-    words = {word for word, (start, stop) in places if not _is_mark(text[start:stop])} - {None}
-    if not words:
-        return _numbered(coding.word_ids)
-    return _numbered([word if word in words else None for word in coding.word_ids])
+    # Piece by piece: some tokenizers take a mark for the end of the word before it.
+    words = [
+        None if _is_mark(text[start:stop]) else word
+        for word, (start, stop) in zip(coding.word_ids, coding.offsets, strict=True)
+    ]
+    return _numbered(coding.word_ids if set(words) <= {None} else words)
 
 
 @lru_cache(maxsize=2**16)  # captions are made of few words

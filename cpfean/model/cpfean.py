@@ -242,7 +242,8 @@ class Cpfean(nn.Module):
         if self.consensus is None:
             return torch.ones_like(word_mask, dtype=torch.float32)
         pieces = self.consensus[tokens][..., None]
-        words = pool_words(pieces, word_index, word_mask.shape[1]).squeeze(-1)
+        with torch.autocast(pieces.device.type, enabled=False):
+            words = pool_words(pieces, word_index, word_mask.shape[1]).squeeze(-1)
         words = words.clamp(min=_LEAST_SALIENCE).masked_fill(~word_mask, 0.0)
         shares = words / words.amax(dim=1, keepdim=True)
         return shares.square().masked_fill(~word_mask, 1.0)

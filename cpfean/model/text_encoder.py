@@ -173,8 +173,9 @@ class TextBackbone(nn.Module):
             tokens, word_index: as `forward` takes them.
         """
         pieces = self.piece_embeddings()(tokens)
-        static = pool_words(pieces, word_index, contextual.shape[1])
-        both = [layer_norm(vectors, vectors.shape[-1:]) for vectors in (contextual, static)]
+        with torch.autocast(pieces.device.type, enabled=False):
+            static = pool_words(pieces, word_index, contextual.shape[1])
+            both = [layer_norm(x.to(pieces.dtype), x.shape[-1:]) for x in (contextual, static)]
         return torch.cat(both, dim=-1)
 
     def forward(

@@ -34,7 +34,7 @@ class _Result:
     format: int
     name: str
     data_fingerprint: str
-    code_fingerprint: str
+    code_fingerprint: str  # of what a training runs
     commit: str | None
     best_rsum: float
     test: dict[str, float]

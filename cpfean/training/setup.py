@@ -65,6 +65,7 @@ def open_experiment(
         image_of = np.asarray(train.image_of(np.arange(train.num_captions)), dtype=np.int64)
         pieces = len(model.consensus)
         told = word_consensus(training.tokens, image_of, num_pieces=pieces)
+        told[tokenizer.mask_id] = 0.0  # a word that word noise has masked names nothing
         model.consensus.copy_(torch.from_numpy(told))
     return Experiment(
         model=model,

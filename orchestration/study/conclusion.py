@@ -33,6 +33,7 @@ class StudyResult:
         used_up: the limit that kept trials from being begun, and how to go on; empty if none did.
         failed: how many trials failed with what, and how to run them again; empty if none did.
         spent: hours, and dollars where prices are known, of all attempts; for people.
+        has_report: whether the plan's report was written.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class StudyResult:
     used_up: str = ""
     failed: str = ""
     spent: str = ""
+    has_report: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -80,11 +82,13 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
                     follower.keep_files([model], best)
     if plan.register and not (folder.path / "best_model").is_dir():
         study.say(f"{plan.register} is not registered: there is no best_model on this machine.")
+    has_report = plan.report is not None
     if plan.report is not None:
         try:
             follower.keep_files(plan.report(records))
         # As with the pictures: a later resume writes it.
         except Exception as error:
+            has_report = False
             study.say(f"no report: {message_of(error)}")
     failures = Counter(record.failure for record in records if record.state == "failed")
     failed = ", ".join(f"{count} {failure}" for failure, count in failures.items())
@@ -98,6 +102,7 @@ def conclude(study: Driver, follower: Follower, meter: Meter) -> StudyResult:
         failed=failed
         and f"{failed}; to run them once more:\n{resume_line(plan, retry_failed=True)}",
         spent=meter.spent,
+        has_report=has_report,
     )
     write_json(folder.path / "summary.json", summary(result))
     return result

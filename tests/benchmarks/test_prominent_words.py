@@ -23,6 +23,7 @@ def test_function_words_are_not_content() -> None:
     assert {"a", "the", "with", "in", "two", "is"} <= FUNCTION_WORDS
     assert not {"dog", "man", "red", "running", "grass"} & FUNCTION_WORDS
     assert content_share(Counter({"Dog": 3, "THE": 1})) == pytest.approx(0.75)
+    assert content_share(Counter({".": 3, "dog": 1})) == pytest.approx(0.25)
     assert content_share(Counter()) == 0
 
 

@@ -29,7 +29,7 @@ def test_a_sweep_ends_with_a_report_that_mlflow_has_and_a_resume_writes_anew(
     first = run("sweep.py", *WORDS, "--space", "optimizer")
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "runs" / "s"
-    assert f"report          {folder / 'report'}\n" in first.stdout
+    assert f"tables, plots   {folder / 'report'}\n" in first.stdout
     assert {file.name for file in (folder / "report").iterdir()} == FILES
     told = (folder / "report" / "importance.md").read_text()
     assert told.startswith("No importance is given: 3 trials (0 stopped early) are too few")

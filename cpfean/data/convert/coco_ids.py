@@ -15,6 +15,8 @@ from cpfean.data.convert.captions import image_key, read_json
 from cpfean.data.split import Split
 from cpfean.errors import DataError
 
+_MOST_DIGITS = 18  # of an id; COCO's names have 12
+
 
 class CocoIds(NamedTuple):
     """One for each image and for each caption of a split, in its order."""
@@ -39,7 +41,7 @@ def coco_ids(split: Split, path: Path) -> CocoIds:
     images = []
     for name in split.image_ids:
         key = image_key(name)
-        if not key.isdecimal():
+        if not key.isdecimal() or len(key) > _MOST_DIGITS:
             raise DataError(
                 f"{split.name}: expected COCO's names of images, such as "
                 f"COCO_val2014_000000000042.jpg or 42, found {name!r}; is it COCO?"
@@ -69,7 +71,9 @@ def _annotations(path: Path) -> dict[int, dict[str, list[int]]]:
     known: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     try:
         for image, text, number in _told(data):
-            known[image][_letters(text)].append(int(number))
+            if type(image) is not int or type(number) is not int:  # JSON's true is an int too
+                raise ValueError(f"ids must be whole numbers; got {image!r:.40} and {number!r:.40}")
+            known[image][_letters(text)].append(number)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
             f'{path}: expected "annotations" with image_id, caption and id, or "images" with '

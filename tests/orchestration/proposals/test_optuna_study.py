@@ -95,7 +95,7 @@ def test_a_proposal_depends_on_the_records_the_seed_and_the_number_alone(num_see
 
 _ANOTHER = """
 import json, sys
-from orchestration.proposals.optuna_study import NEEDED, Proposals
+from orchestration.proposals.optuna_study import Proposals
 from cpfean.records.trial_record import TrialRecord
 from tests.orchestration.proposals.spaces import SPACE
 seen = [TrialRecord(**fields) for fields in json.load(sys.stdin)]
@@ -201,7 +201,7 @@ def test_an_export_to_a_full_disk_leaves_the_one_that_was_there(tmp_path: Path) 
 _EXPORT = """
 import sys
 from pathlib import Path
-from orchestration.proposals.optuna_study import NEEDED, Proposals
+from orchestration.proposals.optuna_study import Proposals
 from tests.orchestration.proposals.spaces import SPACE
 from tests.orchestration.samples import record
 overrides = {"model.alignment.gate": "off", "loss.margin": 0.2}

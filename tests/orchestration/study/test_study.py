@@ -472,6 +472,7 @@ def test_a_report_is_kept_with_the_whole_and_the_study_does_without_a_broken_one
     kept = [files for files, of in driven.tracker.files if of is None]
     assert kept == ([] if broken else [[tmp_path / "1.md"]])
     assert ("no report: no paint left" in driven.said) == broken
+    assert result.has_report != broken
 
 
 def test_the_summary_tells_the_commit_at_the_start(tmp_path: Path) -> None:
