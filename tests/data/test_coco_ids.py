@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,28 @@ def test_another_file_is_refused(data: object, tmp_path: Path) -> None:
     file.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(DataError, match=r"give captions_val2014.json or dataset_coco.json"):
         coco_ids(split(tmp_path), file)
+
+
+@pytest.mark.parametrize(
+    ("note", "said"),
+    [
+        ({"image_id": "42", "id": 1, "caption": "a"}, "whole numbers"),
+        ({"image_id": 42, "id": 7.9, "caption": "a"}, "whole numbers"),
+        ({"image_id": 42, "id": True, "caption": "a"}, "whole numbers"),
+        ({"image_id": 42, "id": math.inf, "caption": "a"}, "whole numbers"),
+    ],
+)
+def test_ids_that_are_no_whole_numbers_are_refused(
+    tmp_path: Path, note: dict[str, object], said: str
+) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"annotations": [note]}))
+    with pytest.raises(DataError, match=said):
+        coco_ids(split(tmp_path), file)
+
+
+def test_a_name_of_endless_digits_is_no_name_of_coco(tmp_path: Path) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(coco()))
+    with pytest.raises(DataError, match="names of images"):
+        coco_ids(split(tmp_path, names=("COCO_val2014_000000000042.jpg", 5000 * "7")), file)

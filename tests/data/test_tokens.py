@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from cpfean.config import TextConfig
 from cpfean.data.texts import _CONTROL, says_something
@@ -87,6 +92,22 @@ def test_words_are_runs_of_letters(make: Callable[..., CaptionTokenizer]) -> Non
     assert pieces[-2] == tokenizer._tokenizer.convert_tokens_to_ids(".")
     assert spelled(tokenizer, "...") == [".", ".", "."]
     assert spelled(tokenizer, "Caf\u00e9 a\u2028beach\fdog") == ["cafe", "a", "beach", "dog"]
+
+
+def test_a_mark_that_a_tokenizer_leaves_on_its_word_is_no_part_of_it() -> None:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*specials, "a", "dog", "runs", "##.", "##s"]
+    model = WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    split_at_blanks = Tokenizer(model)
+    split_at_blanks.pre_tokenizer = WhitespaceSplit()
+    split_at_blanks.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {name.strip("[]").lower() + "_token": name for name in specials}
+    fast = PreTrainedTokenizerFast(tokenizer_object=split_at_blanks, **names)
+    tokenizer = CaptionTokenizer(fast, units="words", max_tokens=32)
+    assert tokenizer.encode(["a dogs runs."]).word_index.tolist() == [-1, 0, 1, 1, 2, -1, -1]
+    assert tokenizer.words("a dogs runs.") == ["a", "dogs", "runs"]
 
 
 @pytest.mark.parametrize("make", [scratch, minilm])
