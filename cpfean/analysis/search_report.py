@@ -159,7 +159,7 @@ def _markdown(trials: Sequence[SearchedTrial], rows: Sequence[Sequence[str]], ne
     """The table with what it means; where there is none, why."""
     stopped = sum(trial.state == "pruned" for trial in trials)
     number = f"{len(trials)} trials ({stopped} stopped early)"
-    if len(trials) < needed:
+    if not any(share for _, _, share, _ in rows):
         return f"""\
 No importance is given: {number} are too few to tell what mattered; it takes {needed}.
 The pictures show what was tried.

@@ -121,12 +121,15 @@ def test_rows_of_kept_images_and_captions_are_those_that_were_asked_for() -> Non
     captions = KeptCaptions(
         pooled=rng.random((3, 4), dtype=np.float32),
         words=rng.random((7, 4), dtype=np.float32),
+        salience=rng.random(7, dtype=np.float32),
         offsets=np.array([0, 2, 3, 7]),
     )
     some_captions = captions.rows(slice(0, 2), device=CPU)
     assert some_captions.mask.tolist() == [[True, True], [True, False]]
     np.testing.assert_array_equal(some_captions.words[0].numpy(), captions.words[:2])
     np.testing.assert_array_equal(some_captions.words[1, 0].numpy(), captions.words[2])
+    expected = [[*captions.salience[:2]], [captions.salience[2], 1.0]]
+    np.testing.assert_array_equal(some_captions.salience.numpy(), np.float32(expected))
     last = captions.rows(np.array([2]), device=CPU)
     np.testing.assert_array_equal(last.words[0].numpy(), captions.words[3:])
 
