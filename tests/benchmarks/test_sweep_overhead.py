@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_it_tells_what_a_trial_costs_and_what_the_driver_holds(
     run_benchmark: Callable[..., tuple[str, dict[str, Any]]],
