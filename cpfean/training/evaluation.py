@@ -40,7 +40,6 @@ Protocol = Literal["full", "coco-1k"]
 _FEW = 256
 
 
-@torch.inference_mode()
 def evaluate(
     model: Cpfean,
     dataset: RetrievalDataset,

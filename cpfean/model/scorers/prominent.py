@@ -111,6 +111,7 @@ class ProminentAlignment(Scorer):
         return compiled_scores(
             images,
             captions,
+            lead=self._lead(captions.salience),
             constants=self.constants(like=images.regions),
             gate=self.gate,
             product_type=product_type,
@@ -167,7 +168,7 @@ class ProminentAlignment(Scorer):
         if self.gate == "off":
             log_gates = scores.new_zeros(scores.shape[0], scores.shape[1], scores.shape[3])
         else:
-            ahead = scores + self._lead(pairs)
+            ahead = scores + self._lead(pairs.salience)[..., None]
             relevance = ahead.masked_fill(~pairs.word_mask, -torch.inf).amax(dim=2)
             excess = relevance - pairs.thresholds
             log_gates = functional.logsigmoid(self.log_sharpness.exp() * excess)
@@ -179,14 +180,14 @@ class ProminentAlignment(Scorer):
                 log_gates = log_gates + (hard - log_gates).detach()
         return log_gates.masked_fill(~pairs.region_mask[:, 0], -torch.inf)
 
-    def _lead(self, pairs: Pairs) -> Float[Tensor, "#image caption word 1"]:
+    def _lead(self, salience: Float[Tensor, "*caption word"]) -> Float[Tensor, "*caption word"]:
         """log(s) / tau: what a salient word has ahead of others for every region."""
-        return (pairs.salience.clamp(min=TINY).log() / self.word_temperature)[..., None]
+        return salience.clamp(min=TINY).log() / self.word_temperature
 
     def _prominence(
         self, scores: Float[Tensor, "image caption word region"], pairs: Pairs
     ) -> Float[Tensor, "image caption word region"]:
-        logits = self.word_temperature * (scores + self._lead(pairs))
+        logits = self.word_temperature * (scores + self._lead(pairs.salience)[..., None])
         return logits.masked_fill(~pairs.word_mask, -torch.inf).softmax(dim=2)
 
     def _word_weights(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cpfean.kernels import prominent
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
-from cpfean.model.scorers.pairs import FEW, TINY
+from cpfean.model.scorers.pairs import FEW
 
 # So many regions by so many words are a block: S is 1 MB of float32, which the second cache of a
 # core holds; smaller blocks make slower products.
@@ -41,6 +41,7 @@ def compiled_scores(
     images: ImageEmbeddings,
     captions: CaptionEmbeddings,
     *,
+    lead: Float[Tensor, "caption word"],
     constants: Float[Tensor, "4"],
     gate: Literal["soft", "hard", "off"],
     product_type: torch.dtype,
@@ -49,12 +50,13 @@ def compiled_scores(
 
     Args:
         images, captions: fragments, on a processor.
+        lead: log(s) / tau of each word.
         constants: kappa, tau, lambda and beta.
         gate: how gates work.
         product_type: S comes from matrix products in this type.
     """
     regions, thresholds = _without_padding(images.regions, images.mask, images.thresholds)
-    words, salience = _without_padding(captions.words, captions.mask, captions.salience)
+    words, lead = _without_padding(captions.words, captions.mask, lead)
     scores: Tensor = _CompiledScores.apply(
         regions.rows,
         words.rows,
@@ -62,7 +64,7 @@ def compiled_scores(
         constants,
         regions.gram,
         words.gram,
-        salience,
+        lead,
         _Layout(regions.offsets, words.offsets, _GATES[gate], product_type),
     )
     return scores
@@ -123,10 +125,10 @@ class _CompiledScores(torch.autograd.Function):
         constants: Float[Tensor, "4"],
         region_gram: Float[Tensor, "image most_regions most_regions"],
         word_gram: Float[Tensor, "caption most_words most_words"],
-        salience: Float[Tensor, "caption most_words"],
+        lead: Float[Tensor, "caption most_words"],
         layout: _Layout,
     ) -> Float[Tensor, "image caption"]:
-        tensors = regions, words, thresholds, constants, region_gram, word_gram, salience
+        tensors = regions, words, thresholds, constants, region_gram, word_gram, lead
         ctx.save_for_backward(*tensors)
         ctx.layout = layout
         return _Blocks(*tensors, layout).scores()
@@ -150,7 +152,7 @@ class _Blocks:
         constants: Float[Tensor, "4"],
         region_gram: Float[Tensor, "image most_regions most_regions"],
         word_gram: Float[Tensor, "caption most_words most_words"],
-        salience: Float[Tensor, "caption most_words"],
+        lead: Float[Tensor, "caption most_words"],
         layout: _Layout,
     ) -> None:
         self.layout = layout
@@ -160,7 +162,7 @@ class _Blocks:
         self.region_gram, self.word_gram = region_gram, word_gram
         self.thresholds = thresholds.detach().contiguous()
         self.constants = constants.detach()
-        self.lead = salience.detach().clamp(min=TINY).log() / self.constants[1]
+        self.lead = lead.detach().contiguous()
         self.threads = max(1, min(torch.get_num_threads(), len(thresholds)))
         share = -(-int(layout.regions[-1]) // self.threads)
         self.image_blocks = _blocks(layout.regions, at_most=min(_BLOCK_REGIONS, share))
