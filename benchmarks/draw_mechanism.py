@@ -93,7 +93,7 @@ def draw(
         described = truth.described_by[caption] & own
         draw_regions(axis, dataset, image, alignment, words, described)
         axis.set_title(f"{title}: score {score:.2f}", fontsize=10)
-        write_words(axis, words, alignment.word_weights[0, 0].numpy())
+        write_words(axis, words, alignment.named[0, 0].numpy())
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     # Without the date and version of the library, so that the same figures make the same file.
@@ -150,14 +150,14 @@ def draw_regions(
     axis.set_yticks([])
 
 
-def write_words(axis: Axes, words: list[str], weights: np.ndarray) -> None:
-    """The caption under the image, each word shaded by its weight."""
+def write_words(axis: Axes, words: list[str], named: np.ndarray) -> None:
+    """The caption under the image, each word shaded by how many gates name it."""
     place, row = 0, 0
-    for word, weight in zip(words, weights[: len(words)], strict=True):
+    for word, share in zip(words, named[: len(words)], strict=True):
         if place + len(word) > 48:
             place, row = 0, row + 1
-        # A word that weighs as much as the others is shaded by a third.
-        shade = min(1.0, float(weight) * len(words) / 3)
+        # A word that is named as much as the others is shaded by a third.
+        shade = min(1.0, float(share) * len(words) / 3)
         colour = (1, 1 - 0.45 * shade, 1 - 0.85 * shade)
         axis.text(
             place * 0.0205,

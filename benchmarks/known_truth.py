@@ -200,7 +200,7 @@ def measure_mechanisms(
 
 @torch.inference_mode()
 def align_pairs(model: Cpfean, dataset: RetrievalDataset, image: int) -> Alignment:
-    """Gates, prominent words and word weights of one image with each of its captions."""
+    """Gates and prominent words of one image with each of its captions."""
     captions = dataset.split.captions_of(image)
     return model.align(
         model.encode_images(**dataset.image_batch([image])._asdict()),

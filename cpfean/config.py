@@ -240,7 +240,8 @@ class AlignmentConfig(_Part):
         gate: "soft" (a sigmoid), "hard" (0 or 1, straight-through gradient) or "off".
         gate_threshold: theta0 at the start, a cosine: relevance at which a gate is half open.
         gate_sharpness: kappa at the start.
-        prominence: False weighs all words alike.
+        prominence: True lets words count for more that many relevant regions name: the paper's
+            idea, which did not help on real data (docs/results.md). False weighs all words alike.
         prominence_weight: beta at the start.
         word_temperature: tau, inverse temperature of the softmax over words; of "hard_coding", of
             its sum over words.
@@ -257,7 +258,7 @@ class AlignmentConfig(_Part):
     gate: Literal["soft", "hard", "off"] = "soft"
     gate_threshold: float = 0.2
     gate_sharpness: float = 10.0
-    prominence: bool = True
+    prominence: bool = False
     prominence_weight: float = 1.0
     word_temperature: float = 10.0
     region_temperature: float = 9.0

@@ -50,9 +50,9 @@ ABLATIONS: tuple[Ablation, ...] = (
         overrides={"model.words.layers": 0, "model.regions.layers": 0},
     ),
     Ablation(
-        name="no_prominence",
+        name="prominent_words_weigh_more",
         question="Does it help that words which many relevant regions name count for more?",
-        overrides={"model.alignment.prominence": False},
+        overrides={"model.alignment.prominence": True},
     ),
     Ablation(
         name="no_global",
@@ -83,11 +83,6 @@ ABLATIONS: tuple[Ablation, ...] = (
         name="hard_gate",
         question="Is a gate that is either open or closed better than a soft one?",
         overrides={"model.alignment.gate": "hard"},
-    ),
-    Ablation(
-        name="no_gate",
-        question="What does the gate add, prominent words left as they are?",
-        overrides={"model.alignment.gate": "off"},
     ),
     Ablation(
         name="two_rounds",

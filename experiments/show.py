@@ -1,4 +1,4 @@
-"""Draw what a trained model sees: the regions' gates and the words' weights, for single queries."""
+"""Draw what a trained model sees: regions by their gates and words by who names them, by query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trained model sees in one image and one caption: gates, prominent words, word weights.
+"""What a trained model sees in one image and one caption: gates and prominent words.
 
 Axes:  image, caption   one of each
        region           real ones of the image, in the detector's order
@@ -51,7 +51,7 @@ class PairView:
         score: of the pair, in [-1, 1].
         fragment_score: what the fragments alone say, before it is weighed into the score.
         words: the caption's, as texts.
-        weights: omega of each word; they sum to 1.
+        named: how much of what the gates let through names each word; sums to 1.
         regions: numbers of the image's regions that take part.
         gates: g of each region, in [0, 1].
         prominent: for each region, the position of the word that it says.
@@ -67,7 +67,7 @@ class PairView:
     score: float
     fragment_score: float
     words: list[str]
-    weights: Float[np.ndarray, "word"]
+    named: Float[np.ndarray, "word"]
     regions: Int[np.ndarray, "region"]
     gates: Float[np.ndarray, "region"]
     prominent: Int[np.ndarray, "region"]
@@ -112,7 +112,7 @@ def view_pair(
         score=float(model.score(image, caption)),
         fragment_score=float(seen.local),
         words=words,
-        weights=seen.word_weights[0, 0, : len(words)].double().cpu().numpy(),
+        named=seen.named[0, 0, : len(words)].double().cpu().numpy(),
         regions=regions,
         gates=seen.gates[0, 0].double().cpu().numpy()[regions],
         prominent=prominent[regions],

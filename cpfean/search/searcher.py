@@ -298,7 +298,7 @@ class Searcher:
         return open_extractor(self.folder, self.split, device=self._device)
 
     def view(self, sentence: str, image: str | EncodedImage) -> PairView:
-        """What the model sees in a sentence and an image: gates, prominent words, word weights.
+        """What the model sees in a sentence and an image: gates and prominent words.
 
         Args:
             sentence: as in `images`.

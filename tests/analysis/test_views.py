@@ -97,8 +97,13 @@ def test_a_view_is_what_the_model_sees_of_that_image_and_that_caption(
     assert view.fragment_score == float(seen.local)
     np.testing.assert_array_equal(view.gates, seen.gates[0, 0])
     np.testing.assert_array_equal(view.prominent, seen.prominence[0, 0].argmax(dim=0))
-    np.testing.assert_array_equal(view.weights, seen.word_weights[0, 0])
-    assert view.weights.sum() == pytest.approx(1)
+    gates, prominent = seen.gates[0, 0].double(), seen.prominence[0, 0].double()
+    naming = [
+        sum(float(gate * part) for gate, part in zip(gates, word, strict=True))
+        for word in prominent
+    ]
+    np.testing.assert_allclose(view.named, np.array(naming) / sum(naming), rtol=1e-5)
+    assert view.named.sum() == pytest.approx(1)
     assert view.widest(3) == sorted(range(8), key=lambda region: -view.gates[region])[:3]
 
 
@@ -107,7 +112,7 @@ def test_a_view_leaves_out_padded_regions_and_the_padding_of_words(trained: Trai
     view = Gallery(trained).view(2, 0)
     assert view.regions.tolist() == [0, 1, 2]
     assert len(view.gates) == len(view.prominent) == 3
-    assert len(view.weights) == len(view.words)
+    assert len(view.named) == len(view.words)
 
 
 @pytest.mark.parametrize("sizes", [[5] * 6, [1, 9, 4, 6, 7, 3]])

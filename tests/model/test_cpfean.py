@@ -19,10 +19,10 @@ VOCABULARY = 50
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "the default": {},
-    "no fusion": {"alignment.fusion": False},
+    "no fusion": {"alignment.fusion": False, "alignment.prominence": True},
     "gate hard": {"alignment.gate": "hard"},
     "gate off": {"alignment.gate": "off"},
-    "no prominence": {"alignment.prominence": False},
+    "weighted words": {"alignment.prominence": True},
     "cross attention": {"alignment.kind": "cross_attention", "alignment.global_weight": 0.0},
     "global only": {"alignment.global_weight": 1.0},
     "local only": {"alignment.global_weight": 0.0},

@@ -26,11 +26,16 @@ COMPILED = {
     "the default": {},
     "gate hard": {"gate": "hard"},
     "gate off": {"gate": "off"},
-    "no prominence": {"prominence": False},
-    "no fusion": {"fusion": False},
-    "gate off, no prominence": {"gate": "off", "prominence": False},
+    "weighted words": {"prominence": True},
+    "no fusion": {"fusion": False, "prominence": True},
+    "gate off, weighted words": {"gate": "off", "prominence": True},
     "other temperatures": {"word_temperature": 3.0, "region_temperature": 20.0},
-    "sharp": {"gate_sharpness": 900.0, "word_temperature": 500.0, "region_temperature": 500.0},
+    "sharp": {
+        "gate_sharpness": 900.0,
+        "word_temperature": 500.0,
+        "region_temperature": 500.0,
+        "prominence": True,
+    },
 }
 
 

@@ -112,7 +112,7 @@ def test_a_view_of_a_sentence_is_that_of_the_same_caption(searcher: Searcher) ->
         expected.image_id,
     )
     assert seen.score == pytest.approx(expected.score, abs=2e-6)
-    for field in ("weights", "gates", "boxes"):
+    for field in ("named", "gates", "boxes"):
         np.testing.assert_allclose(getattr(seen, field), getattr(expected, field), atol=2e-6)
     np.testing.assert_array_equal(seen.prominent, expected.prominent)
     hit = searcher.images(searcher.split.captions[caption], k=1)[0]

@@ -1,4 +1,4 @@
-"""Draws an image and a caption as the alignment sees them: boxes by gates, words by weights."""
+"""Draws an image and a caption as the alignment sees them: boxes by gates, words as named."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def lay_out_panels(panels: Sequence[Panel], *, heading: str) -> Sheet:
     sheet = Sheet(width, tops[-1] + 0.17 * len(legend) + MARGIN)
     sheet.write_lines(heads, tops[0], height=0.23, size=12, bold=True)
     sheet.write_lines(legend, tops[-1], height=0.17, size=8, color=GREY)
-    low, high = weight_range(views)
+    low, high = shade_range(views)
     for column, (panel, colours) in enumerate(zip(panels, word_colours(views), strict=True)):
         view, x = panel.view, MARGIN + column * (PANEL + GAP)
         _write_title(sheet, panel, x, tops[1])
@@ -115,18 +115,18 @@ def word_colours(views: Sequence[PairView]) -> list[dict[int, str]]:
     return result
 
 
-def weight_range(views: Sequence[PairView]) -> tuple[float, float]:
-    """What is palest and what is darkest, as multiples of the mean weight of a caption's words.
+def shade_range(views: Sequence[PairView]) -> tuple[float, float]:
+    """What is palest and what is darkest, as multiples of a caption's mean.
 
-    At least from 0.75 to 1.5: weights that are all but alike must not look different.
+    At least from 0.75 to 1.5: words named all but alike must not look different.
     """
-    relative = np.concatenate([view.weights * len(view.words) for view in views])
+    relative = np.concatenate([view.named * len(view.words) for view in views])
     return min(0.75, float(relative.min())), max(1.5, float(relative.max()))
 
 
 def word_shades(view: PairView, *, low: float, high: float) -> list[float]:
-    """How dark each word is, from 0 to 1, for weights in that range."""
-    relative = view.weights * len(view.words)
+    """How dark each word is, from 0 to 1, for what is named in that range."""
+    relative = view.named * len(view.words)
     return [float(value) for value in (relative - low) / (high - low)]
 
 
@@ -311,11 +311,11 @@ def _list_regions(
 
 
 def _legend(views: Sequence[PairView]) -> str:
-    low, high = weight_range(views)
+    low, high = shade_range(views)
     boxes = views[0].boxes is not None
     shown = "A box is as strong as its gate is open" if boxes else "A bar is as high as its gate"
     return (
         f"{shown}; the widest, {_MOST_NAMED} at most, are numbered, in the colour of the word that "
-        f"the region says, which is underlined. A word is as dark as its weight, "
-        f"from {low:.2f} to {high:.2f} times the mean of its caption."
+        f"the region says, which is underlined. A word is the darker "
+        f"the more open gates name it, from {low:.2f} to {high:.2f} times the mean of its caption."
     )

@@ -38,16 +38,23 @@ class Alignment(NamedTuple):
     prominence: Float[Tensor, "image caption word region"]
     word_weights: Float[Tensor, "image caption word"]
 
+    @property
+    def named(self) -> Float[Tensor, "image caption word"]:
+        """n_k / sum_l n_l: how much of what the gates let through names each word."""
+        named_by = (self.prominence @ self.gates[..., None]).squeeze(-1)
+        return named_by / named_by.sum(dim=-1, keepdim=True).clamp(min=TINY)
+
 
 class ProminentAlignment(Scorer):
-    """Gates irrelevant regions and lets prominent words count for more.
+    """Gates irrelevant regions, and finds the word that is prominent for each region.
 
     For unit vectors v_r (regions) and w_k (words), S_rk = <v_r, w_k>, and words of salience s_k:
 
         m_r  = max_k (S_rk + log(s_k) / tau)           relevance of region r to the caption
         g_r  = sigmoid(kappa (m_r - theta_r))          gate
         P_rk = softmax_k(tau S_rk + log s_k)           the word that is prominent for region r
-        om_k = (1 + beta n_k) / sum_l (1 + beta n_l),  n_k = sum_r g_r P_rk
+        om_k = (1 + beta n_k) / sum_l (1 + beta n_l),  n_k = sum_r g_r P_rk,  beta = 0 unless
+               `prominence` lets words weigh more that relevant regions name
         A_rk = softmax_r(lambda S_rk + log g_r)
         c_k  = sum_r A_rk v_r,   d_r = sum_k P_rk w_k
         local = 1/2 sum_k om_k cos(c_k, w_k) + 1/2 sum_r g_r cos(v_r, d_r) / sum_r g_r

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpfean.analysis.pair_views import PairView, ShownImage
-from cpfean.analysis.pictures.pairs import numbered, shade, weight_range, word_colours, word_shades
+from cpfean.analysis.pictures.pairs import numbered, shade, shade_range, word_colours, word_shades
 from cpfean.analysis.pictures.sheet import Box, least_covering
 from cpfean.search.hits import Hit, Hits
 from cpfean.search.page.photos import Picture
@@ -271,8 +271,8 @@ def _marks(
 
 
 def _words(view: PairView, colours: dict[int, str], unknown: Sequence[str]) -> str:
-    """The caption, words as dark as their weight, those that regions say underlined."""
-    low, high = weight_range([view])
+    """The caption, words the darker the more gates name them, those that regions say underlined."""
+    low, high = shade_range([view])
     spans = []
     for number, (word, darkness) in enumerate(
         zip(view.words, word_shades(view, low=low, high=high), strict=True)
@@ -281,7 +281,7 @@ def _words(view: PairView, colours: dict[int, str], unknown: Sequence[str]) -> s
         under = colours.get(number, "transparent")
         kind = ' class="unknown"' if word in unknown else ""
         spans.append(
-            f'<span{kind} title="weight {float(view.weights[number]):.3f}" '
+            f'<span{kind} title="named by {float(view.named[number]):.0%} of the gates" '
             f'style="background:rgb({red},{green},{blue});border-bottom-color:{under}">'
             f"{escaped(word)}</span>"
         )
@@ -315,11 +315,11 @@ def _plate(colour: str) -> str:
 
 
 def _legend(view: PairView, chosen: Sequence[int]) -> str:
-    low, high = weight_range([view])
+    low, high = shade_range([view])
     count = int((view.gates >= _OPEN).sum())
     return (
         f'<p class="legend">{count} of {len(view.gates)} regions have a gate of at least {_OPEN}; '
         f"the {len(chosen)} widest are numbered, in the colour of the word that each says, which "
-        f"is underlined. A word is as dark as its weight, from {low:.2f} to {high:.2f} times the "
-        "mean.</p>"
+        f"is underlined. A word is the darker the more open gates name it, from {low:.2f} to "
+        f"{high:.2f} times the mean.</p>"
     )

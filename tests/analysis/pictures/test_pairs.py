@@ -21,7 +21,7 @@ from cpfean.analysis.pictures.pairs import (
     Panel,
     lay_out_panels,
     numbered,
-    weight_range,
+    shade_range,
     word_colours,
     word_shades,
 )
@@ -41,7 +41,7 @@ def view(**changes: Any) -> PairView:
         score=0.4,
         fragment_score=0.3,
         words=WORDS,
-        weights=np.array([0.1, 0.3, 0.05, 0.05, 0.2, 0.1, 0.2]),
+        named=np.array([0.1, 0.3, 0.05, 0.05, 0.2, 0.1, 0.2]),
         regions=np.arange(4),
         gates=np.array([0.5, 0.01, 0.9, 0.2]),
         prominent=np.array([1, 0, 1, 4]),
@@ -68,23 +68,21 @@ def test_regions_are_numbered_by_their_gates_and_only_if_these_are_open() -> Non
     assert numbered(view(gates=np.array([0.01, 0.03, 0.02, 0.0]))) == [1]
 
 
-@given(weights=st.lists(st.floats(0.01, 1), min_size=2, max_size=20))
-def test_the_heavier_a_word_the_darker_it_is(weights: list[float]) -> None:
-    given_weights = np.array(weights) / sum(weights)
-    seen = view(words=["w"] * len(weights), weights=given_weights)
-    low, high = weight_range([seen])
+@given(parts=st.lists(st.floats(0.01, 1), min_size=2, max_size=20))
+def test_the_more_gates_name_a_word_the_darker_it_is(parts: list[float]) -> None:
+    named = np.array(parts) / sum(parts)
+    seen = view(words=["w"] * len(parts), named=named)
+    low, high = shade_range([seen])
     shades = word_shades(seen, low=low, high=high)
     assert min(shades) >= 0
     assert max(shades) <= 1
-    for (one, weight), (other, other_weight) in combinations(
-        zip(shades, given_weights, strict=True), 2
-    ):
-        assert (one > other) == (weight > other_weight)
+    for (one, part), (other, other_part) in combinations(zip(shades, named, strict=True), 2):
+        assert (one > other) == (part > other_part)
 
 
-def test_words_that_weigh_alike_look_alike_in_all_pictures() -> None:
-    alike = view(weights=np.full(7, 1 / 7))
-    shades = word_shades(alike, low=weight_range([alike])[0], high=weight_range([alike])[1])
+def test_words_named_alike_look_alike_in_all_pictures() -> None:
+    alike = view(named=np.full(7, 1 / 7))
+    shades = word_shades(alike, low=shade_range([alike])[0], high=shade_range([alike])[1])
     assert shades == pytest.approx([1 / 3] * 7)
 
 
@@ -105,7 +103,7 @@ def test_colours_start_anew_when_there_are_not_enough() -> None:
     words = [f"w{n}" for n in range(12)]
     gates = np.ones(6)
     views = [
-        view(words=words, gates=gates, prominent=np.arange(6) + start, weights=np.ones(12) / 12)
+        view(words=words, gates=gates, prominent=np.arange(6) + start, named=np.ones(12) / 12)
         for start in (0, 6)
     ]
     for colours in word_colours(views):
@@ -143,7 +141,7 @@ def test_the_caption_is_written_in_order_shaded_and_underlined() -> None:
     darkness = [1 - float(np.mean(p.get_facecolor()[:3])) for p in plates]
     assert (
         np.argsort(darkness, kind="stable").tolist()
-        == np.argsort(view().weights, kind="stable").tolist()
+        == np.argsort(view().named, kind="stable").tolist()
     )
     lines = [p for p in sheet.page.patches if abs(p.get_height() - 0.035) < 1e-6]
     assert [to_hex(p.get_facecolor()).upper() for p in lines] == [COLOURS[0], COLOURS[1]]
@@ -153,7 +151,7 @@ def test_nothing_that_is_written_leaves_the_page_or_covers_other_text() -> None:
     long = ["supercalifragilisticexpialidocious" * 3, *("word" for _ in range(40))]
     wide = view(
         words=long,
-        weights=np.full(41, 1 / 41),
+        named=np.full(41, 1 / 41),
         labels=["a name of many words that go on", "b", "c", "d"],
         image_id="i" * 99,
         prominent=np.array([0, 0, 0, 0]),

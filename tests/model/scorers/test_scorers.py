@@ -35,14 +35,14 @@ from tests.model.scorers.naive import NAIVE, SUMS, Pair
 VARIANTS = {
     "gate hard": {"gate": "hard"},
     "gate off": {"gate": "off"},
-    "no prominence": {"prominence": False},
-    "no fusion": {"fusion": False},
-    "gate off, no prominence": {"gate": "off", "prominence": False},
+    "weighted words": {"prominence": True},
+    "no fusion": {"fusion": False, "prominence": True},
+    "gate off, weighted words": {"gate": "off", "prominence": True},
     "two rounds": {"rounds": 2},
     "three rounds": {"rounds": 3},
-    "three rounds, gate hard": {"rounds": 3, "gate": "hard"},
+    "three rounds, gate hard, weighted words": {"rounds": 3, "gate": "hard", "prominence": True},
     "two rounds, gate off": {"rounds": 2, "gate": "off"},
-    "two rounds, no prominence": {"rounds": 2, "prominence": False},
+    "two rounds, weighted words": {"rounds": 2, "prominence": True},
 }
 CONFIGS = {
     **{kind: AlignmentConfig(kind=kind) for kind in SCORERS},
