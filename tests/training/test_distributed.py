@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
+from cpfean.errors import DivergedError, StoppedError
 from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean
 from cpfean.processes import place
@@ -148,6 +153,66 @@ def trainings(folder: Path, out: Path) -> dict[str, Any]:
     return found
 
 
+class OnOneProcess:
+    """Word to stop, which the last process alone is given, some looks after the beginning."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def given(self) -> bool:
+        rank, world_size = place()
+        self.looks += 1
+        return rank == world_size - 1 and self.looks > 2
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        assert (checkpoint is not None) == (place()[0] == 0)
+
+
+class Collectives(TorchDispatchMode):
+    """Lists what this process asks of the others: each kind, with shapes and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with its shares comes here again
+        if "c10d" in func.namespace:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            described = [f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in tensors]
+            self.begun.append(f"{func} {', '.join(described)}")
+        return func(*args, **(kwargs or {}))
+
+
+def endings(config: ExperimentConfig, folder: Path, out: Path) -> list[tuple[str, list[str]]]:
+    """How trainings end of which one process alone meets with the reason, and all collectives."""
+    spoilt = out / f"spoilt-{place()[0]}"
+    shutil.copytree(folder, spoilt)
+    features = np.load(spoilt / "train_ims.npy")
+    features[3] = np.inf
+    np.save(spoilt / "train_ims.npy", features)
+    found = []
+    for sharding in ("none", "full"):
+        one = config.with_overrides({"optim.sharding": sharding, "optim.epochs": 1})
+        for data, notice in ((folder, OnOneProcess()), (spoilt, None)):
+            collectives = Collectives()
+            with collectives, pytest.raises((StoppedError, DivergedError)) as caught:
+                fit(
+                    one,
+                    data_folder=data,
+                    cache_dir=out / "cache",
+                    reporter=Keeper(out / "ended"),
+                    device=CPU,
+                    notice=notice,
+                )
+            said = f"{type(caught.value).__name__}: {caught.value}"
+            found.append((said, collectives.begun))
+    return found
+
+
 def in_worker(
     rank: int, world_size: int, meeting: str, config: dict[str, Any], folder: Path, out: Path
 ) -> None:
@@ -158,6 +223,7 @@ def in_worker(
     )
     found = everything(ExperimentConfig.from_dict(config), folder, out)
     found["trainings"] = trainings(folder, out)
+    found["endings"] = endings(tiny_experiment(), folder, out)
     torch.save(found, f"{meeting}.{rank}")
     distributed.destroy_process_group()
 
@@ -268,6 +334,20 @@ def test_training_goes_on_the_same_with_another_number_of_processes(
         for (loss, rsum), (of_alone, rsum_alone) in zip(history, expected, strict=True):
             assert loss == pytest.approx(of_alone, abs=tolerance)
             assert rsum == pytest.approx(rsum_alone, abs=1e-7)
+
+
+def test_what_one_process_alone_meets_with_ends_all_of_them_at_the_same_collective(
+    alone_and_shared: Found,
+) -> None:
+    _, shared = alone_and_shared
+    first = shared[0]["endings"]
+    said = [line for line, _ in first]
+    assert [line.split(":")[0] for line in said] == ["StoppedError", "DivergedError"] * 2
+    assert all(" of epoch 1" in line for line in said)
+    for _, collectives in first:
+        assert len(collectives) > 10
+    assert any("reduce_scatter" in each for each in first[2][1])  # of sharded gradients
+    assert [found["endings"] for found in shared] == [first] * len(shared)
 
 
 def test_shared_evaluation_equals_one_process(alone_and_shared: Found) -> None:
