@@ -18,6 +18,7 @@ import ray
 
 from cpfean.errors import CpfeanError, ServiceError
 from cpfean.folders import can_be_written
+from cpfean.threads import usable_cpus
 from orchestration.cluster.capacity import Cluster
 from orchestration.cluster.nodes import cluster_now, node_types
 from orchestration.cluster.ray_address import check_head, check_this_host, parse_address
