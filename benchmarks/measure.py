@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from orchestration.settings import usable_cpus
+from cpfean.threads import usable_cpus
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

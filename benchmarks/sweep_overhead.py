@@ -184,7 +184,8 @@ def memory_rows(looks: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 def simulate(folder: Path, *, trials: int) -> None:
     """Is the driver of a sweep whose training is trivial."""
-    from orchestration.settings import Settings, prepare_environment, usable_cpus
+    from cpfean.threads import usable_cpus
+    from orchestration.settings import Settings, prepare_environment
 
     prepare_environment()  # before Ray is imported
     from ray import tune

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cpfean.records.budget import OTHER, Prices, eta, free_bytes, size
+from cpfean.threads import usable_cpus
 from orchestration.cluster.capacity import allocate, this_machine
-from orchestration.settings import Settings, usable_cpus
+from orchestration.settings import Settings
 from orchestration.study.plan import (
     StudyPlan,
     check_room_for_checkpoints,

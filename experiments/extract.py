@@ -191,7 +191,8 @@ def _extract(
         "batch_size": arguments.batch_size,
         "skip_broken": arguments.skip_broken,
     }
-    from orchestration.settings import Settings, usable_cpus
+    from cpfean.threads import usable_cpus
+    from orchestration.settings import Settings
 
     if arguments.in_process:
         from cpfean.extraction.in_process import Threads

@@ -12,6 +12,8 @@ from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult
 from orchestration.tracking.address import is_web, shown
 
+_APART = ": trials with other numbers of them differ from the last bits on"
+
 
 def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:
     """The table, and where everything is."""
@@ -72,6 +74,9 @@ def closing_lines(
             f"best            {result.best.name}, dev rSum {result.best.best_rsum:.1f}",
             f"configuration   {result.folder / 'best_config.toml'}",
         ]
+    if threads := sorted(set().union(*(record.threads for record in result.records))):
+        told = " and ".join(map(str, threads))
+        lines.append(f"threads         {told}{_APART if len(threads) > 1 else ''}")
     if result.test:
         lines.append(f"test rSum       {result.test['rsum']:.1f}")
         model = result.folder / "best_model"

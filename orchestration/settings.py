@@ -132,13 +132,6 @@ def _tracking_uri(asked: str | None, output: Path, environment: Mapping[str, str
     return tracking_address(asked, asked=name, environment=environment)
 
 
-def usable_cpus() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def prepare_environment() -> None:
     """Sets what Ray and MLflow read when they are imported; call it before that."""
     for name, value in ENVIRONMENT.items():

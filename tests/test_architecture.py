@@ -29,6 +29,7 @@ FOUNDATION = frozenset(
         "output_folders",
         "processes",
         "progress",
+        "threads",
         "writing",
     )
 )

@@ -44,6 +44,7 @@ class TextBackbone(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.trainable = trainable
+        self._fingerprint = ""
         self.encoder.requires_grad_(trainable)
         self.train(self.training)
 
@@ -99,7 +100,10 @@ class TextBackbone(nn.Module):
             )
         for name, weights in encoder.state_dict().items():
             check_tensor_finite(weights, name, source=config.encoder, error=ConfigError)
-        return cls(encoder, trainable=config.trainable)
+        backbone = cls(encoder, trainable=config.trainable)
+        if not config.trainable:
+            backbone._fingerprint = _fingerprint_of(encoder)
+        return backbone
 
     @classmethod
     def of_shape(cls, config: TextConfig) -> TextBackbone:
@@ -146,12 +150,17 @@ class TextBackbone(nn.Module):
         return super().train(mode and self.trainable)
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Sixteen hexadecimal digits of a frozen encoder's weights.
+
+        Found by `build`, once: they do not change, there may be hundreds of megabytes of them, and
+        later each process may hold a share of them only.
+
+        Raises:
+            ValueError: the encoder is trained, or has not been loaded by `build`.
+        """
+        if not self._fingerprint:
+            raise ValueError("only a frozen encoder that was loaded has a fingerprint")
+        return self._fingerprint
 
     def piece_embeddings(self) -> nn.Embedding:
         """The table of the word pieces, without context."""
@@ -199,3 +208,11 @@ class TextBackbone(nn.Module):
                 input_ids=tokens, attention_mask=token_mask.long(), return_dict=True
             )
             return pool_words(states.last_hidden_state, word_index, num_words)
+
+
+def _fingerprint_of(encoder: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

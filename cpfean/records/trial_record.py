@@ -80,6 +80,11 @@ class TrialRecord:
         )
 
     @property
+    def threads(self) -> set[int]:
+        """How many threads its epochs were trained with; empty if that is not known."""
+        return {int(row["train/threads"]) for row in self.history if "train/threads" in row}
+
+    @property
     def experiment(self) -> ExperimentConfig:
         return ExperimentConfig.from_dict(self.config)
 

@@ -30,6 +30,7 @@ from cpfean.errors import DivergedError, NoMemoryError, StoppedError, message_of
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.processes import place, summed
 from cpfean.progress import Progress
+from cpfean.threads import threads_chosen
 from cpfean.training.checkpoint import (
     Checkpoint,
     TrainingState,
@@ -65,6 +66,7 @@ class EpochReport:
         seconds: for training and validation.
         pairs_per_second: training alone, all workers together.
         workers: that shared the batches; at its end, if their number has changed.
+        threads: that this process computed with, on processors; part of what makes runs equal.
         metrics: on dev.
         best_rsum, best_epoch: so far, this epoch included.
         stopped_early: no further epoch follows although more were planned.
@@ -78,6 +80,7 @@ class EpochReport:
     seconds: float
     pairs_per_second: float
     workers: int
+    threads: int
     metrics: RetrievalMetrics
     best_rsum: float
     best_epoch: int
@@ -93,6 +96,7 @@ class EpochReport:
             "train/seconds": self.seconds,
             "train/pairs_per_second": self.pairs_per_second,
             "train/workers": self.workers,
+            "train/threads": self.threads,
             **self.metrics.as_dict("val/"),
             "best/val_rsum": self.best_rsum,
             "best/epoch": self.best_epoch,
@@ -161,6 +165,30 @@ def fit(
         NoMemoryError: there is too little.
         StoppedError: notice was given; how far the training is has been saved.
     """
+    with threads_chosen(config, workers=place()[1]) as threads:
+        return _fit(
+            config,
+            data_folder=data_folder,
+            cache_dir=cache_dir,
+            reporter=reporter,
+            device=device,
+            resume_from=resume_from,
+            notice=notice,
+            threads=threads,
+        )
+
+
+def _fit(
+    config: ExperimentConfig,
+    *,
+    data_folder: Path,
+    cache_dir: Path,
+    reporter: Reporter,
+    device: torch.device,
+    resume_from: Path | None,
+    notice: Notice | None,
+    threads: int,
+) -> FitResult:
     rank, world_size = place()
     experiment = open_experiment(
         config, data_folder=data_folder, cache_dir=cache_dir, device=device
@@ -187,6 +215,7 @@ def fit(
     if resume_from is not None:
         restore_optimizer(resume_from, optimizer)
         logger.info("resumed after %s; %d epochs in all", state.moment, config.optim.epochs)
+        _warn_of_other_threads(state, threads)
     looks = _Looks(notice, device)
 
     def taken_now() -> Checkpoint | None:
@@ -244,6 +273,7 @@ def fit(
             seconds=underway.seconds + time.monotonic() - started,
             pairs_per_second=num_pairs / underway.seconds,
             workers=world_size,
+            threads=threads,
             metrics=metrics,
             best_rsum=best_rsum,
             best_epoch=best_epoch,
@@ -262,6 +292,18 @@ def fit(
         )
         reporter.report(report, taken_now())
     return FitResult(history=state.history, best_rsum=state.best_rsum, best_epoch=state.best_epoch)
+
+
+def _warn_of_other_threads(state: TrainingState, threads: int) -> None:
+    before = state.history[-1].get("train/threads", threads) if state.history else threads
+    if before != threads:
+        logger.warning(
+            "the training goes on with %d threads, and has had %d so far: the result will be "
+            "neither's. OMP_NUM_THREADS=%d keeps the number.",
+            threads,
+            before,
+            before,
+        )
 
 
 class _Looks:

@@ -20,6 +20,8 @@ from cpfean.hub import model_at
 from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.text_encoder import TextBackbone
+from cpfean.processes import place
+from cpfean.threads import threads_chosen
 from cpfean.training.evaluation import evaluate
 from cpfean.training.text_cache import encode_frozen
 from cpfean.training.text_check import check_places
@@ -249,17 +251,18 @@ def test_split_metrics(
     Raises:
         CheckpointError, DataError: as in `evaluate_checkpoint`.
     """
-    return evaluate_checkpoint(
-        checkpoint,
-        data_folder=data_folder,
-        split="test",
-        protocol=config.evaluation.protocol,
-        cache_dir=cache_dir,
-        device=device,
-        num_regions=config.data.num_regions,
-        batch_size=config.evaluation.batch_size,
-        products=config.evaluation.products,
-    ).as_dict()
+    with threads_chosen(config, workers=place()[1]):
+        return evaluate_checkpoint(
+            checkpoint,
+            data_folder=data_folder,
+            split="test",
+            protocol=config.evaluation.protocol,
+            cache_dir=cache_dir,
+            device=device,
+            num_regions=config.data.num_regions,
+            batch_size=config.evaluation.batch_size,
+            products=config.evaluation.products,
+        ).as_dict()
 
 
 def default_device() -> torch.device:

@@ -27,6 +27,7 @@ from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.model.text_encoder import TextBackbone
+from cpfean.threads import threads_for
 from cpfean.training.evaluation import COCO_FOLD, evaluate
 from cpfean.training.loop import autocast
 from cpfean.training.optimizer import build_optimizer
@@ -74,14 +75,14 @@ def time_training(
         cache_dir: for what can be made again.
         device: where to compute.
         workers: processes that would share the batch.
-        threads: of each.
+        threads: that each may have.
         enough_seconds: of steps, once there are ten.
 
     Raises:
         ConfigError, DataError: what is asked for does not fit the data.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads_for(config, available=threads, workers=workers))
     try:
         # A frozen encoder goes over all captions once before the first step, which is not timed.
         some = config

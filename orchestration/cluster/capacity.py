@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cpfean import commands
 from cpfean.errors import ServiceError
-from orchestration.settings import usable_cpus
+from cpfean.threads import usable_cpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

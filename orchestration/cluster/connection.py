@@ -18,10 +18,11 @@ import ray
 
 from cpfean.errors import CpfeanError, ServiceError
 from cpfean.folders import can_be_written
+from cpfean.threads import usable_cpus
 from orchestration.cluster.capacity import Cluster
 from orchestration.cluster.nodes import cluster_now, node_types
 from orchestration.cluster.ray_address import check_head, check_this_host, parse_address
-from orchestration.settings import Settings, token_file, usable_cpus
+from orchestration.settings import Settings, token_file
 
 _JOIN_SECONDS = 40.0  # a cluster that is well takes a few
 _ACTOR_SECONDS = 45  # in which one starts, on a cluster that takes us

@@ -36,17 +36,19 @@ def classify(error: BaseException) -> tuple[str, str]:
 
 
 def lost_ranks(error: BaseException) -> tuple[list[int], list[int], list[int]]:
-    """Ranks that do not answer any more, that are gone, and that waited for another one in vain."""
+    """Ranks that do not answer any more, that are gone, and that waited for another one in vain.
+
+    Under NCCL those that waited are gone, too: `cpfean.last_words` knows which.
+    """
     silent, gone, waiting = list[int](), list[int](), list[int]()
-    for cause in causes_of(error):
-        if isinstance(cause, WorkerGroupError):
-            for rank, failure in sorted(cause.worker_failures.items()):
-                if _is_called(failure, "WorkerHealthCheckTimeout"):
-                    silent.append(rank)
-                elif _is_loss(failure):
-                    gone.append(rank)
-                if cause_of(failure, LostPartnerError):
-                    waiting.append(rank)
+    group = cause_of(error, WorkerGroupError)
+    for rank, failure in sorted(group.worker_failures.items()) if group else ():
+        if _is_called(failure, "WorkerHealthCheckTimeout"):
+            silent.append(rank)
+        elif _is_loss(failure):
+            gone.append(rank)
+        if cause_of(failure, LostPartnerError):
+            waiting.append(rank)
     return silent, gone, waiting
 
 

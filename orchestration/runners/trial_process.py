@@ -161,10 +161,8 @@ class TrialProcess(tune.Trainable):
         """Who is lost, as far as it is known; what may come back of them is fenced."""
         silent, gone, waiting = lost_ranks(error)
         hosts = {} if self._pool is None else self._pool.hosts()
-        if not (silent or gone):
-            # Those who waited in vain are told of first; if all but one did, it is that one.
-            missing = sorted(set(hosts) - set(waiting))
-            gone = missing if len(missing) == 1 else []
+        if self._pool is not None and (gone or not silent):
+            gone = self._pool.listener.culprits(gone, waiting=waiting)
         what = "worker lost" if gone or not silent else f"node silent {self._options.silence} s"
         named = ", ".join(f"rank {rank} on {hosts.get(rank, '?')}" for rank in gone or silent)
         return f"{what} ({named}), fenced" if named else f"{what}, fenced"

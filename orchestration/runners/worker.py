@@ -24,6 +24,8 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.util import get_current_placement_group
 
 from cpfean.errors import StoppedError
+from cpfean.last_words import leave_last_words
+from cpfean.threads import allot
 from orchestration.runners.messages import Begun, Message, Note
 from orchestration.runners.training import Abandoned, train
 
@@ -32,17 +34,18 @@ def work(job: dict[str, Any]) -> None:
     """Trains what the pool's mailbox hands out, until it closes; called in every worker.
 
     Args:
-        job: "mailbox" of the pool, its "pool" name, "cache_dir" on this node, "cpus" for this
-            worker, and whether all is on one machine that nobody takes away ("is_local").
+        job: "mailbox" of the pool, address for "last_words", its "pool" name, "cache_dir" on this
+            node, "cpus" for this worker, and whether nobody takes the machine away ("is_local").
     """
     import torch  # the driver, which imports this too, does without
     from ray.train.torch import get_device
 
     from cpfean.processes import partners_watched
 
-    torch.set_num_threads(job["cpus"])
+    allot(job["cpus"])
     host = ray.util.get_node_ip_address()
     rank = get_context().get_world_rank()
+    leave_last_words(job["last_words"], rank=rank)
     group = get_current_placement_group()
     begun = Begun(
         workers=get_context().get_world_size(),

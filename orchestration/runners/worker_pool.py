@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from cpfean.last_words import Listener
 from orchestration.cluster.capacity import Resources
 from orchestration.runners.mailbox import Mailbox
 from orchestration.runners.messages import Begun, Message, Order
@@ -67,6 +68,7 @@ class WorkerPool:
         asked = options.resources
         gpus = {"GPU": 1} if asked.use_gpu else {}
         self._group = ""
+        self.listener = Listener(ray.util.get_node_ip_address())  # who ended because of whom
         self._mailbox = (
             ray.remote(Mailbox)
             .options(name=name, num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")
@@ -76,6 +78,7 @@ class WorkerPool:
             work,
             train_loop_config={
                 "mailbox": self._mailbox,
+                "last_words": self.listener.address,
                 "pool": name,
                 "cache_dir": options.cache_dir,
                 "cpus": asked.cpus,
@@ -141,6 +144,7 @@ class WorkerPool:
             ray.get(self._mailbox.close.remote(), timeout=seconds)
             self._thread.join(seconds)
         free(self._group)
+        self.listener.close()
 
     def _run(self) -> None:
         try:

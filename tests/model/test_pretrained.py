@@ -270,3 +270,19 @@ def test_a_name_whose_files_are_in_the_cache_is_looked_at_as_a_folder_is(
     lacking(QUERY)(snapshot)
     with pytest.raises(ConfigError, match=f"lacks {QUERY}"):
         read_encoder("somebody/tiny")
+
+
+def test_a_frozen_encoder_goes_by_the_weights_it_was_loaded_with(folder: Path) -> None:
+    def frozen() -> TextBackbone:
+        config = TextConfig(encoder=str(folder), trainable=False)
+        return TextBackbone.build(config, vocab_size=len(PIECES), pad_id=0)
+
+    sound = frozen()
+    known = sound.fingerprint()
+    assert frozen().fingerprint() == known
+    # A process that holds a share of the weights has no others to find it from.
+    assert sound.to("meta").fingerprint() == known
+    with_one(QUERY, 3.0)(folder)
+    assert frozen().fingerprint() != known
+    with pytest.raises(ValueError, match="only a frozen encoder"):
+        build(folder).fingerprint()

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
+from cpfean.errors import DivergedError, StoppedError
 from cpfean.losses.triplet import triplet_loss
+from cpfean.model.cpfean import Cpfean
 from cpfean.processes import place
 from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.global_batch import GlobalBatchLoss, data_parallel, find_gradients
 from cpfean.training.loop import EpochReport, fit
 from cpfean.training.setup import open_experiment
 from cpfean.training.sharding import whole
+from tests.model.encoders import write_encoder
 from tests.training.test_evaluation import evaluations, refusals
 from tests.training.tiny import tiny_experiment
 
@@ -104,13 +111,18 @@ class Keeper:
 def train(
     config: ExperimentConfig, data: Path, out: Path, *, resume_from: Path | None = None
 ) -> list[tuple[float, float]]:
-    """Loss and rSum of each epoch, in double precision and without dropout."""
+    """Loss and rSum of each epoch, without dropout.
+
+    In double precision, but for a frozen encoder, which is in single precision always: what is
+    sharded together has to be of one type.
+    """
     with pytest.MonkeyPatch.context() as patch:
         still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         # Not the name `transformers`, which may stand for the module as it was before it loaded.
         encoders = importlib.import_module("transformers")
         patch.setattr(encoders, "BertConfig", partial(encoders.BertConfig, **still))
-        torch.set_default_dtype(torch.float64)
+        if config.model.text.trainable:
+            torch.set_default_dtype(torch.float64)
         try:
             result = fit(
                 config,
@@ -125,14 +137,79 @@ def train(
     return [(row["train/loss"], row["val/rsum"]) for row in result.history]
 
 
-def trainings(config: ExperimentConfig, folder: Path, out: Path) -> dict[str, Any]:
-    """What several processes make of a training that one has begun; and the other way round."""
-    found = {}
+def trainings(folder: Path, out: Path) -> dict[str, Any]:
+    """What several processes make of trainings that one has begun; and the other way round."""
+    found: dict[str, Any] = {}
+    for kind, config in training_configs(out).items():
+        here = out / kind
+        found[kind] = {}
+        for sharding in ("none", "full"):
+            one = config.with_overrides({"optim.sharding": sharding})
+            found[kind][sharding] = train(
+                one, folder, here / sharding, resume_from=here / "alone" / "epoch-1"
+            )
+        begun = config.with_overrides({"optim.sharding": "full", "optim.epochs": 1})
+        train(begun, folder, here / "begun")
+    return found
+
+
+class OnOneProcess:
+    """Word to stop, which the last process alone is given, some looks after the beginning."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def given(self) -> bool:
+        rank, world_size = place()
+        self.looks += 1
+        return rank == world_size - 1 and self.looks > 2
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        assert (checkpoint is not None) == (place()[0] == 0)
+
+
+class Collectives(TorchDispatchMode):
+    """Lists what this process asks of the others: each kind, with shapes and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with its shares comes here again
+        if "c10d" in func.namespace:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            described = [f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in tensors]
+            self.begun.append(f"{func} {', '.join(described)}")
+        return func(*args, **(kwargs or {}))
+
+
+def endings(config: ExperimentConfig, folder: Path, out: Path) -> list[tuple[str, list[str]]]:
+    """How trainings end of which one process alone meets with the reason, and all collectives."""
+    spoilt = out / f"spoilt-{place()[0]}"
+    shutil.copytree(folder, spoilt)
+    features = np.load(spoilt / "train_ims.npy")
+    features[3] = np.inf
+    np.save(spoilt / "train_ims.npy", features)
+    found = []
     for sharding in ("none", "full"):
-        one = config.with_overrides({"optim.sharding": sharding})
-        found[sharding] = train(one, folder, out / sharding, resume_from=out / "alone" / "epoch-1")
-    begun = config.with_overrides({"optim.sharding": "full", "optim.epochs": 1})
-    train(begun, folder, out / "begun")
+        one = config.with_overrides({"optim.sharding": sharding, "optim.epochs": 1})
+        for data, notice in ((folder, OnOneProcess()), (spoilt, None)):
+            collectives = Collectives()
+            with collectives, pytest.raises((StoppedError, DivergedError)) as caught:
+                fit(
+                    one,
+                    data_folder=data,
+                    cache_dir=out / "cache",
+                    reporter=Keeper(out / "ended"),
+                    device=CPU,
+                    notice=notice,
+                )
+            said = f"{type(caught.value).__name__}: {caught.value}"
+            found.append((said, collectives.begun))
     return found
 
 
@@ -145,21 +222,39 @@ def in_worker(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
     )
     found = everything(ExperimentConfig.from_dict(config), folder, out)
-    found["trainings"] = trainings(training_config(), folder, out)
+    found["trainings"] = trainings(folder, out)
+    found["endings"] = endings(tiny_experiment(), folder, out)
     torch.save(found, f"{meeting}.{rank}")
     distributed.destroy_process_group()
 
 
-def training_config() -> ExperimentConfig:
-    return tiny_experiment().with_overrides(
+# How the text encoder is treated; one that is frozen runs once, or in every step.
+KINDS = ["trained", "frozen", "frozen, in every step"]
+
+
+def training_configs(out: Path) -> dict[str, ExperimentConfig]:
+    """The trainings that are compared, by kind; the frozen encoder is a folder in `out`."""
+    base = tiny_experiment().with_overrides(
         {
             "model.regions.dropout": 0.0,
             "model.text.scratch_layers": 2,
-            "optim.epochs": 3,
             "optim.decay_epoch": 1,
             "optim.clip_norm": 0.5,
         }
     )
+    frozen = {
+        "model.text.encoder": str(out / "encoder"),
+        "model.text.trainable": False,
+        "optim.epochs": 2,
+    }
+    changes: list[dict[str, Any]] = [
+        {"optim.epochs": 3},
+        frozen | {"data.word_noise": 0.0},
+        frozen | {"data.word_noise": 0.2},
+    ]
+    return {
+        kind: base.with_overrides(changed) for kind, changed in zip(KINDS, changes, strict=True)
+    }
 
 
 Found = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -177,8 +272,12 @@ def alone_and_shared(
     world_size, tmp_path = request.param, tmp_path_factory.mktemp("meeting")
     arguments = (tiny_experiment().to_dict(), data_folder, tmp_path)
     meeting = str(tmp_path / "meeting")
-    config = training_config()
-    trained = {"uninterrupted": train(config, data_folder, tmp_path / "alone")}
+    write_encoder(tmp_path / "encoder")
+    configs = training_configs(tmp_path)
+    trained = {
+        kind: {"uninterrupted": train(config, data_folder, tmp_path / kind / "alone")}
+        for kind, config in configs.items()
+    }
     # Forks of a process that has all imports behind it, and no threads as this one has.
     multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp", "transformers"])
     multiprocessing.start_processes(
@@ -188,8 +287,11 @@ def alone_and_shared(
         start_method="forkserver",
     )
     shared = [torch.load(f"{meeting}.{rank}", weights_only=True) for rank in range(world_size)]
-    begun = tmp_path / "begun" / "epoch-1"
-    trained["resumed"] = train(config, data_folder, tmp_path / "on", resume_from=begun)
+    for kind, config in configs.items():
+        begun = tmp_path / kind / "begun" / "epoch-1"
+        trained[kind]["resumed"] = train(config, data_folder, tmp_path / "on", resume_from=begun)
+        if not config.model.text.trainable:
+            Cpfean.from_pretrained(begun / "best")  # refuses another encoder
     alone = everything(tiny_experiment(), data_folder, tmp_path)
     return alone | {"trainings": trained}, shared
 
@@ -219,17 +321,33 @@ def test_a_sharded_model_is_spread_over_the_processes(alone_and_shared: Found) -
     assert sum(found["weights"][0] for found in shared) >= total
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_the_same_with_another_number_of_processes(
-    alone_and_shared: Found,
+    alone_and_shared: Found, kind: str
 ) -> None:
     alone, shared = alone_and_shared
-    expected = alone["trainings"]["uninterrupted"]
-    assert len({loss for loss, _ in expected}) == len(expected) == 3
-    found = [of["trainings"][sharding] for of in shared for sharding in ("none", "full")]
-    for history in [*found, alone["trainings"]["resumed"]]:
+    expected = alone["trainings"][kind]["uninterrupted"]
+    tolerance = 1e-7 if kind == "trained" else 1e-4
+    assert len({loss for loss, _ in expected}) == len(expected) > 1
+    found = [of["trainings"][kind][sharding] for of in shared for sharding in ("none", "full")]
+    for history in [*found, alone["trainings"][kind]["resumed"]]:
         for (loss, rsum), (of_alone, rsum_alone) in zip(history, expected, strict=True):
-            assert loss == pytest.approx(of_alone, abs=1e-7)
+            assert loss == pytest.approx(of_alone, abs=tolerance)
             assert rsum == pytest.approx(rsum_alone, abs=1e-7)
+
+
+def test_what_one_process_alone_meets_with_ends_all_of_them_at_the_same_collective(
+    alone_and_shared: Found,
+) -> None:
+    _, shared = alone_and_shared
+    first = shared[0]["endings"]
+    said = [line for line, _ in first]
+    assert [line.split(":")[0] for line in said] == ["StoppedError", "DivergedError"] * 2
+    assert all(" of epoch 1" in line for line in said)
+    for _, collectives in first:
+        assert len(collectives) > 10
+    assert any("reduce_scatter" in each for each in first[2][1])  # of sharded gradients
+    assert [found["endings"] for found in shared] == [first] * len(shared)
 
 
 def test_shared_evaluation_equals_one_process(alone_and_shared: Found) -> None:

@@ -164,6 +164,31 @@ def test_notice_that_comes_in_the_last_step_does_not_spoil_the_end(
     assert not (tmp_path / "stopped").exists()
 
 
+def test_the_threads_of_an_epoch_are_chosen_and_told_and_do_not_depend_on_the_machine(
+    tmp_path: Path,
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    uninterrupted: tuple[FitResult, Recorder, ExperimentConfig],
+) -> None:
+    whole, recorder, config = uninterrupted
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    try:
+        _, of_two = train(config, data_folder, tmp_path)
+        assert timeless(of_two.reports[-1].history) == timeless(whole.history)
+        assert {row["train/threads"] for row in of_two.reports[-1].history} == {1}
+        assert torch.get_num_threads() == 2
+
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        shutil.copytree(recorder.folder / "epoch-3", tmp_path / "begun")
+        resumed, _ = train(config, data_folder, tmp_path / "on", tmp_path / "begun")
+        assert [row["train/threads"] for row in resumed.history] == [1, 1, 1, 2]
+        assert "goes on with 2 threads, and has had 1 so far" in caplog.text
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_training_learns(uninterrupted: tuple[FitResult, Recorder, ExperimentConfig]) -> None:
     result, _, _ = uninterrupted
     losses = [entry["train/loss"] for entry in result.history]

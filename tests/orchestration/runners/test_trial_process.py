@@ -26,6 +26,7 @@ class Pools:
 
     def __init__(self, script: tuple[Any, ...]) -> None:
         self.script = list(script)
+        self.listener = self
         self.orders: list[Order] = []
         self.made = 0
 
@@ -46,6 +47,10 @@ class Pools:
 
     def hosts(self) -> dict[int, str]:
         return {0: "10.0.0.1", 1: "10.0.0.2"}
+
+    def culprits(self, gone: list[int], *, waiting: list[int]) -> list[int]:
+        # The first one is always among those that were aborted.
+        return sorted(set(gone) - {0}) or sorted({0, 1} - set(waiting))[:1]
 
     def close(self, *, seconds: float) -> None: ...
 
@@ -125,6 +130,14 @@ def test_a_lost_worker_is_named_and_the_trial_tried_again_three_times(
 def test_a_silent_node_is_told_from_a_lost_worker(trained: Callable[..., Trained]) -> None:
     came = trained(epoch(1), failure(WorkerHealthCheckTimeoutError("silent")))
     assert came.notes == ["node silent 60 s (rank 0 on 10.0.0.1), fenced; retry 1/3 from epoch 1."]
+
+
+def test_of_several_that_are_gone_the_one_is_named_that_the_others_ended_because_of(
+    trained: Callable[..., Trained],
+) -> None:
+    gone = [WorkerHealthCheckFailedError("x", RayActorError()) for _ in range(2)]
+    came = trained(epoch(1), failure(*gone))
+    assert came.notes == ["worker lost (rank 1 on 10.0.0.2), fenced; retry 1/3 from epoch 1."]
 
 
 def test_preemptions_do_not_use_up_the_retries(trained: Callable[..., Trained]) -> None:
