@@ -85,6 +85,7 @@ def make_batch(seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
         "geometry": random(3, 5, 5),
         "iou": iou.half(),
         "labels": torch.randint(0, NUM_LABELS, (3, 5), generator=generator),
+        "shown_labels": torch.arange(NUM_LABELS),
         "confidences": random(3, 5),
         "region_mask": region_mask,
     }
@@ -121,7 +122,8 @@ def test_pairs_do_not_depend_on_their_company(switch: str) -> None:
     model = make_model(SWITCHES[switch])
     images, captions = make_batch()
     scores = model(images, captions)
-    one_image = {key: value[1:2] for key, value in images.items()}
+    one_image = {key: value[1:2] for key, value in images.items() if key != "shown_labels"}
+    one_image["shown_labels"] = one_image["labels"].unique()
     one_caption = {key: value[3:4] for key, value in captions.items()}
     torch.testing.assert_close(model(one_image, captions), scores[1:2], atol=1e-10, rtol=0)
     torch.testing.assert_close(model(images, one_caption), scores[:, 3:4], atol=1e-10, rtol=0)
@@ -139,7 +141,8 @@ def test_order_of_the_regions_does_not_matter(switch: str) -> None:
     model = make_model(SWITCHES[switch])
     images, captions = make_batch()
     order = torch.randperm(5, generator=torch.Generator().manual_seed(1))
-    shuffled = {key: value[:, order] for key, value in images.items()}
+    shown = {"shown_labels": images["shown_labels"]}
+    shuffled = {key: value[:, order] for key, value in images.items() if key not in shown} | shown
     shuffled["iou"] = shuffled["iou"][:, :, order]
     torch.testing.assert_close(
         model(shuffled, captions), model(images, captions), atol=1e-10, rtol=0
