@@ -47,9 +47,10 @@ def additive_mask(
 
     Attention takes True and False as well, and makes this of them in every layer.
     """
-    caption, piece = mask.shape
-    room = torch.zeros(caption, -(-piece // _ALIGNED) * _ALIGNED, dtype=dtype, device=mask.device)
-    return room[:, :piece].masked_fill_(~mask, -torch.inf)[:, None, None, :]
+    captions, pieces = mask.shape
+    row = -(-pieces // _ALIGNED) * _ALIGNED
+    room = torch.zeros(captions, 1, 1, row, dtype=dtype, device=mask.device)
+    return room[..., :pieces].masked_fill_(~mask[:, None, None, :], -torch.inf)
 
 
 class TextBackbone(nn.Module):

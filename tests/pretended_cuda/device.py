@@ -26,7 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -34,8 +36,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _foreach_utils
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended_cuda import gru
 
@@ -147,22 +148,17 @@ class _Mode(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(_tensors((args, tuple(kwargs.values()))))
         ours = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
         on_device = _on_device(func, args, kwargs, ours)
         if not ours and not on_device:
             return func(*args, **kwargs)
-        if func is _aten._fused_sdp_choice.default:
-            return _ATTENTION
         _refuse_mixed(func, tensors, ours)
         if reason := _wait(func, args, kwargs, ours, on_device=on_device):
             self.record.waits[f"{place()}: {reason}"] += 1
-        if (on_device or func in _WAITING) and _starts_kernel(func, args, kwargs):
+        if (on_device or func in _WAITING) and _starts_kernel(func):
             self.record.launches[str(func)] += 1
         return _run(func, args, kwargs, on_device=on_device)
-
-
-_ATTENTION = 0  # the choice of attention's plain form; of CUDA's kernels none runs here
 
 
 def _on_device(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Pretended]) -> bool:
@@ -202,10 +198,10 @@ def _wait(
         source = args[1] if func is _aten.copy_.default else args[0]
         if not on_device and isinstance(source, Pretended):
             return "copies from the device"
-        blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        if on_device and not isinstance(source, Pretended):
-            if blocking or not getattr(source, "pretends_pinned", False):
-                return "copies to the device from memory that is not pinned, or blocking"
+        at_once = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        at_once = at_once and getattr(source, "pretends_pinned", False)
+        if on_device and not isinstance(source, Pretended) and not at_once:
+            return "copies to the device from memory that is not pinned, or blocking"
     elif func is _aten.where.self and any(
         isinstance(x, Tensor) and not isinstance(x, Pretended) for x in args
     ):
@@ -213,7 +209,9 @@ def _wait(
     return None
 
 
-def _starts_kernel(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+@cache
+def _starts_kernel(func: Any) -> bool:
+    """Whether it does more than to look at memory in another way, or to give some."""
     name = func._schema.name.removeprefix("aten::")
     is_view = any(
         returned.alias_info is not None and not returned.alias_info.is_write
@@ -224,35 +222,49 @@ def _starts_kernel(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], *, on_device: bool) -> Any:
     """Computes with what is inside; without numbers, if something has none."""
-    inner = [
-        x.inner if isinstance(x, Pretended) else x
-        for x in tree_leaves((args, kwargs))
-        if isinstance(x, Tensor)
-    ]
-    shapes_only = any(tensor.device.type == "meta" for tensor in inner)
+    shapes_only = any(
+        (tensor.inner if isinstance(tensor, Pretended) else tensor).device.type == "meta"
+        for tensor in _tensors((args, tuple(kwargs.values())))
+    )
 
     def inside(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, Pretended):
-            if shapes_only:
-                tensor.inner = tensor.inner.to("meta")
-            return tensor.inner
-        return tensor.to("meta") if shapes_only else tensor
+        inner = tensor.inner if isinstance(tensor, Pretended) else tensor
+        if shapes_only and inner.device.type != "meta":
+            inner = inner.to("meta")
+            if isinstance(tensor, Pretended) and _mutates(func):
+                tensor.inner = inner
+        return inner
 
-    run_args, run_kwargs = tree_map_only(Tensor, inside, (args, kwargs))
+    inner = {name: _each(inside, value) for name, value in kwargs.items() if name != "pin_memory"}
     if kwargs.get("device") is not None:
-        run_kwargs["device"] = torch.device("meta" if shapes_only else "cpu")
-    run_kwargs.pop("pin_memory", None)
-    found = gru.KERNELS.get(func, func)(*run_args, **run_kwargs)
+        inner["device"] = torch.device("meta" if shapes_only else "cpu")
+    found = gru.KERNELS.get(func, func)(*_each(inside, args), **inner)
     if func is _aten._pack_padded_sequence.default:
         return Pretended(found[0]), found[1]
-    if not on_device:
-        return found
-    wrapped = tree_map_only(Tensor, Pretended, found)
     if _mutates(func):
-        return return_and_correct_aliasing(func, args, kwargs, wrapped)
-    return wrapped
+        return kwargs.get("out", args[0]) if func._schema.returns else None
+    return _each(Pretended, found) if on_device else found
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in tuples and lists of whatever."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)([_each(change, one) for one in value])
+    return value
+
+
+@cache
 def _mutates(func: Any) -> bool:
     return any(
         argument.alias_info is not None and argument.alias_info.is_write
@@ -261,15 +273,16 @@ def _mutates(func: Any) -> bool:
 
 
 def place() -> str:
-    """The line of the product that is being run, or else of whatever."""
-    frame = sys._getframe(1)
-    here = frame
+    """The line of this project that is being run."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT / "cpfean"):
+        if file.is_relative_to(ROOT / "cpfean") or (
+            file.is_relative_to(ROOT / "tests") and file != Path(__file__)
+        ):
             return f"{file.relative_to(ROOT)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return f"{here.f_code.co_filename}:{here.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
 
 
 @contextmanager
@@ -299,7 +312,11 @@ def pretended() -> Iterator[Record]:
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.inference_mode, "__enter__", inference),
-        (torch.inference_mode, "__exit__", lambda self, *_: self.instead.__exit__(None, None, None)),
+        (
+            torch.inference_mode,
+            "__exit__",
+            lambda self, *_: self.instead.__exit__(None, None, None),
+        ),
         (torch.Tensor, "pin_memory", pinned),
         # By exact type, not by whether it is a tensor.
         (
@@ -315,7 +332,8 @@ def pretended() -> Iterator[Record]:
         stack.callback(exchange)
         # Numbers become tensors of the host first, and are copied from there, as on a GPU.
         stack.callback(
-            torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
+            torch._C._set_only_lift_cpu_tensors,
+            torch._C._only_lift_cpu_tensors(),  # type: ignore[attr-defined]
         )
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
         stack.callback(
