@@ -99,7 +99,8 @@ def body(arguments: argparse.Namespace) -> int:
             text_encoder=arguments.text_encoder,
         )
         products = arguments.products or config.evaluation.products
-        members.append(Member(trained.model, trained.dataset, products))
+        precision = config.optim.precision
+        members.append(Member(trained.model, trained.dataset, products, precision))
     split = members[0].dataset.split
     judged = None if arguments.eccv is None else _eccv_caption(split, arguments.eccv)
     evaluated = evaluate_together(

@@ -574,6 +574,7 @@ def _how(model: Probed) -> dict[str, Any]:
         "batch_size": model.config.evaluation.batch_size,
         "device": next(model.trained.model.parameters()).device,
         "products": model.config.evaluation.products,
+        "precision": model.config.optim.precision,
     }
 
 

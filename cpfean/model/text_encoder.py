@@ -36,7 +36,7 @@ def pool_words(
 
 
 # Encoders all of whose layers let every piece see every other, and take a mask of pairs as it is.
-_SEE_ALL = frozenset({"albert", "bert", "camembert", "distilbert", "electra", "roberta"})
+_SEE_ALL = frozenset({"albert", "bert", "camembert", "roberta", "xlm-roberta"})
 _ALIGNED = 8  # rows of a mask in memory start at a multiple of so many numbers, as kernels ask for
 
 

@@ -12,7 +12,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,7 @@ from cpfean.training.checkpoint import (
 from cpfean.training.evaluation import evaluate
 from cpfean.training.global_batch import GlobalBatchLoss, data_parallel, find_gradients
 from cpfean.training.optimizer import build_optimizer, set_epoch
+from cpfean.training.precision import autocast
 from cpfean.training.setup import open_experiment
 from cpfean.training.sharding import put_together, whole, whole_on_first
 
@@ -227,6 +228,7 @@ def fit(
                     batch_size=config.evaluation.batch_size,
                     device=device,
                     products=config.evaluation.products,
+                    precision=config.optim.precision,
                 )
         best_rsum, best_epoch = state.best_rsum, state.best_epoch
         if metrics.rsum > best_rsum:
@@ -412,15 +414,6 @@ def _peak_of_process() -> int:
         if kilobytes:
             return int(kilobytes[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, where this is
-
-
-def autocast(
-    precision: Literal["auto", "fp32", "bf16"], device: torch.device
-) -> torch.autocast | nullcontext[None]:
-    """The types that a step computes in."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def _check_finite(

@@ -21,6 +21,7 @@ from cpfean.metrics.retrieval import RetrievalMetrics
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.evaluation import evaluate
+from cpfean.training.precision import Precision
 from cpfean.training.text_cache import encode_frozen
 from cpfean.training.text_check import check_places
 
@@ -195,6 +196,7 @@ def evaluate_checkpoint(
     num_regions: int,
     batch_size: int = 128,
     products: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     text_encoder: str | None = None,
 ) -> RetrievalMetrics:
     """Metrics of a checkpoint's best model on a split.
@@ -204,7 +206,7 @@ def evaluate_checkpoint(
             `open_checkpoint`.
         protocol: as in `evaluate`.
         batch_size: images or captions encoded at a time.
-        products: as in `evaluate`.
+        products, precision: as in `evaluate`.
 
     Raises:
         CheckpointError: not such a folder, or made for data with other fields.
@@ -226,6 +228,7 @@ def evaluate_checkpoint(
         batch_size=batch_size,
         device=device,
         products=products,
+        precision=precision,
     )
 
 
@@ -259,6 +262,7 @@ def test_split_metrics(
         num_regions=config.data.num_regions,
         batch_size=config.evaluation.batch_size,
         products=config.evaluation.products,
+        precision=config.optim.precision,
     ).as_dict()
 
 

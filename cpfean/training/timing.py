@@ -28,8 +28,8 @@ from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.evaluation import COCO_FOLD, evaluate
-from cpfean.training.loop import autocast
 from cpfean.training.optimizer import build_optimizer
+from cpfean.training.precision import autocast
 from cpfean.training.setup import open_experiment
 
 _WARM_UP = 2  # steps that compile, allocate and open files
@@ -256,6 +256,7 @@ def _time_validation(
             batch_size=config.evaluation.batch_size,
             device=device,
             products=config.evaluation.products,
+            precision=config.optim.precision,
         )
         return time.monotonic() - started
 

@@ -180,6 +180,22 @@ def test_confident_labels_move_a_region_more() -> None:
     assert images["labels"].shape == (3, 5)
 
 
+def test_mixed_precision_tells_confidences_near_1_apart() -> None:
+    """Those above 0.998 are all 1 in bfloat16, and those below may be a 256th off."""
+    model = make_model().float()
+    assert model.text_prior is not None
+    regions, labels = torch.zeros(1, 4, 16), torch.ones(1, 4, 16)
+    confidences = torch.tensor([[0.99, 0.994, 0.996, 0.9985]])
+    odds = confidences / (1 - confidences)
+    for trust in (model.text_prior.trust.weight, model.text_prior.trust.bias):
+        torch.nn.init.constant_(trust, -0.5)  # so that no sigmoid is flat
+    expected = model.text_prior(regions, labels, confidences)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.text_prior(regions, labels, confidences)
+    assert (odds.diff() > 0).all()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_words_are_means_of_their_pieces() -> None:
     pieces = torch.arange(10.0).reshape(1, 5, 2)
     words = pool_words(pieces, torch.tensor([[-1, 0, 0, 1, -1]]), 3)

@@ -24,8 +24,8 @@ from cpfean.model.scorers.pairs import Pairs
 from cpfean.model.scorers.scorer import Scorer
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.global_batch import GlobalBatchLoss, find_gradients
-from cpfean.training.loop import autocast
 from cpfean.training.optimizer import build_optimizer
+from cpfean.training.precision import autocast
 from experiments.baselines import FLICKR30K
 from tests.pretended_cuda.device import Pretended, Record, pretended
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
+from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.checkpoint import Checkpoint
-from cpfean.training.evaluation import score_matrix
+from cpfean.training.evaluation import evaluate, score_matrix
 from cpfean.training.global_batch import GlobalBatchLoss, find_gradients
 from cpfean.training.loop import EpochReport, FitResult, fit
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.setup import evaluate_checkpoint, open_checkpoint, open_experiment
+from cpfean.training.text_cache import encode_frozen
 from experiments.ablations import ABLATIONS
 from experiments.methods import METHODS
 from tests.model.encoders import write_encoder
@@ -143,6 +145,7 @@ def check_whole_way(config: ExperimentConfig, data: Path, tmp_path: Path) -> Non
             num_regions=8,
             batch_size=4,
             products="bf16",
+            precision=config.optim.precision,
         )
         found = scores(tmp_path / "run" / "epoch-2", data, CUDA)
     losses = [epoch["train/loss"] for epoch in result.history]
@@ -191,3 +194,65 @@ def test_a_planted_tensor_of_the_host_is_refused(data: Path) -> None:
 
     with pytest.raises(RuntimeError, match=r"same device.*test_training\.py"):
         one_step(data, plant=plant)
+
+
+def test_evaluation_waits_at_its_beginning_and_end_alone(data: Path) -> None:
+    config = small({})
+    waits = []
+    with pretended() as record:
+        experiment = open_experiment(config, data_folder=data, cache_dir=data.parent, device=CUDA)
+        for batch_size in (3, 1):
+            record.clear()
+            evaluate(
+                experiment.model,
+                experiment.dev,
+                protocol="full",
+                batch_size=batch_size,
+                device=CUDA,
+                precision="auto",
+            )
+            waits.append(record.waits.copy())
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("kind", ["albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta"])
+def test_text_encoders_read_their_mask_without_waiting(kind: str, tmp_path: Path) -> None:
+    """All but MPNet, whose attention is of another form; it is right all the same."""
+    folder = write_encoder(tmp_path / kind, kind=kind)
+    config = small({"model.text.encoder": str(folder)}).model.text
+    backbone = TextBackbone.build(config, vocab_size=0, pad_id=0).eval()
+    mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
+    tokens = torch.where(mask, 5 + torch.arange(21).view(3, 7), 0)
+    words = torch.where(mask, torch.arange(7), -1)
+    expected = backbone(tokens, mask, words, 7)
+    with pretended() as record:
+        backbone.to(CUDA)
+        given = [tensor.to(CUDA) for tensor in (tokens, mask, words)]
+        record.clear()
+        found = backbone(*given, 7)
+        assert record.waits.total() == (kind == "mpnet"), record.waits
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_frozen_encoder_copies_a_batch_at_a_time(data: Path, tmp_path: Path) -> None:
+    encoder = {"model.text.encoder": str(write_encoder(tmp_path / "encoder"))}
+    with pretended() as record:
+        experiment = open_experiment(
+            small(encoder | FROZEN), data_folder=data, cache_dir=tmp_path, device=CUDA
+        )
+        experiment.model.backbone.to(CUDA)
+        record.clear()
+        features = encode_frozen(
+            experiment.dev,
+            experiment.model.backbone,
+            cache_dir=tmp_path / "others",
+            device=CUDA,
+            batch_size=4,
+        )
+    file = "cpfean/training/text_cache.py"
+    copies = [times for where, times in record.waits.items() if where.startswith(file)]
+    assert sum(copies) == 4  # of 15 captions
+    assert experiment.dev.word_features is not None
+    torch.testing.assert_close(
+        torch.tensor(features.values), torch.tensor(experiment.dev.word_features.values)
+    )
