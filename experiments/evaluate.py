@@ -79,6 +79,7 @@ def main() -> None:
 def body(arguments: argparse.Namespace) -> int:
     from cpfean.metrics.eccv_caption import METRICS
     from cpfean.training.evaluation import COCO_FOLD, Kept, Member, evaluate_together
+    from cpfean.training.precision import chosen_precision
     from cpfean.training.setup import default_device, open_checkpoint
 
     models = _models(arguments.checkpoints)
@@ -99,7 +100,8 @@ def body(arguments: argparse.Namespace) -> int:
             text_encoder=arguments.text_encoder,
         )
         products = arguments.products or config.evaluation.products
-        members.append(Member(trained.model, trained.dataset, products))
+        precision = chosen_precision(config.optim.precision, device)
+        members.append(Member(trained.model, trained.dataset, products, precision))
     split = members[0].dataset.split
     judged = None if arguments.eccv is None else _eccv_caption(split, arguments.eccv)
     evaluated = evaluate_together(

@@ -570,10 +570,14 @@ def _applies(name: str, split: Split) -> bool:
 
 def _how(model: Probed) -> dict[str, Any]:
     """What all evaluations of a model are called with."""
+    from cpfean.training.precision import chosen_precision
+
+    device = next(model.trained.model.parameters()).device
     return {
         "batch_size": model.config.evaluation.batch_size,
-        "device": next(model.trained.model.parameters()).device,
+        "device": device,
         "products": model.config.evaluation.products,
+        "precision": chosen_precision(model.config.optim.precision, device),
     }
 
 

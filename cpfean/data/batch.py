@@ -2,7 +2,7 @@
 
 Axes:  image, caption      in the batch           pair           an image and one of its captions
        region, piece, word padded to the most     feature        width of a stored region vector
-       text                width of the text encoder
+       text                width of the text encoder  label        different ones of a batch
 
 Masks are True where a fragment is real.
 """
@@ -25,6 +25,8 @@ class ImageBatch(NamedTuple):
         geometry: (x1/W, y1/H, x2/W, y2/H, area/(W H)), each in [0, 1]; None without boxes.
         iou: overlap of every two regions of an image, in [0, 1]; None without boxes.
         labels: position of each region's object label in the vocabulary; None without labels.
+        shown_labels: the labels that occur here, each once, in rising order: as `each_once` finds
+            them where the batch is made, since on a GPU the host would wait for their number.
         confidences: the detector's confidence in the label, in [0, 1]; None without scores.
         region_mask: True for real regions; every image has at least one.
     """
@@ -33,6 +35,7 @@ class ImageBatch(NamedTuple):
     geometry: Float[Tensor, "image region 5"] | None
     iou: Float16[Tensor, "image region region"] | None
     labels: Int64[Tensor, "image region"] | None
+    shown_labels: Int64[Tensor, " label"] | None
     confidences: Float[Tensor, "image region"] | None
     region_mask: Bool[Tensor, "image region"]
 
@@ -100,6 +103,11 @@ class Batch(NamedTuple):
         return Batch(
             self.images.pin_memory(), self.captions.pin_memory(), self.image_ids.pin_memory()
         )
+
+
+def each_once(labels: Int64[Tensor, "image region"] | None) -> Int64[Tensor, " label"] | None:
+    """The labels that occur, in rising order; None for None."""
+    return None if labels is None else labels.unique()
 
 
 def _each(batch: ImageBatch | CaptionBatch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 
-from cpfean.data.batch import Batch, CaptionBatch, ImageBatch
+from cpfean.data.batch import Batch, CaptionBatch, ImageBatch, each_once
 from cpfean.data.split import Split
 from cpfean.data.tokens import CaptionTokenizer, Tokens
 from cpfean.errors import ConfigError
@@ -114,11 +114,13 @@ class RetrievalDataset:
         images = np.asarray(indices, dtype=np.int64)
         regions = self.split.regions
         mask = np.arange(regions.num_regions) < regions.counts[images][:, None]
+        labels = _picked(regions.labels, images, dtype=torch.int64)
         return ImageBatch(
             features=torch.from_numpy(regions.features[images]),
             geometry=_picked(regions.geometry, images),
             iou=_picked(regions.iou, images),
-            labels=_picked(regions.labels, images, dtype=torch.int64),
+            labels=labels,
+            shown_labels=each_once(labels),
             confidences=_picked(regions.confidences, images),
             region_mask=torch.from_numpy(mask),
         )
@@ -180,11 +182,13 @@ class RetrievalDataset:
         regions = self.split.regions
         rows = images[:, None]
         iou = regions.iou
+        labels = _picked(regions.labels, rows, kept, dtype=torch.int64)
         return ImageBatch(
             features=torch.from_numpy(regions.features[rows, kept]),
             geometry=_picked(regions.geometry, rows, kept),
             iou=_picked(iou, images[:, None, None], kept[:, :, None], kept[:, None, :]),
-            labels=_picked(regions.labels, rows, kept, dtype=torch.int64),
+            labels=labels,
+            shown_labels=each_once(labels),
             confidences=_picked(regions.confidences, rows, kept),
             region_mask=torch.from_numpy(mask),
         )

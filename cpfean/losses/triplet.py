@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cpfean.processes import largest, place, smallest, summed
 
@@ -45,10 +46,11 @@ def triplet_loss(
 
     Source: Faghri et al. (arXiv:1707.05612); N(k) and the shares are this project's.
     """
-    rows = torch.arange(first, first + scores.shape[0], device=scores.device)
+    num_rows, num_pairs = scores.shape
+    rows = slice(first, first + num_rows)
     negative = image_ids[rows][:, None] != image_ids[None, :]
-    match = scores[rows - first, rows]
-    every_match = _from_all_rows(match, rows, total=scores.shape[1])
+    match = scores.diagonal(offset=first)
+    every_match = summed(pad(match.detach(), (first, num_pairs - first - num_rows)))
     if mining == "all":
         return _all_negatives(scores, negative, match, every_match, rows, margin=margin)
     return _hardest_negatives(scores, negative, match, every_match, rows, margin=margin)
@@ -59,7 +61,7 @@ def _hardest_negatives(
     negative: Bool[Tensor, "row pair"],
     match: Float[Tensor, "row"],
     every_match: Float[Tensor, "pair"],
-    rows: Int[Tensor, "row"],
+    rows: slice,
     *,
     margin: float,
 ) -> Float[Tensor, ""]:
@@ -72,8 +74,8 @@ def _hardest_negatives(
     # One process counts a column's hardest image: of several that hold it, the lowest rank.
     rank, world_size = place()
     claim = torch.where(own_hardest.detach() == hardest, rank, world_size)
-    holds = smallest(claim) == rank
-    image_cost = own_hardest[active & holds].sum() + (margin - match)[active[rows]].sum()
+    counted = active & (smallest(claim) == rank)
+    image_cost = _sum_where(counted, own_hardest) + _sum_where(active[rows], margin - match)
     return caption_cost + image_cost
 
 
@@ -82,21 +84,17 @@ def _all_negatives(
     negative: Bool[Tensor, "row pair"],
     match: Float[Tensor, "row"],
     every_match: Float[Tensor, "pair"],
-    rows: Int[Tensor, "row"],
+    rows: slice,
     *,
     margin: float,
 ) -> Float[Tensor, ""]:
-    caption_cost = (margin + scores - match[:, None]).clamp(min=0)[negative].sum()
+    hinges = (margin + scores - match[:, None]).clamp(min=0)
     active = negative & (margin + scores - every_match[None, :] > 0)
     count = summed(active.sum(dim=0))[rows]
-    image_cost = scores[active].sum() + ((margin - match) * count).sum()
-    return caption_cost + image_cost
+    image_cost = _sum_where(active, scores) + ((margin - match) * count).sum()
+    return _sum_where(negative, hinges) + image_cost
 
 
-def _from_all_rows(
-    values: Float[Tensor, "row"], rows: Int[Tensor, "row"], *, total: int
-) -> Float[Tensor, "pair"]:
-    """The values of every process's rows, in the order of the global batch; no gradient."""
-    everything = values.new_zeros(total)
-    everything[rows] = values.detach()
-    return summed(everything)
+def _sum_where(counts: Bool[Tensor, "*some"], values: Float[Tensor, "*some"]) -> Float[Tensor, ""]:
+    """The sum of what counts; no gradient, and no infinity, comes from the rest."""
+    return values.masked_fill(~counts, 0.0).sum()

@@ -54,7 +54,8 @@ class BestCandidates:
         """Takes some rows of the score matrix; they come in the order of the images.
 
         Args:
-            scores: of images next to each other, with all captions; finite.
+            scores: of images next to each other, with all captions. Of some that are not finite
+                the candidates mean nothing.
             first: the first of these images, by its position in the gallery.
         """
         rows = torch.arange(first, first + len(scores), device=scores.device)

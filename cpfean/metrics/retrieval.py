@@ -20,6 +20,7 @@ from torch import Tensor
 from cpfean.errors import DataError, DivergedError
 from cpfean.processes import smallest, summed
 
+_NONE = 2**62  # further than any score is
 _DEPTH = 10  # recall is asked for at 1, 5 and 10: whether 10 rivals are better or more is all one
 
 
@@ -123,12 +124,8 @@ class RankCounter:
         self._better_captions = torch.zeros(len(gallery), dtype=torch.int64, device=device)
         self._matches = torch.zeros(num_captions, dtype=dtype, device=device)
         self._rivals = torch.full((_DEPTH, num_captions), -torch.inf, dtype=dtype, device=device)
-        self._first_broken = len(gallery) * num_captions  # position of a score; this is none's
-
-    @property
-    def diverged(self) -> bool:
-        """Whether a score that was added here is not finite; there is no use in adding more."""
-        return self._first_broken < len(self.gallery) * len(self._matches)
+        # Position of a score; this is none's. On the device, where nobody waits for it.
+        self._first_broken = torch.full((), len(gallery) * num_captions, device=device)
 
     def add(self, scores: Float[Tensor, "image caption"], *, first: int) -> None:
         """Counts some rows of the score matrix.
@@ -139,10 +136,8 @@ class RankCounter:
         """
         row = first - self.gallery.start
         num_rows, num_captions = scores.shape
-        if not bool(torch.stack(torch.aminmax(scores)).isfinite().all()):
-            broken = int((~scores.isfinite()).flatten().nonzero()[0])
-            self._first_broken = min(self._first_broken, row * num_captions + broken)
-            return
+        broken = row * num_captions + _first_not_finite(scores)
+        self._first_broken = torch.minimum(self._first_broken, broken)
         own = slice(self._edges[row], self._edges[row + num_rows])
         row_of = self._row_of[own] - row
         matches, better = _better_captions(scores, row_of, first_column=own.start)
@@ -161,7 +156,7 @@ class RankCounter:
             DivergedError: a score is not finite; raised on every process.
         """
         num_captions = len(self._matches)
-        broken = int(smallest(torch.tensor(self._first_broken, device=self._matches.device)))
+        broken = int(smallest(self._first_broken.clone()))
         if broken < len(self.gallery) * num_captions:
             image, caption = divmod(broken, num_captions)
             raise _not_finite(self.gallery[image], self.captions[caption])
@@ -262,6 +257,16 @@ def _better_captions(
     as_good = (matches >= best[row_of]).long()
     own = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     return matches, (scores >= best[:, None]).sum(dim=1) - own.index_add(0, row_of, as_good)
+
+
+def _first_not_finite(scores: Float[Tensor, "image caption"]) -> Int[Tensor, ""]:
+    """The position, row by row, of the first score that is not finite; `_NONE` if all are."""
+    # Of each row its extremes, and all of it of the first row where one of them is not.
+    extremes = torch.stack([scores.amin(dim=1), scores.amax(dim=1)])
+    broken = ~extremes.isfinite().all(dim=0)
+    row = broken.to(torch.uint8).argmax()
+    column = (~scores.index_select(0, row[None]).isfinite()).to(torch.uint8).argmax()
+    return torch.where(broken.any(), row * scores.shape[1] + column, _NONE)
 
 
 def _check_complete(

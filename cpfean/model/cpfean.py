@@ -170,6 +170,7 @@ class Cpfean(nn.Module):
         geometry: Float[Tensor, "image region 5"] | None,
         iou: Float[Tensor, "image region region"] | None,
         labels: Int[Tensor, "image region"] | None,
+        shown_labels: Int[Tensor, " label"] | None,
         confidences: Float[Tensor, "image region"] | None,
         region_mask: Bool[Tensor, "image region"],
     ) -> ImageEmbeddings:
@@ -180,16 +181,19 @@ class Cpfean(nn.Module):
             geometry: (x1/W, y1/H, x2/W, y2/H, area/(W H)).
             iou: intersection over union of the boxes.
             labels: index of the object's label.
+            shown_labels: those that occur, each once, in rising order.
             confidences: the detector's, in the label, in [0, 1].
             region_mask: True where a region is real; every image has one.
         """
         regions = self.image_encoder(features, geometry)
         if self.text_prior is not None and self.labels is not None:
             assert labels is not None, "the model was built for data with labels"
+            assert shown_labels is not None, "a batch with labels says which of them it shows"
             # Each name once: a batch shows few of the vocabulary's, and most of them often.
-            shown, place = labels.unique(return_inverse=True)
             word_dim = self.word_projection.in_features
-            names = self.word_projection(self.labels(shown, self.backbone, word_dim=word_dim))
+            vectors = self.labels(shown_labels, self.backbone, word_dim=word_dim)
+            names = self.word_projection(vectors)
+            place = torch.searchsorted(shown_labels, labels)
             regions = self.text_prior(regions, names[place], confidences)
         dtype = self.word_projection.weight.dtype
         overlap = None if iou is None else iou.to(dtype)

@@ -51,9 +51,12 @@ class CaptionEmbeddings(NamedTuple):
     salience: Float[Tensor, "caption word"]
 
     def rows(self, index: Tensor | slice) -> CaptionEmbeddings:
-        """The embeddings of some captions, cut to the longest of them."""
+        """The embeddings of some captions, cut to the longest of them.
+
+        On a GPU as wide as they are: the host would wait for the length.
+        """
         mask = self.mask[index]
-        longest = max(1, int(mask.sum(dim=1).max()))
+        longest = mask.shape[1] if mask.is_cuda else max(1, int(mask.sum(dim=1).max()))
         return CaptionEmbeddings(
             self.words[index][:, :longest],
             mask[:, :longest],

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cpfean.model.embeddings import masked_mean
@@ -39,24 +39,29 @@ class GeneralizedPooling(nn.Module):
     def forward(
         self, fragments: Float[Tensor, "rows fragment dim"], mask: Bool[Tensor, "rows fragment"]
     ) -> Float[Tensor, "rows dim"]:
-        """Pools the real fragments of each row; every row has one."""
-        counts, row_of = mask.sum(dim=1).unique(return_inverse=True)
-        weights = self.weights(counts)[row_of].to(fragments.dtype)
-        hidden = fragments.masked_fill(~mask[..., None], -torch.inf)
-        largest = hidden.sort(dim=1, descending=True).values[:, : weights.shape[1]]
-        return torch.einsum("nk,nkd->nd", weights, largest.masked_fill(largest.isinf(), 0.0))
+        """Pools the real fragments of each row; every row has one.
 
-    def weights(self, counts: Int[Tensor, " length"]) -> Float[Tensor, "length fragment"]:
-        """theta for sets of so many fragments; 0 beyond them."""
-        longest = int(counts.max())
-        places = self._positions(longest).expand(len(counts), -1, -1)
-        packed = nn.utils.rnn.pack_padded_sequence(
-            places, counts.cpu(), batch_first=True, enforce_sorted=False
-        )
+        In the type of the weights, under autocast too: 0.1 divides the logits of theta, and a GRU
+        hands its rounding on from place to place.
+        """
+        with torch.autocast(fragments.device.type, enabled=False):
+            weights = self.weights(mask.shape[1])[mask.sum(dim=1) - 1]
+            real = fragments.to(weights.dtype).masked_fill(~mask[..., None], -torch.inf)
+            largest = real.sort(dim=1, descending=True).values
+            return torch.einsum("nk,nkd->nd", weights, largest.masked_fill(largest.isinf(), 0.0))
+
+    def weights(self, most: int) -> Float[Tensor, "length fragment"]:
+        """theta for sets of 1, 2, ..., `most` fragments, in this order; 0 beyond them.
+
+        For every length, whichever occur: on a GPU the host would wait to know these.
+        """
+        lengths = torch.arange(most, 0, -1, device="cpu")  # packed sequences become shorter
+        places = self._positions(most).expand(most, -1, -1)
+        packed = nn.utils.rnn.pack_padded_sequence(places, lengths, batch_first=True)
         hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        forward, backward = hidden.chunk(2, dim=-1)
+        forward, backward = hidden.flip(0).chunk(2, dim=-1)
         scores = self.score((forward + backward) / 2).squeeze(-1) / self.temperature
-        inside = torch.arange(longest, device=counts.device) < counts[:, None]
+        inside = torch.ones(most, most, dtype=torch.bool, device=scores.device).tril()
         return scores.masked_fill(~inside, -torch.inf).softmax(dim=1)
 
     def _positions(self, length: int) -> Float[Tensor, "fragment width"]:

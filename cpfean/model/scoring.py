@@ -49,11 +49,13 @@ def local_scores(
     product_type = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
     # Captions of like length next to each other: a block is padded little, and as many captions
     # are as much work. Evaluation gives them so; that spares a copy of all words.
-    lengths = captions.mask.sum(dim=1)
+    # A GPU's blocks are not cut to the length of their captions, so that their order has no say.
     order = None
-    if bool((lengths.diff() < 0).any()):
-        order = lengths.argsort(stable=True)
-        captions = captions.rows(order)
+    if device != "cuda":
+        lengths = captions.mask.sum(dim=1)
+        if bool((lengths.diff() < 0).any()):
+            order = lengths.argsort(stable=True)
+            captions = captions.rows(order)
     with torch.autocast(device, enabled=False):
         scores = scorer.compiled_scores(images, captions, product_type=product_type)
         if scores is None:
@@ -103,10 +105,10 @@ class _BlockScores(torch.autograd.Function):
         totals = [torch.zeros_like(tensor) for tensor in tensors]
         num_images, num_captions = upstream.shape
         step_images, step_captions = _BLOCK[images.mask.device.type == "cuda"]
-        few = int(upstream.count_nonzero()) < FEW * upstream.numel()
         parts: Iterable[tuple[Tensor, Tensor]]
+        rows, columns = upstream.T.nonzero(as_tuple=True)[::-1]  # by caption, hence by length
+        few = len(rows) < FEW * upstream.numel()
         if few:
-            rows, columns = upstream.T.nonzero(as_tuple=True)[::-1]  # by caption, hence by length
             step = step_images * step_captions
             parts = zip(rows.split(step), columns.split(step), strict=True)
         else:

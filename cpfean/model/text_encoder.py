@@ -35,6 +35,24 @@ def pool_words(
     return member @ pieces / member.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
+# Encoders all of whose layers let every piece see every other, and take a mask of pairs as it is.
+_SEE_ALL = frozenset({"albert", "bert", "camembert", "roberta", "xlm-roberta"})
+_ALIGNED = 8  # rows of a mask in memory start at a multiple of so many numbers, as kernels ask for
+
+
+def additive_mask(
+    mask: Bool[Tensor, "caption piece"], *, dtype: torch.dtype
+) -> Float[Tensor, "caption 1 1 piece"]:
+    """What is added to the logits of attention: 0, or -inf where a piece is not real.
+
+    Attention takes True and False as well, and makes this of them in every layer.
+    """
+    captions, pieces = mask.shape
+    row = -(-pieces // _ALIGNED) * _ALIGNED
+    room = torch.zeros(captions, 1, 1, row, dtype=dtype, device=mask.device)
+    return room[..., :pieces].masked_fill_(~mask[:, None, None, :], -torch.inf)
+
+
 class TextBackbone(nn.Module):
     """The BERT-type encoder, frozen or trained, and its words."""
 
@@ -203,11 +221,25 @@ class TextBackbone(nn.Module):
             num_words: words of the longest caption.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            # Integers, because some encoders subtract the mask from 1.
             states = self.encoder(
-                input_ids=tokens, attention_mask=token_mask.long(), return_dict=True
+                input_ids=tokens, attention_mask=self._attention_mask(token_mask), return_dict=True
             )
             return pool_words(states.last_hidden_state, word_index, num_words)
+
+    def _attention_mask(self, token_mask: Bool[Tensor, "caption piece"]) -> Tensor:
+        """The mask as the encoder takes it.
+
+        Of a mask of pieces `transformers` asks whether it hides any. On a GPU the host would wait
+        for the answer, so that there it gets one of pairs, which is taken as it is.
+        """
+        config = self.encoder.config
+        takes_pairs = config.model_type in _SEE_ALL and config._attn_implementation == "sdpa"
+        if not token_mask.is_cuda or not takes_pairs:
+            return token_mask.long()  # integers, because some encoders subtract it from 1
+        dtype: torch.dtype = self.encoder.dtype
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+        return additive_mask(token_mask, dtype=dtype)
 
 
 def _fingerprint_of(encoder: nn.Module) -> str:

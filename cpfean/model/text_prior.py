@@ -48,5 +48,8 @@ class TextPrior(nn.Module):
         """
         logits = self.trust(torch.cat((regions, labels), dim=-1))
         if self.use_confidence and confidences is not None:
-            logits = logits + confidences.to(logits.dtype).logit(eps=_EXTREME)[..., None]
-        return regions + self.log_scale.exp() * logits.sigmoid() * labels
+            # In single precision at least: bfloat16 rounds confidences near 1 to 256ths.
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            logits = logits + confidences.to(exact).logit(eps=_EXTREME)[..., None]
+        trust = logits.sigmoid().to(labels.dtype)
+        return regions + self.log_scale.exp() * trust * labels

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from cpfean.analysis.pair_views import ShownImage
-from cpfean.data.batch import ImageBatch
+from cpfean.data.batch import ImageBatch, each_once
 from cpfean.data.provenance import PROVENANCE, read_provenance
 from cpfean.data.regions import region_geometry, region_overlaps
 from cpfean.data.split import Split
@@ -115,6 +115,7 @@ def _batch(
         geometry=geometry,
         iou=iou,
         labels=labels,
+        shown_labels=each_once(labels),
         confidences=confidences,
         region_mask=torch.ones(features.shape[:2], dtype=torch.bool),
     )

@@ -32,6 +32,7 @@ from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.processes import place, sent_from, share
 from cpfean.progress import Progress
+from cpfean.training.precision import Precision, autocast
 
 COCO_FOLD = 1000
 Protocol = Literal["full", "coco-1k"]
@@ -48,6 +49,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     products: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     fold: int = COCO_FOLD,
 ) -> RetrievalMetrics:
     """Metrics of a split; every process returns the same.
@@ -59,7 +61,8 @@ def evaluate(
             images are scored with its own captions only.
         batch_size: images or captions encoded at a time.
         device: where to compute.
-        products: type of the matrix products of scoring; everything else is in the model's.
+        products: type of the matrix products of scoring; all else of it is in the model's type.
+        precision: of the encoders, that of the training for the model that was trained.
         fold: images of one fold of "coco-1k"; any other number than 1000 is for trying it out.
 
     Raises:
@@ -67,7 +70,7 @@ def evaluate(
         DivergedError: a score is not finite; raised on every process.
     """
     (found,) = evaluate_together(
-        [Member(model, dataset, products)],
+        [Member(model, dataset, products, precision)],
         protocol=protocol,
         batch_size=batch_size,
         device=device,
@@ -77,11 +80,12 @@ def evaluate(
 
 
 class Member(NamedTuple):
-    """A model, the split as it reads it, and the type of the matrix products of its scoring."""
+    """A model, the split as it reads it, and the types of its scoring's products and encoders."""
 
     model: Cpfean
     dataset: RetrievalDataset
     products: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 class Kept(NamedTuple):
@@ -195,6 +199,7 @@ def score_matrix(
     batch_size: int,
     device: torch.device,
     products: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Float[Tensor, "image caption"]:
     """All scores of some images with their captions, for looking at single queries; one process.
 
@@ -205,7 +210,7 @@ def score_matrix(
         model: in evaluation mode, on `device`.
         dataset: the split.
         gallery: the images, by their positions in the split.
-        batch_size, device, products: as in `evaluate`.
+        batch_size, device, products, precision: as in `evaluate`.
     """
     rows = _score_rows(
         model,
@@ -215,6 +220,7 @@ def score_matrix(
         batch_size=batch_size,
         device=device,
         products=products,
+        precision=precision,
     )
     return torch.cat([scores.cpu() for _, scores in rows])
 
@@ -259,6 +265,7 @@ def _count_ranks(
                             batch_size=batch_size,
                             device=device,
                             products=member.products,
+                            precision=member.precision,
                         )
                     )
                 )
@@ -270,10 +277,8 @@ def _count_ranks(
                 scores.append(torch.stack([block.double() for block in scores]).mean(dim=0))
             for (ranks, best), block in zip(counted, scores, strict=True):
                 ranks.add(block, first=first)
-                if best is not None and not ranks.diverged:
+                if best is not None:
                     best.add(block, first=first - gallery.start)
-            if any(ranks.diverged for ranks, _ in counted):
-                break
     return counted
 
 
@@ -286,6 +291,7 @@ def _score_rows(
     batch_size: int,
     device: torch.device,
     products: Literal["fp32", "bf16"],
+    precision: Precision,
 ) -> Generator[tuple[int, Float[Tensor, "image caption"]], None, None]:
     """Scores this process's share of a gallery's images with all its captions, block by block.
 
@@ -301,6 +307,7 @@ def _score_rows(
         name=name,
         batch_size=batch_size,
         device=device,
+        precision=precision,
     )
     dtype = model.word_projection.weight.dtype
     begin, end = share(len(gallery), rank=rank, world_size=world_size)
@@ -310,7 +317,9 @@ def _score_rows(
     on_gpu = device.type == "cuda"
     with prefetched(map(dataset.image_batch, blocks), pin=on_gpu) as batches:
         for block, batch in zip(blocks, batches, strict=True):
-            images = model.encode_images(**batch.to(device, non_blocking=on_gpu)._asdict())
+            fields = batch.to(device, non_blocking=on_gpu)._asdict()
+            with autocast(precision, device):
+                images = model.encode_images(**fields)
             scores = torch.empty(len(block), len(own_captions), dtype=dtype, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=products == "bf16"):
                 for columns, embedded in captions:
@@ -327,6 +336,7 @@ def _encode_captions(
     name: str,
     batch_size: int,
     device: torch.device,
+    precision: Precision,
 ) -> list[tuple[Int[Tensor, "caption"], CaptionEmbeddings]]:
     """The captions in groups of similar length, with their columns in the gallery's scores."""
     rank, world_size = place()
@@ -353,7 +363,8 @@ def _encode_captions(
     with prefetched(made, pin=on_gpu) as ready:
         for done, ((_, embedded, rows), batch) in enumerate(zip(mine, ready, strict=True), start=1):
             fields = batch.to(device, non_blocking=on_gpu)._asdict()
-            words, _, pooled, salience = model.encode_captions(**fields)
+            with autocast(precision, device):
+                words, _, pooled, salience = model.encode_captions(**fields)
             embedded.words[rows, : words.shape[1]] = words
             embedded.pooled[rows] = pooled
             embedded.salience[rows, : words.shape[1]] = salience

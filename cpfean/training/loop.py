@@ -264,6 +264,7 @@ def _fit(
                     batch_size=config.evaluation.batch_size,
                     device=device,
                     products=config.evaluation.products,
+                    precision=precision,
                 )
         best_rsum, best_epoch = state.best_rsum, state.best_epoch
         if metrics.rsum > best_rsum:
@@ -333,7 +334,8 @@ class _Looks:
         """Whether any process has been given notice."""
         if self._notice is None:
             return False
-        return float(summed(self._vector(float(self._notice.given())))) > 0
+        given = torch.full((), float(self._notice.given()), device=self._device)
+        return float(summed(given)) > 0
 
     def look(self, loss_sum: Tensor, *, seconds: float, steps: int) -> tuple[float, bool]:
         """The loss summed over all processes, and whether to stop; the same on every process.
@@ -344,14 +346,12 @@ class _Looks:
             steps: so many.
         """
         is_given = self._notice is not None and self._notice.given()
-        sums = summed(torch.cat([loss_sum.reshape(1), self._vector(seconds, float(is_given))]))
-        total, all_seconds, notices = sums.tolist()
+        # Filled in on the device: a copy would be waited for, and so will be the sums.
+        own = [loss_sum, *(loss_sum.new_full((), x) for x in (seconds, float(is_given)))]
+        total, all_seconds, notices = summed(torch.stack(own)).tolist()
         per_step = all_seconds / (steps * place()[1])
         self._every = max(1, min(_LOOK_STEPS, int(_LOOK_SECONDS / max(per_step, 1e-9))))
         return total, notices > 0
-
-    def _vector(self, *numbers: float) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64, device=self._device)
 
 
 def _train_epoch(

@@ -23,6 +23,7 @@ from cpfean.model.text_encoder import TextBackbone
 from cpfean.processes import place
 from cpfean.threads import threads_chosen
 from cpfean.training.evaluation import evaluate
+from cpfean.training.precision import Setting, chosen_precision
 from cpfean.training.text_cache import encode_frozen
 from cpfean.training.text_check import check_places
 
@@ -197,6 +198,7 @@ def evaluate_checkpoint(
     num_regions: int,
     batch_size: int = 128,
     products: Literal["fp32", "bf16"] = "fp32",
+    precision: Setting = "fp32",
     text_encoder: str | None = None,
 ) -> RetrievalMetrics:
     """Metrics of a checkpoint's best model on a split.
@@ -207,6 +209,7 @@ def evaluate_checkpoint(
         protocol: as in `evaluate`.
         batch_size: images or captions encoded at a time.
         products: as in `evaluate`.
+        precision: of the encoders: `optim.precision` of the training.
 
     Raises:
         CheckpointError: not such a folder, or made for data with other fields.
@@ -228,6 +231,7 @@ def evaluate_checkpoint(
         batch_size=batch_size,
         device=device,
         products=products,
+        precision=chosen_precision(precision, device),
     )
 
 
@@ -262,6 +266,7 @@ def test_split_metrics(
             num_regions=config.data.num_regions,
             batch_size=config.evaluation.batch_size,
             products=config.evaluation.products,
+            precision=config.optim.precision,
         ).as_dict()
 
 

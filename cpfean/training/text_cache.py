@@ -17,6 +17,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int64
 
 from cpfean.data.dataset import RetrievalDataset, WordFeatures
+from cpfean.data.prefetch import prefetched
 from cpfean.errors import ConfigError
 from cpfean.folders import cannot_write, made
 from cpfean.model.text_encoder import TextBackbone
@@ -92,21 +93,31 @@ def _encode(
     device: torch.device,
     batch_size: int,
 ) -> None:
-    """Fills in the vectors of all words, one caption after the other."""
+    """Fills in the vectors of all words, one caption after the other.
+
+    In the type of the weights, outside of autocast: the file is for every training, whatever its
+    precision.
+    """
     num_words, starts = dataset.tokens.num_words, _offsets(dataset)
     order = np.argsort(num_words, kind="stable")
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     progress = Progress("encoding captions", total=len(order))
-    for done in range(0, len(order), batch_size):
-        captions = order[done : done + batch_size]
-        batch = dataset.caption_batch(captions).to(device)
-        with torch.inference_mode():
-            features = backbone(
-                batch.tokens, batch.token_mask, batch.word_index, batch.word_mask.shape[1]
-            )
-        for row, caption in enumerate(captions):
-            start, stop = starts[caption], starts[caption + 1]
-            words[start:stop] = features[row, : stop - start].float().cpu().numpy()
-        progress.step(done + len(captions))
+    done = 0
+    on_gpu = device.type == "cuda"
+    with prefetched(map(dataset.caption_batch, parts), pin=on_gpu) as batches:
+        for captions, made in zip(parts, batches, strict=True):
+            batch = made.to(device, non_blocking=on_gpu)
+            with torch.inference_mode():
+                features = backbone(
+                    batch.tokens, batch.token_mask, batch.word_index, batch.word_mask.shape[1]
+                )
+            # All at once: each copy from a GPU is waited for.
+            vectors = features.float().cpu().numpy()
+            for vector, caption in zip(vectors, captions, strict=True):
+                start, stop = starts[caption], starts[caption + 1]
+                words[start:stop] = vector[: stop - start]
+            done += len(captions)
+            progress.step(done)
 
 
 def _offsets(dataset: RetrievalDataset) -> Int64[np.ndarray, "caption+1"]:

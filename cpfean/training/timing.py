@@ -364,6 +364,7 @@ def _validation_seconds(
             batch_size=config.evaluation.batch_size,
             device=device,
             products=config.evaluation.products,
+            precision=chosen_precision(config.optim.precision, device),
         )
         return clock() - started
 

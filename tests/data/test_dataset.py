@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpfean.config import TextConfig
-from cpfean.data.batch import Batch
+from cpfean.data.batch import Batch, ImageBatch
 from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.dataset import BatchRequest, GlobalBatches, RetrievalDataset, WordFeatures
 from cpfean.data.regions import RegionStore
@@ -124,7 +124,8 @@ def test_an_image_comes_out_the_same_in_every_batch() -> None:
     alone = [data.image_batch([image]) for image in range(8)]
     together = data.image_batch(np.array([5, 2, 2, 7, 0]))
     for row, image in enumerate((5, 2, 2, 7, 0)):
-        for field, single in zip(together, alone[image], strict=True):
+        for name in set(ImageBatch._fields) - {"shown_labels"}:
+            field, single = getattr(together, name), getattr(alone[image], name)
             assert torch.equal(there(field)[row], there(single)[0])
     assert together.features.dtype == torch.float16
     assert there(together.labels).dtype == torch.int64
@@ -254,6 +255,16 @@ def test_region_dropout_keeps_a_share_in_order(seed: int, dropout: float, counts
             there(images.iou)[row, :kept, :kept], stored.iou[image][np.ix_(places, places)]
         )
     assert images.features.shape[1] == max(expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_batch_lists_the_labels_that_it_shows(dropout: float) -> None:
+    images = made(region_dropout=dropout).training_batch(request(np.arange(7, 12))).images
+    assert there(images.shown_labels).tolist() == sorted(
+        set(there(images.labels).flatten().tolist())
+    )
+    without = made(boxes=False, region_dropout=dropout)
+    assert without.training_batch(request(np.arange(7, 12))).images.shown_labels is None
 
 
 def test_every_region_is_dropped_equally_often() -> None:

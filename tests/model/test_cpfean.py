@@ -85,6 +85,7 @@ def make_batch(seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
         "geometry": random(3, 5, 5),
         "iou": iou.half(),
         "labels": torch.randint(0, NUM_LABELS, (3, 5), generator=generator),
+        "shown_labels": torch.arange(NUM_LABELS),
         "confidences": random(3, 5),
         "region_mask": region_mask,
     }
@@ -121,7 +122,8 @@ def test_pairs_do_not_depend_on_their_company(switch: str) -> None:
     model = make_model(SWITCHES[switch])
     images, captions = make_batch()
     scores = model(images, captions)
-    one_image = {key: value[1:2] for key, value in images.items()}
+    one_image = {key: value[1:2] for key, value in images.items() if key != "shown_labels"}
+    one_image["shown_labels"] = one_image["labels"].unique()
     one_caption = {key: value[3:4] for key, value in captions.items()}
     torch.testing.assert_close(model(one_image, captions), scores[1:2], atol=1e-10, rtol=0)
     torch.testing.assert_close(model(images, one_caption), scores[:, 3:4], atol=1e-10, rtol=0)
@@ -139,7 +141,8 @@ def test_order_of_the_regions_does_not_matter(switch: str) -> None:
     model = make_model(SWITCHES[switch])
     images, captions = make_batch()
     order = torch.randperm(5, generator=torch.Generator().manual_seed(1))
-    shuffled = {key: value[:, order] for key, value in images.items()}
+    shown = {"shown_labels": images["shown_labels"]}
+    shuffled = {key: value[:, order] for key, value in images.items() if key not in shown} | shown
     shuffled["iou"] = shuffled["iou"][:, :, order]
     torch.testing.assert_close(
         model(shuffled, captions), model(images, captions), atol=1e-10, rtol=0
@@ -175,6 +178,22 @@ def test_confident_labels_move_a_region_more() -> None:
     torch.testing.assert_close(unknown, torch.ones_like(unknown))
     assert torch.isfinite(model.text_prior(regions, labels, torch.ones_like(confidences))).all()
     assert images["labels"].shape == (3, 5)
+
+
+def test_mixed_precision_tells_confidences_near_1_apart() -> None:
+    """Those above 0.998 are all 1 in bfloat16, and those below may be a 256th off."""
+    model = make_model().float()
+    assert model.text_prior is not None
+    regions, labels = torch.zeros(1, 4, 16), torch.ones(1, 4, 16)
+    confidences = torch.tensor([[0.99, 0.994, 0.996, 0.9985]])
+    odds = confidences / (1 - confidences)
+    for trust in (model.text_prior.trust.weight, model.text_prior.trust.bias):
+        torch.nn.init.constant_(trust, -0.5)  # so that no sigmoid is flat
+    expected = model.text_prior(regions, labels, confidences)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.text_prior(regions, labels, confidences)
+    assert (odds.diff() > 0).all()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_words_are_means_of_their_pieces() -> None:

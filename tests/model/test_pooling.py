@@ -73,6 +73,21 @@ def test_neither_order_nor_padding_has_a_say(pooling: GeneralizedPooling) -> Non
     torch.testing.assert_close(pooling(noisy, mask), pooled)
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixed_precision_loses_nothing(given: torch.dtype) -> None:
+    torch.manual_seed(0)
+    pooling = GeneralizedPooling()
+    fragments, mask = sets(4)
+    fragments = fragments.detach().to(given)
+    expected = pooling(fragments.float(), mask)
+    for kind in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", kind):
+            found = pooling(fragments, mask)
+        assert torch.equal(found, expected)
+        found.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in pooling.parameters())
+
+
 def test_equal_weights_are_the_mean(pooling: GeneralizedPooling) -> None:
     torch.nn.init.zeros_(pooling.score.weight)
     fragments, mask = sets(3)

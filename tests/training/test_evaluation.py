@@ -260,10 +260,15 @@ def test_captions_are_grouped_by_length_unless_they_are_few() -> None:
     assert [part.start for part in length_groups(lengths[:1])] == [0]
 
 
-def test_products_in_bf16_are_those_of_scoring_alone(
-    tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scoring_has_its_own_precision_and_encoders_that_of_training(
+    tiny_config: ExperimentConfig,
+    data_folder: Path,
+    tmp_path: Path,
+    precision: Literal["fp32", "bf16"],
 ) -> None:
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
+    encoding = {precision == "bf16"}
     for products, autocast in (("bf16", True), ("fp32", False)):
         found: dict[str, set[bool]] = defaultdict(set)
 
@@ -271,8 +276,17 @@ def test_products_in_bf16_are_those_of_scoring_alone(
             found[name].add(torch.is_autocast_enabled("cpu"))
 
         watched: Any = Watched(model, seen)
-        evaluate(watched, dataset, protocol="full", batch_size=5, device=CPU, products=products)
-        assert found == {"encode_images": {False}, "encode_captions": {False}, "score": {autocast}}
+        evaluate(
+            watched,
+            dataset,
+            protocol="full",
+            batch_size=5,
+            device=CPU,
+            products=products,
+            precision=precision,
+        )
+        expected = {"encode_images": encoding, "encode_captions": encoding, "score": {autocast}}
+        assert found == expected
 
 
 def two_members(config: ExperimentConfig, folder: Path, cache: Path) -> list[Member]:

@@ -106,7 +106,10 @@ class ProminentAlignment(Scorer):
         """kappa, tau, lambda and beta, in the type of a tensor; 0 for what is switched off."""
         kappa = like.new_zeros(()) if self.gate == "off" else self.log_sharpness.exp()
         beta = functional.softplus(self.raw_prominence_weight) if self.prominence else 0 * kappa
-        tau, lam = like.new_tensor([self.word_temperature, self.region_temperature])
+        # Filled, not copied there: a GPU's host would wait for the copy.
+        tau, lam = (
+            like.new_full((), number) for number in (self.word_temperature, self.region_temperature)
+        )
         return torch.stack([kappa.to(like), tau, lam, beta.to(like)])
 
     def compiled_scores(
@@ -181,9 +184,7 @@ class ProminentAlignment(Scorer):
             log_gates = functional.logsigmoid(self.log_sharpness.exp() * excess)
             if self.gate == "hard":
                 # Straight-through: 0 or 1 going forward, the soft gate's gradient going back.
-                hard = torch.where(
-                    excess > 0, log_gates.new_zeros(()), log_gates.new_tensor(_CLOSED)
-                )
+                hard = torch.zeros_like(excess).masked_fill(excess <= 0, _CLOSED)
                 log_gates = log_gates + (hard - log_gates).detach()
         return log_gates.masked_fill(~pairs.region_mask[:, 0], -torch.inf)
 
