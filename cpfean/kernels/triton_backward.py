@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 
 from cpfean.kernels.triton_pairs import (
+    COUNTS,
     LOG2_E,
     OFF,
+    PARTS,
     TINY,
     attend,
     compare_regions,
@@ -39,7 +41,7 @@ from cpfean.kernels.triton_pairs import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PARTS)
 def words_backward(
     S_ptr, K_ptr, theta_ptr, lead_ptr, constants_ptr, word_start_ptr, num_regions_ptr,
     upstream_ptr, stride_upstream, num_images, num_captions, tiles_each, slot_eights, most_words,
@@ -66,7 +68,7 @@ def words_backward(
     r = tl.arange(0, R)
     region = r < tl.load(num_regions_ptr + image)
     slot = r < slots
-    theta = tl.load(theta_ptr + image * slots + r, mask=region, other=0.0)
+    theta = tl.load(theta_ptr + image * slots + r, mask=slot, other=0.0)
     K = load_region_gram(K_ptr, image, slots, R)
     num_words = tl.load(word_start_ptr + num_captions) - tl.load(word_start_ptr)
     dK = tl.zeros((R, R), tl.float32)
@@ -125,7 +127,7 @@ def words_backward(
     tl.store(dbeta_ptr + place, tl.sum(dbeta, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PARTS)
 def regions_backward(
     S_ptr, G_ptr, theta_ptr, lead_ptr, constants_ptr, word_start_ptr, num_regions_ptr,
     upstream_ptr, stride_upstream, num_images, num_captions, images_each, slot_eights, most_words,
@@ -164,7 +166,7 @@ def regions_backward(
         dkappa = 0.0
         if tl.max(tl.abs(u), axis=0) > 0.0:
             region = r < tl.load(num_regions_ptr + image)
-            theta = tl.load(theta_ptr + image * slots + r, mask=region, other=0.0)
+            theta = tl.load(theta_ptr + image * slots + r, mask=slot, other=0.0)
             at, mask = place_in_cosines(row, real, image, slots, columns, R)
             S = load_cosines(S_ptr, at, mask, C, L, R, HALF)
             ahead = S + lead[:, :, None]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from cpfean.kernels.triton_pairs import (
+    COUNTS,
+    PARTS,
     TINY,
     attend,
     compare_regions,
@@ -24,7 +26,7 @@ from cpfean.kernels.triton_pairs import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PARTS)
 def score_pairs(
     S_ptr, K_ptr, G_ptr, theta_ptr, lead_ptr, constants_ptr, word_start_ptr, num_regions_ptr,
     scores_ptr, stride_scores, num_images, num_captions, images_each, slot_eights, most_words,
@@ -57,11 +59,11 @@ def score_pairs(
     row, real = locate_words(word_start_ptr, begin, num_captions, C, L)
     lead = load_leads(lead_ptr, caption, word, most_words, L)
     G = load_word_grams(G_ptr, caption, word, most_words, L)
+    r = tl.arange(0, R)
     first_image = tl.program_id(1) * images_each
     for image in range(first_image, tl.minimum(first_image + images_each, num_images)):
-        r = tl.arange(0, R)
+        theta = tl.load(theta_ptr + image * slots + r, mask=r < slots, other=0.0)
         region = r < tl.load(num_regions_ptr + image)
-        theta = tl.load(theta_ptr + image * slots + r, mask=region, other=0.0)
         K = load_region_gram(K_ptr, image, slots, R)
         at, mask = place_in_cosines(row, real, image, slots, columns, R)
         S = load_cosines(S_ptr, at, mask, C, L, R, HALF)

@@ -27,6 +27,17 @@ TINY = tl.constexpr(1e-12)  # least squared length, and least sum of gates
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOG2_CLOSED = tl.constexpr(math.log2(1e-6))  # of g, where a hard gate is closed
 
+# Arguments that a kernel is not compiled anew for when they are 1, or multiples of 16: all whole
+# numbers, and tensors that are parts of others. S and K are aligned wherever a block begins.
+COUNTS = [
+    *("num_images", "num_captions", "images_each", "tiles_each", "slot_eights", "most_words"),
+    *("stride_scores", "stride_upstream"),
+]
+PARTS = [
+    *("G_ptr", "theta_ptr", "lead_ptr", "word_start_ptr", "num_regions_ptr"),
+    *("scores_ptr", "upstream_ptr"),
+]
+
 
 @triton.jit
 def load_constants(constants_ptr):
@@ -152,8 +163,11 @@ def find_prominent(ahead, m, tau, HALF: tl.constexpr):
     """e (C, L, R), and its sum z (C, R) over the words.
 
     e_kr = exp(tau (S_kr - m_r)) s_k
+
+    The rounding of tau m_r is the same for all words of a region, and cancels.
     """
-    e = rounded(tl.exp2((ahead - m[:, None, :]) * (tau * LOG2_E)), HALF)
+    tau_2 = tau * LOG2_E
+    e = rounded(tl.exp2(ahead * tau_2 - (m * tau_2)[:, None, :]), HALF)
     return e, tl.sum(e, axis=1)
 
 

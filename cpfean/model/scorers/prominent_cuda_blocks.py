@@ -29,6 +29,10 @@ _GATES = {"soft": 0, "hard": 1, "off": 2}  # SOFT, HARD and OFF of the kernels
 _PROGRAMS = 264
 _IMAGES_EACH = 8  # images of a program of the forward kernel
 
+# One stage: to load the next image's K and S early takes more registers than there are. Products
+# and sums are fused, which Triton will stop to do unasked.
+COMPILER = {"num_stages": 1, "enable_fp_fusion": True}
+
 # dS may not reach the largest number of float16, 65504, when nothing upstream is above 1.
 _LARGEST_SLOPE = 1024.0
 
@@ -115,7 +119,7 @@ class Scoring:
                 into = result[block.images, block.captions]
                 tiles = -(-into.shape[1] // block.forward.captions)
                 grid = (tiles, -(-into.shape[0] // _IMAGES_EACH))
-                score_pairs[grid](
+                arguments = (
                     self._cosines(images, block),
                     images.gram,
                     captions.gram[block.captions],
@@ -130,8 +134,8 @@ class Scoring:
                     _IMAGES_EACH,
                     block.slots // 8,
                     captions.lead.shape[1],
-                    **self._sizes(block.forward),
                 )
+                self.launch(score_pairs, grid, arguments, tile=block.forward)
         return result
 
     def gradients(
@@ -223,11 +227,19 @@ class Scoring:
         """S of a block."""
         return self.captions.rows[self._rows(block)] @ images.regions.flatten(0, 1).T
 
-    def _sizes(self, tile: Tile) -> dict[str, Any]:
-        """What a kernel is compiled for."""
+    def launch(
+        self, kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], *, tile: Tile
+    ) -> None:
+        """Starts a kernel.
+
+        Args:
+            kernel: one of Triton.
+            grid: programs.
+            arguments: all that are no constants.
+            tile: what each program has at a time.
+        """
         sizes = {"C": tile.captions, "L": tile.word_places, "R": tile.region_places}
-        # One stage: to load the next image's K early would take more registers than time.
-        return {**sizes, **self.switches, "num_warps": tile.num_warps, "num_stages": 1}
+        kernel[grid](*arguments, **sizes, **self.switches, **COMPILER, num_warps=tile.num_warps)
 
     def _block_gradients(
         self, images: _Images, block: Block, upstream: Float[Tensor, "image caption"]
@@ -268,15 +280,15 @@ class Scoring:
             num_images,
             num_captions,
         )
-        words_backward[(num_images, tile_shares)](
-            S, images.gram, *common, tiles_each, slots // 8, most_words, dS, dn, dlog, dK, dbeta,
-            **self._sizes(block.words_backward),
-        )  # fmt: skip
+        results = dS, dn, dlog, dK, dbeta
+        arguments = S, images.gram, *common, tiles_each, slots // 8, most_words, *results
+        grid = num_images, tile_shares
+        self.launch(words_backward, grid, arguments, tile=block.words_backward)
+        results = dS, dn, dlog, dG, dtheta, dkappa
         G = captions.gram[block.captions]
-        regions_backward[(tiles, image_shares)](
-            S, G, *common, images_each, slots // 8, most_words, dS, dn, dlog, dG, dtheta, dkappa,
-            **self._sizes(block.regions_backward),
-        )  # fmt: skip
+        arguments = S, G, *common, images_each, slots // 8, most_words, *results
+        grid = tiles, image_shares
+        self.launch(regions_backward, grid, arguments, tile=block.regions_backward)
 
         rows = captions.rows[self._rows(block)]
         d_regions = _product(dS.T, rows).unflatten(0, (num_images, slots))

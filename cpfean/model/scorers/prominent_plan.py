@@ -22,10 +22,12 @@ _FEWEST_PLACES = 16  # what the tensor cores take
 # it may still be in the second cache (50 MB of an H100) when the kernel reads it.
 _BLOCK_BYTES = 32 << 20
 _BLOCK_IMAGES = 128
-_TILE_ROWS = 64  # words of a tile, which is what a product on an H100 takes at a time
+_TILE_ROWS = 64  # words of a tile: what a product of an H100 takes at a time
+_TILE_NUMBERS = 4096  # of S in a tile, more only where a single caption has more
 
 # Numbers of a tile's S that a thread has: as many as its registers hold with what is made of each.
 _FORWARD, _WORDS_BACKWARD, _REGIONS_BACKWARD = 32, 16, 8
+_MOST_WARPS = 8  # with more, each thread has fewer registers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +101,6 @@ def plan_blocks(
     word_buckets = bucket(num_words)
     for captions in _runs(word_buckets):
         sizes = int(word_buckets[captions.start]), region_places
-        tiles = {
-            "forward": tile_of(*sizes, numbers=_FORWARD),
-            "words_backward": tile_of(*sizes, numbers=_WORDS_BACKWARD),
-            "regions_backward": tile_of(*sizes, numbers=_REGIONS_BACKWARD, share=2),
-        }
         most_captions = max(1, most_rows // max(1, int(num_words[captions].max())))
         for first in range(run.start, run.stop, step):
             for start in range(captions.start, captions.stop, most_captions):
@@ -111,25 +108,36 @@ def plan_blocks(
                     images=slice(first, min(first + step, run.stop)),
                     captions=slice(start, min(start + most_captions, captions.stop)),
                     slots=slots,
-                    **tiles,
+                    **tiles_of(*sizes, width=width),
                 )
 
 
-def tile_of(word_places: int, region_places: int, *, numbers: int, share: int = 1) -> Tile:
-    """The tile of a kernel.
+def tiles_of(word_places: int, region_places: int, *, width: int) -> dict[str, Tile]:
+    """The tile of each kernel, by its name in `Block`.
 
     Args:
-        word_places, region_places: its L and R.
-        numbers: of S, that a thread has.
-        share: captions are one in so many of those of 64 rows.
+        word_places, region_places: L and R.
+        width: bytes of a number of S.
     """
-    captions = max(1, _TILE_ROWS // word_places // share)
+    sizes = word_places, region_places
+    half = 1 if width == 2 else 2  # what the products take is twice as much in float32
+    return {
+        "forward": _tile(*sizes, numbers=_FORWARD // half),
+        "words_backward": _tile(*sizes, numbers=_WORDS_BACKWARD // half),
+        "regions_backward": _tile(*sizes, numbers=_REGIONS_BACKWARD // half, share=2),
+    }
+
+
+def _tile(word_places: int, region_places: int, *, numbers: int, share: int = 1) -> Tile:
+    """A tile with one in so many of the captions that it can have, so many numbers a thread."""
+    rows = min(_TILE_ROWS, _TILE_NUMBERS // region_places)
+    captions = max(1, rows // word_places // share)
     num_warps = captions * word_places * region_places // (32 * numbers)
     return Tile(
         captions=captions,
         word_places=word_places,
         region_places=region_places,
-        num_warps=max(4, min(16, num_warps)),
+        num_warps=max(4, min(_MOST_WARPS, num_warps)),
     )
 
 
