@@ -328,7 +328,7 @@ def main() -> None:
         default=["16x64", "32x64", "16x128"],
         help="word places x region places of a tile (16x64 32x64 16x128)",
     )
-    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=5000, help="0 for no estimate (5000)")
     parser.add_argument("--captions", type=int, default=25000)
     arguments = parser.parse_args()
     if not isinstance(score_pairs, JITFunction):
@@ -341,13 +341,15 @@ def main() -> None:
                 for arch in arguments.archs:
                     say(f"  {name} {products} {places} for sm_{arch}")
                     rows.append(build(name, arch=arch, tile=tile, products=products))
-    estimates = [
+    estimates = arguments.images and [
         {"captions": name, **one}
         for name in LENGTHS
         for products in arguments.products
         if (one := _estimate(arguments.images, LENGTHS[name](arguments.captions), products))
     ]
-    publish(arguments.output, rows, estimates=estimates)
+    publish(arguments.output, rows, estimates=estimates or [])
+    if not estimates:
+        return
     print(
         f"\nESTIMATE, not measured, of {arguments.images:,} x {arguments.captions:,} on one H100:\n"
     )

@@ -27,6 +27,7 @@ from cpfean.kernels.triton_pairs import (
     attend,
     compare_regions,
     find_prominent,
+    inverse,
     load_constants,
     load_cosines,
     load_leads,
@@ -86,10 +87,10 @@ def words_backward(
             S = load_cosines(S_ptr, at, mask, C, L, R, HALF)
             ahead = S + lead[:, :, None]
             m = tl.max(ahead, axis=1)
-            log_g, g = open_gates(m, theta, region, kappa, GATE)
+            log2_gate, rest, g = open_gates(m, theta, region, kappa, GATE)
             e, z = find_prominent(ahead, m, tau, HALF)
             n, y = weigh_words(e, z, g, beta, word, PROMINENCE)
-            a, aK, inner, p = attend(S, log_g, K, lam, C, L, R, HALF)
+            a, aK, inner, p = attend(S, log2_gate, rest, K, lam, C, L, R, HALF)
             length = tl.rsqrt(tl.maximum(p, TINY))  # 1 / |c_k|
             of_words = inner * length
             Y = tl.sum(y, axis=1)
@@ -171,7 +172,7 @@ def regions_backward(
             S = load_cosines(S_ptr, at, mask, C, L, R, HALF)
             ahead = S + lead[:, :, None]
             m = tl.max(ahead, axis=1)
-            _log_g, g = open_gates(m, theta, region, kappa, GATE)
+            _log2_gate, _rest, g = open_gates(m, theta, region, kappa, GATE)
             e, z = find_prominent(ahead, m, tau, HALF)
             Ge, inner, q = compare_regions(S, e, G, HALF)
             length = tl.rsqrt(tl.maximum(q, TINY))  # 1 / |d_r|
@@ -191,9 +192,10 @@ def regions_backward(
             if PROMINENCE:
                 at_words = dn_ptr + image * num_words + row
                 dn = tl.reshape(tl.load(at_words, mask=real, other=0.0), (C, L))
-                D = tl.sum(dn[:, :, None] * e, axis=1) / z
+                inverse_z = inverse(z)
+                D = tl.sum(dn[:, :, None] * e, axis=1) * inverse_z
                 from_n = dn[:, :, None] - D[:, None, :]
-                dS += e * (tau * g / z)[:, None, :] * from_n
+                dS += e * (tau * g * inverse_z)[:, None, :] * from_n
                 dlog_g += g * D
 
             if GATE != OFF:
@@ -205,7 +207,7 @@ def regions_backward(
                 # dx_r = d log g_r (1 - sigmoid(x_r)), straight through a hard gate too
                 x = (m - theta[None, :]) * kappa
                 t = tl.exp2(-tl.abs(x) * LOG2_E)
-                dx = dlog_g * tl.where(x > 0.0, t, 1.0) / (1.0 + t)
+                dx = dlog_g * tl.where(x > 0.0, t, 1.0) * inverse(1.0 + t)
                 dx = tl.where(region[None, :], dx, 0.0)
                 dtheta -= kappa * tl.sum(dx, axis=0)
                 dkappa += tl.sum(tl.sum(dx * (m - theta[None, :]), axis=1), axis=0)

@@ -71,7 +71,7 @@ def score_pairs(
         # m_r = max_k (S_rk + log(s_k) / tau)
         ahead = S + lead[:, :, None]
         m = tl.max(ahead, axis=1)
-        log_g, g = open_gates(m, theta, region, kappa, GATE)
+        log2_gate, rest, g = open_gates(m, theta, region, kappa, GATE)
 
         # sum_r g_r cos(v_r, d_r) / sum_r g_r
         e, z = find_prominent(ahead, m, tau, HALF)
@@ -81,7 +81,7 @@ def score_pairs(
 
         # sum_k om_k cos(c_k, w_k)
         _n, y = weigh_words(e, z, g, beta, word, PROMINENCE)
-        _a, _aK, inner, p = attend(S, log_g, K, lam, C, L, R, HALF)
+        _a, _aK, inner, p = attend(S, log2_gate, rest, K, lam, C, L, R, HALF)
         of_words = inner * tl.rsqrt(tl.maximum(p, TINY))
         weighted = tl.sum(y * of_words, axis=1) / tl.sum(y, axis=1)
 

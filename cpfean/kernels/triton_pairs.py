@@ -8,9 +8,9 @@ symbols are theirs. Both softmaxes stay unnormalized, as there: a for A, e for P
 q = |d|^2 as they come from a and e. Exponentials are powers of two, which is what a GPU has.
 
 Masks. A word place without a word has a lead of -inf, hence e = 0; a region place without a region
-has log g = -inf, hence g = 0 and a = 0. S is 0 at both: a slot of S without a region comes from a
-product with 0, so that loads go by slots, eight at a time, and not by regions. Nothing else has to
-know of either.
+has a log gate of -inf, hence g = 0 and a = 0. S is 0 at both: a slot of S without a region comes
+from a product with 0, so that loads go by slots, eight at a time, and not by regions. Nothing else
+has to know of either.
 
 Types. All is float32 but the factors of small products, which are float16 where HALF: a and e, in
 [0, 1], and K and G. The rounded a and e then stand for the weights everywhere, so that each cosine
@@ -141,21 +141,31 @@ def rounded(weights, HALF: tl.constexpr):
 
 
 @triton.jit
-def open_gates(m, theta, region, kappa, GATE: tl.constexpr):
-    """log2 g and g (C, R).
+def inverse(x):
+    """1 / x of an x from 1 on, in two instructions; a division takes seven, and care of any x."""
+    root = tl.rsqrt(x)
+    return root * root
 
-    g_r = sigmoid(kappa (m_r - theta_r))
+
+@triton.jit
+def open_gates(m, theta, region, kappa, GATE: tl.constexpr):
+    """log2_gate, rest and g (C, R): g = 2^log2_gate rest, rest in [1/2, 1], without a logarithm.
+
+    g_r = sigmoid(kappa (m_r - theta_r)) = exp(min(x_r, 0)) / (1 + exp(-|x_r|))
     """
     if GATE == OFF:
-        log_g = m * 0.0
+        log2_gate = m * 0.0
+        rest = log2_gate + 1.0
     else:
         x = (m - theta[None, :]) * kappa
         if GATE == SOFT:
-            log_g = tl.minimum(x, 0.0) * LOG2_E - tl.log2(1.0 + tl.exp2(-tl.abs(x) * LOG2_E))
+            log2_gate = tl.minimum(x, 0.0) * LOG2_E
+            rest = inverse(1.0 + tl.exp2(-tl.abs(x) * LOG2_E))
         else:
-            log_g = tl.where(x > 0.0, 0.0, LOG2_CLOSED)
-    log_g = tl.where(region[None, :], log_g, float("-inf"))
-    return log_g, tl.exp2(log_g)
+            log2_gate = tl.where(x > 0.0, 0.0, LOG2_CLOSED)
+            rest = log2_gate * 0.0 + 1.0
+    log2_gate = tl.where(region[None, :], log2_gate, float("-inf"))
+    return log2_gate, rest, tl.exp2(log2_gate) * rest
 
 
 @triton.jit
@@ -183,14 +193,16 @@ def compare_regions(S, e, G, HALF: tl.constexpr):
 
 @triton.jit
 def attend(
-    S, log_g, K, lam, C: tl.constexpr, L: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr
+    S, log2_gate, rest, K, lam,
+    C: tl.constexpr, L: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """The side of the words: a (C, L, R), a K, <w, c> (C, L), and p = |c|^2.
 
-    a_kr = exp(lambda S_kr + log g_r - max_r(...)),    p_k = a_k K a_k'
+    a_kr = exp(lambda S_kr + log_gate_r - max_r(...)) rest_r,    p_k = a_k K a_k'
     """
-    logit = S * (lam * LOG2_E) + log_g[:, None, :]
-    a = rounded(tl.exp2(logit - tl.max(logit, axis=2)[:, :, None]), HALF)
+    logit = S * (lam * LOG2_E) + log2_gate[:, None, :]
+    a = tl.exp2(logit - tl.max(logit, axis=2)[:, :, None])
+    a = rounded(a * rest[:, None, :], HALF)
     aK = tl.reshape(multiply(tl.reshape(a, (C * L, R)), K, HALF), (C, L, R))
     return a, aK, tl.sum(a * S, axis=2), tl.sum(a * aK, axis=2)
 
@@ -202,7 +214,7 @@ def weigh_words(e, z, g, beta, word, PROMINENCE: tl.constexpr):
     n_k = sum_r g_r e_kr / z_r,    y_k = 1 + beta n_k
     """
     if PROMINENCE:
-        n = tl.sum(e * (g / z)[:, None, :], axis=2)
+        n = tl.sum(e * (g * inverse(z))[:, None, :], axis=2)
     else:
         n = tl.where(word, 0.0, 0.0)
     return n, tl.where(word, 1.0 + beta * n, 0.0)
