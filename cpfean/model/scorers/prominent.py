@@ -17,6 +17,7 @@ from cpfean.config import AlignmentConfig
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.pairs import TINY, Pairs, cosine_from, quadratic_form
 from cpfean.model.scorers.prominent_compiled import compiled_scores
+from cpfean.model.scorers.prominent_cuda import cuda_scores
 from cpfean.model.scorers.scorer import Scorer
 
 # log g of a closed hard gate. Not -inf: an image all of whose gates are closed must not give NaN.
@@ -115,15 +116,27 @@ class ProminentAlignment(Scorer):
     def compiled_scores(
         self, images: ImageEmbeddings, captions: CaptionEmbeddings, *, product_type: torch.dtype
     ) -> Float[Tensor, "image caption"] | None:
-        """The kernel for processors, which fuses once."""
-        if self.rounds > 1 or images.regions.device.type != "cpu":
+        """The kernels for processors and for CUDA, which fuse once."""
+        device = images.regions.device.type
+        if self.rounds > 1 or device not in ("cpu", "cuda"):
             return None
-        return compiled_scores(
+        lead, constants = self._lead(captions.salience), self.constants(like=images.regions)
+        if device == "cpu":
+            return compiled_scores(
+                images,
+                captions,
+                lead=lead,
+                constants=constants,
+                gate=self.gate,
+                product_type=product_type,
+            )
+        return cuda_scores(
             images,
             captions,
-            lead=self._lead(captions.salience),
-            constants=self.constants(like=images.regions),
+            lead=lead,
+            constants=constants,
             gate=self.gate,
+            prominence=self.prominence,
             product_type=product_type,
         )
 

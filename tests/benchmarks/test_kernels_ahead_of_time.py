@@ -1,0 +1,115 @@
+"""GPU kernels can be built without a GPU, within what one has; and scoring moves few bytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks.conftest import ROOT
+
+pytest.importorskip("triton", reason="Triton is not installed: it has no build for this system")
+
+QUICK, LONG = "90", "80 89 100"
+KERNELS = {"forward", "words_backward", "regions_backward"}
+
+
+@pytest.fixture(scope="module", params=[QUICK, pytest.param(LONG, marks=pytest.mark.long)])
+def rows(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What the script finds, in a process whose Triton compiles, with an empty cache."""
+    folder: Path = tmp_path_factory.mktemp("kernels")
+    output = folder / "result.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks" / "kernels_ahead_of_time.py"),
+            *("--archs", *request.param.split(), "--places", "16x64", "--products", "fp16"),
+            *("--images", "0", "--output", output),
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(folder / "cache"),
+        },
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    archs = {int(arch) for arch in request.param.split()}
+    assert {(row["kernel"], row["sm"]) for row in found} == {
+        (name, arch) for name in KERNELS for arch in archs
+    }
+    return found
+
+
+def test_the_kernels_multiply_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
+    # An instruction is at least a 16 x 8 x 16 product of a warp; an H100 has larger ones.
+    least = {"forward": 16, "words_backward": 8, "regions_backward": 6}
+    for row in rows:
+        assert row["tensor"] >= least[row["kernel"]], row
+
+
+def test_the_kernels_keep_to_what_a_gpu_has(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        programs = 2 if row["kernel"] == "forward" else 1  # at least, on a multiprocessor
+        assert programs * row["registers"] * 32 * row["warps"] <= 65536, row
+        assert programs * row["shared"] <= 100 * 1024, row  # of an RTX 40; others have more
+
+
+def test_the_kernels_do_not_spill(rows: list[dict[str, Any]]) -> None:
+    # On a B200 what tensor cores make comes out of a memory of their own, all at once; on an A100
+    # two constants of the loop are read again in each round.
+    few = {("forward", 100): 512, ("words_backward", 80): 16, ("words_backward", 89): 16}
+    for row in rows:
+        assert row["stack"] <= few.get((row["kernel"], row["sm"]), 0), row
+
+
+def test_a_pair_takes_fewer_instructions_than_the_estimate_can_bear(
+    rows: list[dict[str, Any]],
+) -> None:
+    """0.6 s for 5,000 x 25,000, of which 0.22 s are the product and what is around it."""
+    for row in rows:
+        if row["kernel"] == "forward" and row["sm"] == 90:
+            assert 5000 * 25000 * row["a pair"] / (0.7 * 132 * 4 * 1.755e9) < 0.38
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("kernels_ahead_of_time")
+
+
+def test_scoring_coco_moves_at_most_half_a_terabyte(script: ModuleType) -> None:
+    work = script.count(5000, torch.full((25000,), 13), products="fp16")
+    cosines = 5000 * 40 * 25000 * 13 * 2
+    # They are written once and read once, and little else comes to them.
+    assert work.bytes["mm"] > cosines
+    assert work.bytes["score_pairs"] > cosines
+    assert 2 * cosines < work.bytes.total() < 0.5e12
+    # A tile has four captions with one image.
+    assert work.tiles.total() >= 5000 * 25000 / 4
+    assert work.flops == 2 * cosines / 2 * 1024
+
+
+def test_counted_bytes_are_those_of_the_operations(script: ModuleType) -> None:
+    """Two images of three regions, three captions of two words, width 16: by hand."""
+    work = script.count(2, torch.full((3,), 2), products="fp16", num_regions=3, dim=16)
+    slots, rows = 8, 3 * 2
+    product = 2 * (rows * 16 + 2 * slots * 16 + rows * 2 * slots)
+    assert work.bytes["mm"] == product
+    grams = 2 * 2 * slots * slots + 2 * 3 * 2 * 2
+    small = 4 * (2 * slots + 3 * 2 + 4 + 4 + 2 + 2 * 3)  # theta, lead, constants, starts, scores
+    assert work.bytes["score_pairs"] == 2 * rows * 2 * slots + grams + small
+    assert work.launches["mm"] == work.launches["score_pairs"] == 1
