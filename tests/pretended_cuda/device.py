@@ -305,6 +305,8 @@ def pretended() -> Iterator[Record]:
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "get_device_name", lambda *_: "a pretended card"),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "manual_seed_all", lambda _: None),
         (torch.cuda, "max_memory_allocated", lambda *_: 0),

@@ -33,7 +33,14 @@ MOST_WAITS = 2  # of a step, on average: one for the pairs that have a gradient,
 QUICK = ("filtered_regions", "generalized_pooling", "hard_gate", "scan")
 LONG = (
     *("no_fusion", "no_priors", "no_consensus", "no_static_words", "no_reasoning", "no_global"),
-    *("window_words", "no_gate", "two_rounds", "mean_pooling", "chan", "chan_mean"),
+    *(
+        "window_words",
+        "prominent_words_weigh_more",
+        "two_rounds",
+        "mean_pooling",
+        "chan",
+        "chan_mean",
+    ),
 )
 REGISTRY = {entry.name: dict(entry.overrides) for entry in (*ABLATIONS, *METHODS)}
 VARIANTS: dict[str, dict[str, Any]] = {
