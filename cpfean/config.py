@@ -354,7 +354,9 @@ class OptimConfig(_Part):
         decay_epoch: epochs trained before the learning rates are multiplied by `decay_factor`.
         clip_norm: largest norm of the gradient.
         patience: stop after so many epochs without a better rSum; 0 never stops early.
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 elsewhere.
+        precision: "fp32", "bf16" or "fp16" (autocast; "fp16" scales the loss), or "auto": bf16 on
+            cards of compute capability 8.0 or more, fp16 from 7.0 on, fp32 elsewhere. The cards of
+            all workers decide together, and `train/significand_bits` tells what became of it.
         sharding: "none" keeps all weights, gradients and moments on every worker; "full" spreads
             them over the workers, for text encoders that do not fit. The results are the same.
     """
@@ -370,7 +372,7 @@ class OptimConfig(_Part):
     decay_factor: float = 0.1
     clip_norm: float = 2.0
     patience: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     sharding: Literal["none", "full"] = "none"
 
     def _validate(self) -> None:

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +35,7 @@ from cpfean.files import is_there, open_file
 from cpfean.json_files import read_object
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.weights import Spec, check_finite, read_header, specs
+from cpfean.training.precision import LossScale
 from cpfean.training.sharding import like, whole_on_first
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class TrainingState:
         history: what each epoch reported, in order.
         config: the experiment.
         data_fingerprint: of the data folder.
+        loss_scale: of the newest step, and the precision in which that was computed.
     """
 
     epoch: int
@@ -89,6 +91,7 @@ class TrainingState:
     config: ExperimentConfig
     data_fingerprint: str
     underway: Underway = Underway()
+    loss_scale: LossScale = field(default_factory=LossScale)
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -158,6 +161,7 @@ class Checkpoint:
             "history": list(state.history),
             "config": state.config.to_dict(),
             "data_fingerprint": state.data_fingerprint,
+            "loss_scale": asdict(state.loss_scale),
             "optimizer_groups": self.optimizer_groups,
         }
         (folder / "state.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
@@ -189,8 +193,9 @@ def read_state(folder: Path) -> TrainingState:
             history=tuple(plain["history"]),
             config=ExperimentConfig.from_dict(plain["config"]),
             data_fingerprint=plain["data_fingerprint"],
+            loss_scale=LossScale(**plain.get("loss_scale", {})),
         )
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{source}: not a checkpoint's state: {reason}") from None
     _check_state(state, source)

@@ -12,7 +12,8 @@ import re
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ from cpfean.training.checkpoint import (
 from cpfean.training.evaluation import evaluate
 from cpfean.training.global_batch import GlobalBatchLoss, data_parallel, find_gradients
 from cpfean.training.optimizer import build_optimizer, set_epoch
+from cpfean.training.precision import LossScale, autocast, chosen_precision, significand_bits
 from cpfean.training.setup import open_experiment
 from cpfean.training.sharding import put_together, whole, whole_on_first
 
@@ -65,6 +67,8 @@ class EpochReport:
         seconds: for training and validation.
         pairs_per_second: training alone, all workers together.
         workers: that shared the batches; at its end, if their number has changed.
+        significand_bits: of the numbers that matrix products are made of: 24 in float32, 11 in
+            float16, 8 in bfloat16; at its end, if the cards have changed.
         metrics: on dev.
         best_rsum, best_epoch: so far, this epoch included.
         stopped_early: no further epoch follows although more were planned.
@@ -78,6 +82,7 @@ class EpochReport:
     seconds: float
     pairs_per_second: float
     workers: int
+    significand_bits: int
     metrics: RetrievalMetrics
     best_rsum: float
     best_epoch: int
@@ -93,6 +98,7 @@ class EpochReport:
             "train/seconds": self.seconds,
             "train/pairs_per_second": self.pairs_per_second,
             "train/workers": self.workers,
+            "train/significand_bits": self.significand_bits,
             **self.metrics.as_dict("val/"),
             "best/val_rsum": self.best_rsum,
             "best/epoch": self.best_epoch,
@@ -188,6 +194,8 @@ def fit(
         restore_optimizer(resume_from, optimizer)
         logger.info("resumed after %s; %d epochs in all", state.moment, config.optim.epochs)
     looks = _Looks(notice, device)
+    precision = chosen_precision(config.optim.precision, device)
+    scale = LossScale.to_go_on(precision, state.loss_scale)
 
     def taken_now() -> Checkpoint | None:
         # Every process has a part in it.
@@ -210,10 +218,11 @@ def fit(
                 device=device,
                 begun=state.underway,
                 looks=looks,
+                scale=scale,
             )
             if not is_whole:
                 assert notice is not None
-                state = replace(state, underway=underway)
+                state = replace(state, underway=underway, loss_scale=copy(scale))
                 notice.save(taken_now())
                 raise StoppedError(
                     f"told to stop, saved at step {underway.steps} of epoch {epoch}."
@@ -244,6 +253,7 @@ def fit(
             seconds=underway.seconds + time.monotonic() - started,
             pairs_per_second=num_pairs / underway.seconds,
             workers=world_size,
+            significand_bits=significand_bits(precision),
             metrics=metrics,
             best_rsum=best_rsum,
             best_epoch=best_epoch,
@@ -259,6 +269,7 @@ def fit(
             history=report.history,
             config=config,
             data_fingerprint=fingerprint,
+            loss_scale=copy(scale),
         )
         reporter.report(report, taken_now())
     return FitResult(history=state.history, best_rsum=state.best_rsum, best_epoch=state.best_epoch)
@@ -312,6 +323,7 @@ def _train_epoch(
     device: torch.device,
     begun: Underway,
     looks: _Looks,
+    scale: LossScale,
 ) -> tuple[Underway, bool]:
     """One pass over the training pairs, or the rest of one.
 
@@ -346,10 +358,12 @@ def _train_epoch(
             torch.manual_seed(_seed_of(config.seed, epoch, number, rank))
             batch = batch.to(device, non_blocking=on_gpu)
             optimizer.zero_grad(set_to_none=True)
-            with autocast(config.optim.precision, device):
+            with autocast(scale.precision, device):
                 loss = step(batch, mining, in_batch)
-            norm = find_gradients(step, loss, parameters, clip_norm=config.optim.clip_norm)
-            optimizer.step()
+            # A scaled gradient is clipped at the scaled norm.
+            largest = config.optim.clip_norm * scale.value
+            norm = find_gradients(step, loss * scale.value, parameters, clip_norm=largest)
+            norm = scale.step(optimizer, parameters, norm)
             total += loss.detach()
             is_last = number == len(batches)
             if is_last or looks.due(number - seen):
@@ -413,15 +427,6 @@ def _peak_of_process() -> int:
         if kilobytes:
             return int(kilobytes[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, where this is
-
-
-def autocast(
-    precision: Literal["auto", "fp32", "bf16"], device: torch.device
-) -> torch.autocast | nullcontext[None]:
-    """The types that a step computes in."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def _check_finite(

@@ -28,8 +28,8 @@ from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.evaluation import COCO_FOLD, evaluate
-from cpfean.training.loop import autocast
 from cpfean.training.optimizer import build_optimizer
+from cpfean.training.precision import autocast, chosen_precision
 from cpfean.training.setup import open_experiment
 
 _WARM_UP = 2  # steps that compile, allocate and open files
@@ -183,6 +183,7 @@ def _time_steps(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = min(config.optim.batch_size, len(dataset))
     on_gpu = device.type == "cuda"
+    precision = chosen_precision(config.optim.precision, device)
     model.train()
     times: list[float] = []
     requests = _requests(len(dataset), config, workers=workers)
@@ -192,7 +193,7 @@ def _time_steps(
             started = time.monotonic()
             batch = next(gathered).to(device, non_blocking=on_gpu)
             optimizer.zero_grad(set_to_none=True)
-            with autocast(config.optim.precision, device):
+            with autocast(precision, device):
                 loss = _share_of_loss(model, batch, config, total=total)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
