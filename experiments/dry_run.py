@@ -1,4 +1,8 @@
-"""What a study would take, from a few steps that are timed here; nothing is started on Ray."""
+"""What a study would take; nothing is started on Ray.
+
+From a few steps that are timed here. For a card that is not here: from what was measured on such
+a card or, where nothing was, from counts of a step's operations: an estimate, and called so.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from cpfean.config import ExperimentConfig
 from cpfean.records.budget import OTHER, Prices, eta, free_bytes, size
+from cpfean.records.cards import Card, Measured
+from experiments.baselines import BASELINES
 from orchestration.cluster.capacity import allocate, this_machine
 from orchestration.settings import Settings, usable_cpus
 from orchestration.study.plan import (
@@ -48,7 +56,6 @@ def dry_run(
         ConfigError, DataError: what is asked for does not fit the data.
     """
     from cpfean.training.setup import default_device
-    from cpfean.training.timing import time_training
 
     base, workers = plans[0].base, max(1, plans[0].workers)
     device = default_device()
@@ -68,11 +75,12 @@ def dry_run(
         resources = allocate(cluster, workers=workers, trials=max(1, *trials))
         cpus, gpus, at_a_time = resources.cpus, resources.use_gpu, resources.concurrent
         there += f" ({len(cluster.nodes)} node(s), {cluster.cpus} CPUs, {cluster.gpus} GPUs)"
-    timing = time_training(
+    pace = pace_of(
         base,
-        data_folder=plans[0].data_folder,
+        plans[0].data_folder,
+        prices=prices,
+        types=types if gpus else (),
         cache_dir=settings.cache_dir,
-        device=device,
         workers=workers,
         threads=cpus,
     )
@@ -80,9 +88,9 @@ def dry_run(
         Estimate(
             trials=open_trials,
             epochs=base.optim.epochs,
-            steps=timing.steps,
-            step_seconds=timing.step_seconds,
-            validation_seconds=timing.validation_seconds,
+            steps=pace.steps,
+            step_seconds=pace.step_seconds,
+            validation_seconds=pace.validation_seconds,
             workers=workers,
             units=1 if gpus else cpus,
             at_a_time=min(at_a_time, max(1, open_trials)),
@@ -104,18 +112,19 @@ def dry_run(
     if base.model.text.encoder != "scratch" and not base.model.text.trainable:
         left_out.append("the frozen text encoder's one pass over all captions")
     notes = ["every trial is taken to be as long as the configuration itself and not stopped early"]
-    if gpus and device.type != "cuda":
-        notes.append("the step was timed without the GPU that a worker would have: an upper bound")
+    if gpus and pace.is_of_a_processor:
+        notes.append(
+            "the step was timed without the GPU that a worker would have: an upper bound; for "
+            f"less, say in {prices.file} which card the nodes have"
+        )
     return [
         f"trials          {sum(trials)} of {total} to run, {base.optim.epochs} epochs of "
-        f"{timing.steps} steps each",
+        f"{pace.steps} steps each",
         f"workers         {workers} a trial, {each} each; {max(e.at_a_time for e in estimates)} "
         f"trial(s) at a time on {there}",
-        f"timed           {timing.timed} steps at {timing.step_seconds:.3g} s, validation "
-        f"{timing.validation_seconds:.3g} s an epoch, in this process on {device.type} with "
-        f"{cpus} thread(s)",
+        pace.line,
         f"time            {eta(seconds)}, {seconds / 3600:.3g} hours; "
-        f"{unit_hours:.3g} {unit}-hours",
+        f"{unit_hours:.3g} {unit}-hours ({pace.line.split()[0]})",
         f"cost            {cost_line(prices, types, hours=seconds / 3600)}",
         f"disk            {disk}; {where}",
         f"not counted     {', '.join(left_out)}",
@@ -124,16 +133,166 @@ def dry_run(
     ]
 
 
+# Settings that change what is learned and not how long a step takes.
+_SAME_STEP = {
+    "seed",
+    "data.path",
+    "data.train_images",
+    "loss.margin",
+    "loss.warmup_epochs",
+    "optim.clip_norm",
+    "optim.decay_epoch",
+    "optim.decay_factor",
+    "optim.epochs",
+    "optim.learning_rate",
+    "optim.patience",
+    "optim.text_learning_rate",
+    "optim.weight_decay",
+}
+
+
+def same_steps(config: ExperimentConfig) -> list[str]:
+    """The named configurations whose steps are as long as those of this one."""
+    flat = config.flat()
+    return [
+        name
+        for name, named in BASELINES.items()
+        if all(path in _SAME_STEP or flat[path] == value for path, value in named.flat().items())
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How long a trial's parts take, and where that is from.
+
+    Attributes:
+        steps: of an epoch.
+        step_seconds: of one.
+        validation_seconds: of an epoch.
+        line: the same for people; it begins with "timed", "measured" or "estimate".
+        is_of_a_processor: timed on one.
+    """
+
+    steps: int
+    step_seconds: float
+    validation_seconds: float
+    line: str
+    is_of_a_processor: bool = False
+
+
+def pace_of(
+    base: ExperimentConfig,
+    data_folder: Path,
+    *,
+    prices: Prices,
+    types: Sequence[str],
+    cache_dir: Path,
+    workers: int,
+    threads: int,
+) -> Pace:
+    """Timed where the workers' card is, which is not always here: the head of a cluster has none.
+
+    Args:
+        base: what a trial trains.
+        data_folder: a checked folder in the native format.
+        prices: with the cards that nodes have, and what was measured on them.
+        types: of the nodes, if workers take their GPUs.
+        cache_dir: for what can be made again.
+        workers: of a trial.
+        threads: of each.
+
+    Raises:
+        ConfigError, DataError: what is asked for does not fit the data.
+    """
+    from cpfean.training.setup import default_device
+
+    card = prices.cards.slowest(types)
+    if card is None or default_device().type == "cuda":
+        return _timed(base, data_folder, cache_dir, workers=workers, threads=threads)
+    known = prices.cards.newest(card.name, same_steps(base), workers=workers)
+    if known is not None:
+        return _measured(base, data_folder, known)
+    return _counted(base, data_folder, cache_dir, workers=workers, card=card)
+
+
+def _timed(base: ExperimentConfig, data: Path, cache: Path, *, workers: int, threads: int) -> Pace:
+    """Of this machine."""
+    from cpfean.training.setup import default_device
+    from cpfean.training.timing import time_training
+
+    device = default_device()
+    timing = time_training(
+        base, data_folder=data, cache_dir=cache, device=device, workers=workers, threads=threads
+    )
+    return Pace(
+        steps=timing.steps,
+        step_seconds=timing.step_seconds,
+        validation_seconds=timing.validation_seconds,
+        line=f"timed           {timing.timed} steps at {timing.step_seconds:.3g} s, validation "
+        f"{timing.validation_seconds:.3g} s an epoch, in this process on {device.type} with "
+        f"{threads} thread(s)",
+        is_of_a_processor=device.type != "cuda",
+    )
+
+
+def _measured(base: ExperimentConfig, data: Path, known: Measured) -> Pace:
+    """Of a card on which such steps were timed once."""
+    from cpfean.training.timing import steps_of
+
+    rate = base.optim.batch_size / known.step_seconds
+    return Pace(
+        steps=steps_of(base, data),
+        step_seconds=known.step_seconds,
+        validation_seconds=known.validation_seconds,
+        line=f"measured        {known.step_seconds:.3g} s a step ({rate:.0f} images a second), "
+        f"validation {known.validation_seconds:.3g} s an epoch, with --config "
+        f"{known.configuration} on {known.card}, {known.date}, commit {known.commit}: "
+        f"{known.source}",
+    )
+
+
+def _counted(base: ExperimentConfig, data: Path, cache: Path, *, workers: int, card: Card) -> Pace:
+    """Of a card on which nobody has timed such steps: an estimate."""
+    from cpfean.training.counting import OF_MEMORY, OF_PRODUCTS, Rates
+    from cpfean.training.precision import precision_of
+    from cpfean.training.timing import count_training
+
+    precision = precision_of(base.optim.precision, card.capability)
+    rates = Rates(
+        products_16=card.tflops_16 * 1e12,
+        products_32=card.tflops_32 * 1e12,
+        memory=card.gb_per_second * 1e9,
+    )
+    found = count_training(
+        base,
+        data_folder=data,
+        cache_dir=cache,
+        workers=workers,
+        precision=precision,
+        rates=rates,
+    )
+    return Pace(
+        steps=found.steps,
+        step_seconds=found.step_seconds,
+        validation_seconds=found.validation_seconds,
+        line=f"estimate        {found.step_seconds:.3g} s a step, validation "
+        f"{found.validation_seconds:.3g} s an epoch, on {card.name} in {precision}: from counts, "
+        f"{found.flops / 1e12:.3g} TFLOP and {found.bytes / 1e9:.3g} GB a step at "
+        f"{OF_PRODUCTS:.0%} and {OF_MEMORY:.0%} of the maker's rates, without the time to launch "
+        "kernels; nothing was measured on this card",
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """How long a plan takes, from a step that was timed.
+    """How long a plan takes, from the length of a step.
 
     Attributes:
         trials: that are still to be run.
         epochs: of each.
         steps: of an epoch.
-        step_seconds: timed.
-        validation_seconds: of an epoch, timed on a part of the split.
+        step_seconds: of one.
+        validation_seconds: of an epoch.
         workers: of a trial.
         units: GPUs, or CPUs where there is none, of a worker.
         at_a_time: trials.

@@ -14,13 +14,14 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cpfean.errors import ConfigError, ServiceError
 from cpfean.files import read_file
 from cpfean.json_files import RecordError, read_fields
+from cpfean.records.cards import Cards
 from cpfean.writing import write_json
 
 SPENT = "spent.json"
@@ -41,10 +42,11 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prices:
-    """What nodes cost by their type, and the file that says so."""
+    """What nodes cost by their type, which cards they have, and the file that says so."""
 
     file: Path
     nodes: Mapping[str, Price]
+    cards: Cards = field(default_factory=Cards)
 
     @classmethod
     def read(cls, file: Path) -> Prices:
@@ -55,21 +57,28 @@ class Prices:
         """
         try:
             plain = tomllib.loads(read_file(file, limit=_LARGEST).decode("utf-8-sig"))
+            machines, described = _tables("instances", plain), _tables("nodes", plain)
             instances = {
                 name: {market: _dollars(f"instances.{name}", of, market) for market in _MARKETS}
-                for name, of in _tables("instances", plain).items()
+                for name, of in machines.items()
             }
             nodes = {
-                name: _price(f"nodes.{name}", node, instances)
-                for name, node in _tables("nodes", plain).items()
+                name: _price(f"nodes.{name}", node, instances) for name, node in described.items()
             }
+            # A node has the card that it tells itself, or else its machine's.
+            told = {
+                name: machines.get(str(of.get("instance")), {}) | of
+                for name, of in described.items()
+            }
+            of_nodes = {name: str(of["card"]) for name, of in told.items() if "card" in of}
+            cards = Cards.read(plain, nodes=of_nodes)
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}.") from None
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
-        return cls(file=file, nodes=nodes)
+        return cls(file=file, nodes=nodes, cards=cards)
 
     def unknown(self, types: Iterable[str]) -> list[str]:
         """Those of the types that have no price."""

@@ -3,6 +3,7 @@
 A few steps are trained for real, on the real data, and thrown away. Of several workers one is
 played: it has its share of the batch, and copies of its own captions stand in for those of the
 others, so that it encodes and scores as much as a worker does. What workers exchange is left out.
+For a card that is not here one step is counted instead, which makes an estimate.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -27,10 +29,11 @@ from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.model.text_encoder import TextBackbone
+from cpfean.training.counting import Counter, Rates
 from cpfean.training.evaluation import COCO_FOLD, evaluate
 from cpfean.training.optimizer import build_optimizer
-from cpfean.training.precision import autocast, chosen_precision
-from cpfean.training.setup import open_experiment
+from cpfean.training.precision import Precision, autocast, chosen_precision
+from cpfean.training.setup import Experiment, open_experiment
 
 _WARM_UP = 2  # steps that compile, allocate and open files
 _LEAST, _MOST = 10, 100
@@ -52,6 +55,24 @@ class Timing:
 
     step_seconds: float
     timed: int
+    steps: int
+    validation_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What was counted for a card that is not here: no measurement.
+
+    Attributes:
+        step_seconds: of a training step of one worker, at least.
+        flops, bytes: of such a step.
+        steps: of an epoch.
+        validation_seconds: of an epoch, at least.
+    """
+
+    step_seconds: float
+    flops: float
+    bytes: float
     steps: int
     validation_seconds: float
 
@@ -83,13 +104,7 @@ def time_training(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        # A frozen encoder goes over all captions once before the first step, which is not timed.
-        some = config
-        if config.model.text.encoder != "scratch" and not config.model.text.trainable:
-            some = config.with_overrides({"data.train_images": _few_images(config, data_folder)})
-        experiment = open_experiment(
-            some, data_folder=data_folder, cache_dir=cache_dir, device=device
-        )
+        experiment = _open(config, data_folder=data_folder, cache_dir=cache_dir, device=device)
         step_seconds, timed = _time_steps(
             experiment.model,
             experiment.train,
@@ -98,23 +113,101 @@ def time_training(
             workers=workers,
             enough_seconds=enough_seconds,
         )
-        validation = _time_validation(
-            experiment.model,
-            experiment.dev,
-            experiment.tokenizer,
-            config,
-            data_folder=data_folder,
-            device=device,
+        validation = _validation_seconds(
+            time.monotonic, experiment, config, data_folder=data_folder, device=device
         )
     finally:
         torch.set_num_threads(before)
-    pairs = _training_split(config, data_folder).num_captions
     return Timing(
         step_seconds=step_seconds,
         timed=timed,
-        steps=pairs // min(config.optim.batch_size, pairs),
+        steps=steps_of(config, data_folder),
         validation_seconds=validation / workers,
     )
+
+
+def count_training(
+    config: ExperimentConfig,
+    *,
+    data_folder: Path,
+    cache_dir: Path,
+    workers: int,
+    precision: Precision,
+    rates: Rates,
+) -> Counted:
+    """Counts one step and a part of a validation, computed in this process, for a card.
+
+    The score is counted in plain torch, as a card without a kernel for it computes it.
+
+    Args:
+        config: the experiment.
+        data_folder: a checked folder in the native format.
+        cache_dir: for what can be made again.
+        workers: processes that would share the batch.
+        precision: of a step on that card.
+        rates: of that card.
+
+    Raises:
+        ConfigError, DataError: what is asked for does not fit the data.
+    """
+    device = torch.device("cpu")
+    experiment = _open(config, data_folder=data_folder, cache_dir=cache_dir, device=device)
+    step, validation = Counter(rates), Counter(rates)
+    dataset = experiment.train
+    batch = dataset.training_batch(next(_requests(len(dataset), config, workers=workers)))
+    with _plain_scores(experiment.model):
+        optimizer = build_optimizer(experiment.model, config.optim)
+        experiment.model.train()
+        with step:
+            total = min(config.optim.batch_size, len(dataset))
+            _step(experiment.model, optimizer, batch, config, precision=precision, total=total)
+        with validation:
+            validation_seconds = _validation_seconds(
+                lambda: validation.seconds,
+                experiment,
+                config,
+                data_folder=data_folder,
+                device=device,
+            )
+    return Counted(
+        step_seconds=step.seconds,
+        flops=step.flops,
+        bytes=step.bytes,
+        steps=steps_of(config, data_folder),
+        validation_seconds=validation_seconds / workers,
+    )
+
+
+@contextmanager
+def _plain_scores(model: Cpfean) -> Iterator[None]:
+    """Without the kernel for processors, whose work nobody can count."""
+    if model.scorer is None:
+        yield
+        return
+    model.scorer.compiled_scores = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.scorer.compiled_scores
+
+
+def steps_of(config: ExperimentConfig, data_folder: Path) -> int:
+    """Training steps of an epoch."""
+    pairs = _training_split(config, data_folder).num_captions
+    return pairs // min(config.optim.batch_size, pairs)
+
+
+def _open(
+    config: ExperimentConfig, *, data_folder: Path, cache_dir: Path, device: torch.device
+) -> Experiment:
+    """The experiment, of a frozen text encoder with few captions.
+
+    It goes over all captions once before the first step, which is neither timed nor counted.
+    """
+    if config.model.text.encoder != "scratch" and not config.model.text.trainable:
+        few = {"data.train_images": _few_images(config, data_folder)}
+        config = config.with_overrides(few)
+    return open_experiment(config, data_folder=data_folder, cache_dir=cache_dir, device=device)
 
 
 def checkpoint_bytes(config: ExperimentConfig, *, data_folder: Path) -> int:
@@ -180,7 +273,6 @@ def _time_steps(
 ) -> tuple[float, int]:
     """Median seconds of a step, and of how many."""
     optimizer = build_optimizer(model, config.optim)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = min(config.optim.batch_size, len(dataset))
     on_gpu = device.type == "cuda"
     precision = chosen_precision(config.optim.precision, device)
@@ -192,12 +284,7 @@ def _time_steps(
             # A batch that is not ready is waited for, as in training.
             started = time.monotonic()
             batch = next(gathered).to(device, non_blocking=on_gpu)
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(precision, device):
-                loss = _share_of_loss(model, batch, config, total=total)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-            optimizer.step()
+            _step(model, optimizer, batch, config, precision=precision, total=total)
             if on_gpu:
                 torch.cuda.synchronize(device)
             if number >= _WARM_UP:
@@ -206,6 +293,25 @@ def _time_steps(
                 if sum(times) >= enough:
                     break
     return statistics.median(times), len(times)
+
+
+def _step(
+    model: Cpfean,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: ExperimentConfig,
+    *,
+    precision: Precision,
+    total: int,
+) -> None:
+    """One training step of one worker."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(precision, batch.image_ids.device):
+        loss = _share_of_loss(model, batch, config, total=total)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+    optimizer.step()
 
 
 def _requests(num_pairs: int, config: ExperimentConfig, *, workers: int) -> Iterator[BatchRequest]:
@@ -236,29 +342,29 @@ def _share_of_loss(model: Cpfean, batch: Batch, config: ExperimentConfig, *, tot
     )
 
 
-def _time_validation(
-    model: Cpfean,
-    dev: RetrievalDataset,
-    tokenizer: CaptionTokenizer,
+def _validation_seconds(
+    clock: Callable[[], float],
+    experiment: Experiment,
     config: ExperimentConfig,
     *,
     data_folder: Path,
     device: torch.device,
 ) -> float:
-    """Seconds of one process for all of dev."""
+    """Seconds of one process for all of dev, by a clock."""
+    dev = experiment.dev
 
     def timed(num_images: int) -> float:
-        part = _first_images(dev, tokenizer, num_images, config, data_folder=data_folder)
-        started = time.monotonic()
+        part = _first_images(dev, experiment.tokenizer, num_images, config, data_folder=data_folder)
+        started = clock()
         evaluate(
-            model,
+            experiment.model,
             part,
             protocol="full",
             batch_size=config.evaluation.batch_size,
             device=device,
             products=config.evaluation.products,
         )
-        return time.monotonic() - started
+        return clock() - started
 
     whole = dev.split.num_images
     fold = COCO_FOLD if config.evaluation.protocol == "coco-1k" else whole
