@@ -312,6 +312,47 @@ def test_the_region_is_the_same_where_it_is_named() -> None:
     assert regions == {cluster()["provider"]["region"]}
 
 
+def test_a_machine_whose_card_cannot_be_used_does_not_join(tmp_path: Path) -> None:
+    import torch
+
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    (check,) = [line for line in cluster()["worker_setup_commands"] if "import torch" in line]
+    done = subprocess.run(
+        ["bash", "-c", check], env={"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == torch.cuda.is_available(), done.stderr
+    assert "SyntaxError" not in done.stderr
+
+
+def test_every_card_of_a_machine_has_a_worker_of_a_trial() -> None:
+    from orchestration.cluster.capacity import Cluster as Hosts
+    from orchestration.cluster.capacity import Node, allocate, workers_that_fit
+
+    def workers_on_one(resources: dict[str, int]) -> tuple[int, int]:
+        head = cluster()["available_node_types"]["head"]["resources"]
+        one = Node(cpus=resources["CPU"], gpus=resources["GPU"])
+        nodes = (Node(cpus=head["CPU"], gpus=0), one)
+        hosts = Hosts(
+            cpus=sum(node.cpus for node in nodes), gpus=one.gpus, is_local=False, nodes=nodes
+        )
+        given = allocate(hosts, workers=one.gpus, trials=6)
+        return given.concurrent, workers_that_fit([one], cpus=given.cpus, use_gpu=given.use_gpu)
+
+    assert workers_on_one(cluster()["available_node_types"]["gpu-worker"]["resources"]) == (1, 1)
+    # The machine of several cards that the file speaks of, by its own words.
+    cpus, gpus = re.findall(r"\{CPU: (\d+), GPU: (\d+)\} above", TEXT)[0]
+    assert workers_on_one({"CPU": int(cpus), "GPU": int(gpus)}) == (1, int(gpus))
+    assert workers_on_one({"CPU": 8, "GPU": 2}) == (1, 2)
+
+
+def test_workers_are_told_nothing_of_networks_and_nccl_tells_why_it_fails() -> None:
+    said = "\n".join(cluster()["setup_commands"])
+    assert "NCCL_DEBUG=WARN" in said
+    assert "NCCL_SOCKET_IFNAME" not in said
+    for name, kind in cluster()["available_node_types"].items():
+        assert len(kind["node_config"]["NetworkInterfaces"]) == 1, name
+
+
 def test_a_worker_ends_itself_once_ray_has_left_it(tmp_path: Path) -> None:
     """Its start-up script, with programs that note down how they are called."""
     for name, does in {

@@ -1,4 +1,4 @@
-"""docs/schedule: what calls schedule.py from outside calls it rightly, and with few rights."""
+"""Timer and CronJob: what calls schedule.py from outside calls it rightly, and with few rights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def unit(name: str) -> configparser.ConfigParser:
 
 
 def cronjob() -> Job:
-    return yaml.safe_load((FOLDER / "cronjob.yaml").read_text(encoding="utf-8"))
+    file = ROOT / "docs" / "kubernetes" / "cronjob.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def container(job: Job) -> dict[str, Any]:
