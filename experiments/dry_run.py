@@ -258,18 +258,16 @@ def _counted(base: ExperimentConfig, data: Path, cache: Path, *, workers: int, c
     from cpfean.training.timing import count_training
 
     precision = precision_of(base.optim.precision, card.capability)
-    rates = Rates(
-        products_16=card.tflops_16 * 1e12,
-        products_32=card.tflops_32 * 1e12,
-        memory=card.gb_per_second * 1e9,
-    )
+    memory = card.gb_per_second * 1e9
+    in_float32 = Rates(products=card.tflops_32 * 1e12, memory=memory)
+    in_16_bits = Rates(products=card.tflops_16 * 1e12, memory=memory)
     found = count_training(
         base,
         data_folder=data,
         cache_dir=cache,
         workers=workers,
-        precision=precision,
-        rates=rates,
+        in_step=in_float32 if precision == "fp32" else in_16_bits,
+        in_validation=in_float32,
     )
     return Pace(
         steps=found.steps,

@@ -132,8 +132,8 @@ def count_training(
     data_folder: Path,
     cache_dir: Path,
     workers: int,
-    precision: Precision,
-    rates: Rates,
+    in_step: Rates,
+    in_validation: Rates,
 ) -> Counted:
     """Counts one step and a part of a validation, computed in this process, for a card.
 
@@ -144,15 +144,15 @@ def count_training(
         data_folder: a checked folder in the native format.
         cache_dir: for what can be made again.
         workers: processes that would share the batch.
-        precision: of a step on that card.
-        rates: of that card.
+        in_step: the card's rates in the type of a step's products.
+        in_validation: the same of float32, in which a split is encoded and scored.
 
     Raises:
         ConfigError, DataError: what is asked for does not fit the data.
     """
     device = torch.device("cpu")
     experiment = _open(config, data_folder=data_folder, cache_dir=cache_dir, device=device)
-    step, validation = Counter(rates), Counter(rates)
+    step, validation = Counter(in_step), Counter(in_validation)
     dataset = experiment.train
     batch = dataset.training_batch(next(_requests(len(dataset), config, workers=workers)))
     with _plain_scores(experiment.model):
@@ -160,7 +160,7 @@ def count_training(
         experiment.model.train()
         with step:
             total = min(config.optim.batch_size, len(dataset))
-            _step(experiment.model, optimizer, batch, config, precision=precision, total=total)
+            _step(experiment.model, optimizer, batch, config, precision="fp32", total=total)
         with validation:
             validation_seconds = _validation_seconds(
                 lambda: validation.seconds,
