@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -250,7 +251,7 @@ def _fit(
             )
             if not is_whole:
                 assert notice is not None
-                state = replace(state, underway=underway, loss_scale=replace(scale))
+                state = replace(state, underway=underway, loss_scale=copy(scale))
                 notice.save(taken_now())
                 raise StoppedError(
                     f"told to stop, saved at step {underway.steps} of epoch {epoch}."
@@ -299,7 +300,7 @@ def _fit(
             history=report.history,
             config=config,
             data_fingerprint=fingerprint,
-            loss_scale=replace(scale),
+            loss_scale=copy(scale),
         )
         reporter.report(report, taken_now())
     return FitResult(history=state.history, best_rsum=state.best_rsum, best_epoch=state.best_epoch)

@@ -14,7 +14,8 @@ import logging
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -129,7 +130,7 @@ class LossScale:
             before: the scale so far, perhaps of another card's steps.
         """
         if precision == before.precision:
-            return replace(before)
+            return copy(before)
         return cls(precision=precision, value=_FIRST_SCALE if precision == "fp16" else 1.0)
 
     def step(
