@@ -12,7 +12,7 @@ from orchestration.settings import Settings
 from orchestration.study.conclusion import StudyResult
 from orchestration.tracking.address import is_web, shown
 
-_APART = ": trials with other numbers of them differ from the last bits on"
+_APART = ": with another number the same settings come to another model"
 
 
 def print_comparison(result: StudyResult, report: Path, where: Settings) -> None:

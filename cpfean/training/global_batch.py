@@ -67,6 +67,8 @@ def data_parallel(
     """
     if place()[1] == 1:
         return step
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the first collective, which NCCL ties to a GPU
     if sharding == "full":
         return shard(step, layers_of=step.model.backbone, device=device)
     return DistributedDataParallel(

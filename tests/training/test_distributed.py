@@ -25,7 +25,7 @@ from cpfean.model.cpfean import Cpfean
 from cpfean.processes import place
 from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.global_batch import GlobalBatchLoss, data_parallel, find_gradients
-from cpfean.training.loop import EpochReport, fit
+from cpfean.training.loop import EpochReport, Notice, fit
 from cpfean.training.setup import open_experiment
 from cpfean.training.sharding import whole
 from tests.model.encoders import write_encoder
@@ -109,7 +109,12 @@ class Keeper:
 
 
 def train(
-    config: ExperimentConfig, data: Path, out: Path, *, resume_from: Path | None = None
+    config: ExperimentConfig,
+    data: Path,
+    out: Path,
+    *,
+    resume_from: Path | None = None,
+    notice: Notice | None = None,
 ) -> list[tuple[float, float]]:
     """Loss and rSum of each epoch, without dropout.
 
@@ -131,6 +136,7 @@ def train(
                 reporter=Keeper(out),
                 device=CPU,
                 resume_from=resume_from,
+                notice=notice,
             )
         finally:
             torch.set_default_dtype(torch.float32)
@@ -148,24 +154,36 @@ def trainings(folder: Path, out: Path) -> dict[str, Any]:
             found[kind][sharding] = train(
                 one, folder, here / sharding, resume_from=here / "alone" / "epoch-1"
             )
-        begun = config.with_overrides({"optim.sharding": "full", "optim.epochs": 1})
-        train(begun, folder, here / "begun")
+        sharded = config.with_overrides({"optim.sharding": "full"})
+        train(sharded.with_overrides({"optim.epochs": 1}), folder, here / "begun")
+        if config.model.text.trainable:
+            stopped = here / "stopped"
+            with pytest.raises(StoppedError):
+                train(sharded, folder, here, notice=OnOneProcess(stopped))
+            found[kind]["in mid-epoch"] = train(sharded, folder, here, resume_from=stopped)
     return found
 
 
 class OnOneProcess:
-    """Word to stop, which the last process alone is given, some looks after the beginning."""
+    """Word to stop, which the last process alone is given: after the first step.
 
-    def __init__(self) -> None:
+    How many steps come before the next look depends on how long a step takes.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self.looks = 0
+        self._folder = folder
 
     def given(self) -> bool:
         rank, world_size = place()
         self.looks += 1
-        return rank == world_size - 1 and self.looks > 2
+        return rank == world_size - 1 and self.looks > 1
 
     def save(self, checkpoint: Checkpoint | None) -> None:
         assert (checkpoint is not None) == (place()[0] == 0)
+        if checkpoint is not None:
+            checkpoint.save(self._folder)
+        distributed.barrier()  # the others read it next
 
 
 class Collectives(TorchDispatchMode):
@@ -197,7 +215,7 @@ def endings(config: ExperimentConfig, folder: Path, out: Path) -> list[tuple[str
     found = []
     for sharding in ("none", "full"):
         one = config.with_overrides({"optim.sharding": sharding, "optim.epochs": 1})
-        for data, notice in ((folder, OnOneProcess()), (spoilt, None)):
+        for data, notice in ((folder, OnOneProcess(out / "noticed")), (spoilt, None)):
             collectives = Collectives()
             with collectives, pytest.raises((StoppedError, DivergedError)) as caught:
                 fit(
@@ -329,7 +347,8 @@ def test_training_goes_on_the_same_with_another_number_of_processes(
     expected = alone["trainings"][kind]["uninterrupted"]
     tolerance = 1e-7 if kind == "trained" else 1e-4
     assert len({loss for loss, _ in expected}) == len(expected) > 1
-    found = [of["trainings"][kind][sharding] for of in shared for sharding in ("none", "full")]
+    found = [history for of in shared for history in of["trainings"][kind].values()]
+    assert len(found) == len(shared) * (3 if kind == "trained" else 2)
     for history in [*found, alone["trainings"][kind]["resumed"]]:
         for (loss, rsum), (of_alone, rsum_alone) in zip(history, expected, strict=True):
             assert loss == pytest.approx(of_alone, abs=tolerance)
