@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cpfean import progress
-from cpfean.config import ExperimentConfig
+from cpfean.config import ExperimentConfig, Products
 from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.errors import DataError, DivergedError
@@ -260,11 +260,13 @@ def test_captions_are_grouped_by_length_unless_they_are_few() -> None:
     assert [part.start for part in length_groups(lengths[:1])] == [0]
 
 
-def test_products_in_bf16_are_those_of_scoring_alone(
+def test_products_of_half_the_bits_are_those_of_scoring_alone(
     tiny_config: ExperimentConfig, data_folder: Path, tmp_path: Path
 ) -> None:
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
-    for products, autocast in (("bf16", True), ("fp32", False)):
+    cases: list[tuple[Products, bool]]
+    cases = [("bf16", True), ("fp16", True), ("fp32", False), ("auto", False)]
+    for products, autocast in cases:
         found: dict[str, set[bool]] = defaultdict(set)
 
         def seen(name: str, *_: Any, found: dict[str, set[bool]] = found) -> None:
