@@ -30,6 +30,7 @@ else:
     ScorerName = Literal[tuple(SCORERS)]
 
 Plain = bool | int | float | str
+Products = Literal["auto", "fp32", "fp16", "bf16"]  # types of the products that scores are made of
 
 _LARGEST_TOML = 1_000_000  # bytes; ours take two thousand
 _LARGEST = 2**31 - 1  # what every library that gets a whole number of ours can hold
@@ -397,14 +398,15 @@ class EvaluationConfig(_Part):
             of 1000 images with five captions each, every fold ranked by itself.
         batch_size: images or captions encoded at a time.
         products: type of the matrix products that the cosines of regions and words come from;
-            docs/performance.md tells what "bf16" does to speed and to rSum.
+            "auto" is fp16 on a GPU and fp32 elsewhere. docs/model.md has the errors of the types,
+            docs/performance.md what "bf16" does to rSum.
     """
 
     _prefix: typing.ClassVar[str] = "evaluation"
 
     protocol: Literal["full", "coco-1k"] = "full"
     batch_size: int = 128
-    products: Literal["fp32", "bf16"] = "fp32"
+    products: Products = "auto"
 
     def _validate(self) -> None:
         self._need(self.batch_size >= 1, "batch_size", "at least 1")

@@ -69,8 +69,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--products",
-        choices=("fp32", "bf16"),
-        help="type of the matrix products of scoring (default: the model's)",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        help="type of the matrix products of scoring; auto: fp16 on a GPU, fp32 elsewhere "
+        "(default: the model's)",
     )
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     command_line.run(parser, body)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpfean.analysis.pair_views import PairView, check_gates, has_gates, shown_image, view_pair
-from cpfean.config import nearest
+from cpfean.config import Products, nearest
 from cpfean.errors import ConfigError, DataError
 from cpfean.metrics.retrieval import QueryRanks, query_ranks
 from cpfean.training.evaluation import score_matrix
@@ -73,7 +73,7 @@ class Gallery:
         sizes: Int[np.ndarray, "image 2"] | None = None,
         num_images: int | None = None,
         batch_size: int = 128,
-        products: Literal["fp32", "bf16"] = "fp32",
+        products: Products = "fp32",
     ) -> None:
         self.trained = trained
         self.split = trained.dataset.split

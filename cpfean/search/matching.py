@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cpfean.config import Products
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
+from cpfean.model.scoring import in_products
 from cpfean.progress import Progress
 from cpfean.search.kept import KeptCaptions, KeptImages, Rows
 from cpfean.search.ranking import best
-
-Products = Literal["fp32", "bf16"]
 
 _BLOCK_BYTES = 2**26  # of images' embeddings that are scored at a time
 _BLOCK_CAPTIONS = 1024
@@ -102,8 +101,7 @@ def find_captions(
 def _scores(
     model: Cpfean, images: ImageEmbeddings, captions: CaptionEmbeddings, products: Products
 ) -> Float[np.ndarray, "image caption"]:
-    kind = images.pooled.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=products == "bf16"):
+    with in_products(products, images.pooled.device):
         return model.score(images, captions).float().cpu().numpy()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from cpfean.analysis.pair_views import (
     shown_image,
     view_pair,
 )
-from cpfean.config import nearest
+from cpfean.config import Products, nearest
 from cpfean.data.agreement import GALLERY
 from cpfean.data.split import Split, data_fingerprint, split_stem, splits_of
 from cpfean.errors import ConfigError, DataError
@@ -80,7 +80,7 @@ class Searcher:
         cache_dir: Path,
         key: dict[str, Any],
         batch_size: int = 128,
-        products: Literal["fp32", "bf16"] = "fp32",
+        products: Products = "fp32",
         precision: Precision = "float32",
     ) -> None:
         self.trained = trained

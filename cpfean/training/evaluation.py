@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from cpfean.config import Products
 from cpfean.data.caption_groups import PER_IMAGE
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.prefetch import prefetched
@@ -30,6 +31,7 @@ from cpfean.metrics.best import BestCandidates
 from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds
 from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings
+from cpfean.model.scoring import in_products
 from cpfean.processes import place, sent_from, share
 from cpfean.progress import Progress
 from cpfean.training.precision import Precision, autocast
@@ -48,7 +50,7 @@ def evaluate(
     protocol: Protocol,
     batch_size: int,
     device: torch.device,
-    products: Literal["fp32", "bf16"] = "fp32",
+    products: Products = "fp32",
     precision: Precision = "fp32",
     fold: int = COCO_FOLD,
 ) -> RetrievalMetrics:
@@ -84,7 +86,7 @@ class Member(NamedTuple):
 
     model: Cpfean
     dataset: RetrievalDataset
-    products: Literal["fp32", "bf16"] = "fp32"
+    products: Products = "fp32"
     precision: Precision = "fp32"
 
 
@@ -198,7 +200,7 @@ def score_matrix(
     gallery: range,
     batch_size: int,
     device: torch.device,
-    products: Literal["fp32", "bf16"] = "fp32",
+    products: Products = "fp32",
     precision: Precision = "fp32",
 ) -> Float[Tensor, "image caption"]:
     """All scores of some images with their captions, for looking at single queries; one process.
@@ -290,7 +292,7 @@ def _score_rows(
     name: str,
     batch_size: int,
     device: torch.device,
-    products: Literal["fp32", "bf16"],
+    products: Products,
     precision: Precision,
 ) -> Generator[tuple[int, Float[Tensor, "image caption"]], None, None]:
     """Scores this process's share of a gallery's images with all its captions, block by block.
@@ -321,7 +323,7 @@ def _score_rows(
             with autocast(precision, device):
                 images = model.encode_images(**fields)
             scores = torch.empty(len(block), len(own_captions), dtype=dtype, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=products == "bf16"):
+            with in_products(products, device):
                 for columns, embedded in captions:
                     scores[:, columns] = model.score(images, embedded)
             yield block.start, scores

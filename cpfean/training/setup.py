@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cpfean.config import ExperimentConfig
+from cpfean.config import ExperimentConfig, Products
 from cpfean.data.consensus import word_consensus
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.data.split import Split, open_split
@@ -197,7 +197,7 @@ def evaluate_checkpoint(
     device: torch.device,
     num_regions: int,
     batch_size: int = 128,
-    products: Literal["fp32", "bf16"] = "fp32",
+    products: Products = "fp32",
     precision: Setting = "fp32",
     text_encoder: str | None = None,
 ) -> RetrievalMetrics:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cpfean import progress
-from cpfean.config import ExperimentConfig
+from cpfean.config import ExperimentConfig, Products
 from cpfean.data.caption_groups import CaptionGroups
 from cpfean.data.dataset import RetrievalDataset
 from cpfean.errors import DataError, DivergedError
@@ -269,7 +269,9 @@ def test_scoring_has_its_own_precision_and_encoders_that_of_training(
 ) -> None:
     model, dataset = model_and_split(tiny_config, data_folder, tmp_path)
     encoding = {precision == "bf16"}
-    for products, autocast in (("bf16", True), ("fp32", False)):
+    cases: list[tuple[Products, bool]]
+    cases = [("bf16", True), ("fp16", True), ("fp32", False), ("auto", False)]
+    for products, autocast in cases:
         found: dict[str, set[bool]] = defaultdict(set)
 
         def seen(name: str, *_: Any, found: dict[str, set[bool]] = found) -> None:

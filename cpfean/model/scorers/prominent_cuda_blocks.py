@@ -280,15 +280,16 @@ class Scoring:
             num_images,
             num_captions,
         )
-        results = dS, dn, dlog, dK, dbeta
-        arguments = S, images.gram, *common, tiles_each, slots // 8, most_words, *results
+        arguments = S, images.gram, *common, tiles_each, slots // 8, most_words
         grid = num_images, tile_shares
-        self.launch(words_backward, grid, arguments, tile=block.words_backward)
+        self.launch(
+            words_backward, grid, (*arguments, dS, dn, dlog, dK, dbeta), tile=block.words_backward
+        )
         results = dS, dn, dlog, dG, dtheta, dkappa
         G = captions.gram[block.captions]
-        arguments = S, G, *common, images_each, slots // 8, most_words, *results
+        arguments = S, G, *common, images_each, slots // 8, most_words
         grid = tiles, image_shares
-        self.launch(regions_backward, grid, arguments, tile=block.regions_backward)
+        self.launch(regions_backward, grid, (*arguments, *results), tile=block.regions_backward)
 
         rows = captions.rows[self._rows(block)]
         d_regions = _product(dS.T, rows).unflatten(0, (num_images, slots))
