@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pretended_cuda import gru
+from tests.pretended_cuda import gru, scores
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda", 0)
@@ -63,8 +63,14 @@ _INDEXING = {
     _aten._index_put_impl_.default,
 }
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
-# Of both devices by their nature: the sizes of a packed sequence's steps are the host's.
-_OF_BOTH = {_aten._pack_padded_sequence.default, _aten._pad_packed_sequence.default}
+# Of both devices by their nature: the sizes of a packed sequence's steps, and of what is scored,
+# are the host's.
+_OF_BOTH = {
+    _aten._pack_padded_sequence.default,
+    _aten._pad_packed_sequence.default,
+    *scores.KERNELS,
+}
+_KERNELS = {**gru.KERNELS, **scores.KERNELS}
 # They give memory and start nothing.
 _ALLOCATING = ("empty", "new_empty", "lift_fresh", "detach", "alias", "set_", "_unsafe_view")
 
@@ -156,7 +162,7 @@ class _Mode(TorchDispatchMode):
         _refuse_mixed(func, tensors, ours)
         if reason := _wait(func, args, kwargs, ours, on_device=on_device):
             self.record.waits[f"{place()}: {reason}"] += 1
-        if (on_device or func in _WAITING) and _starts_kernel(func):
+        if (on_device or func in _WAITING) and starts_kernel(func):
             self.record.launches[str(func)] += 1
         return _run(func, args, kwargs, on_device=on_device)
 
@@ -210,7 +216,7 @@ def _wait(
 
 
 @cache
-def _starts_kernel(func: Any) -> bool:
+def starts_kernel(func: Any) -> bool:
     """Whether it does more than to look at memory in another way, or to give some."""
     name = func._schema.name.removeprefix("aten::")
     is_view = any(
@@ -238,7 +244,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], *, on_device: bool) -> An
     inner = {name: _each(inside, value) for name, value in kwargs.items() if name != "pin_memory"}
     if kwargs.get("device") is not None:
         inner["device"] = torch.device("meta" if shapes_only else "cpu")
-    found = gru.KERNELS.get(func, func)(*_each(inside, args), **inner)
+    found = _KERNELS.get(func, func)(*_each(inside, args), **inner)
     if func is _aten._pack_padded_sequence.default:
         return Pretended(found[0]), found[1]
     if _mutates(func):

@@ -1,8 +1,8 @@
 """How many operators a training step of full size starts on a GPU.
 
 Counted is every operator that starts a kernel, once, though some start several: the optimizer's,
-one for all its weights, above all. Views and memory are not. Tensors have shapes alone, but for the
-scores, which the pairs with a gradient depend on.
+one for all its weights, above all. Views and memory are not. Tensors have shapes alone. The local
+scores and their gradients are counted apart.
 """
 
 from __future__ import annotations
@@ -15,38 +15,28 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cpfean.config import AlignmentConfig
 from cpfean.data.batch import Batch, CaptionBatch, ImageBatch, each_once
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.pairs import Pairs
+from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring
 from cpfean.model.scorers.scorer import Scorer
 from cpfean.model.text_encoder import TextBackbone
 from cpfean.training.global_batch import GlobalBatchLoss, find_gradients
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.precision import autocast
 from experiments.baselines import FLICKR30K
-from tests.pretended_cuda.device import Pretended, Record, pretended
+from tests.pretended_cuda.device import Pretended, Record, pretended, starts_kernel
 
 CUDA = torch.device("cuda")
+_OF_SIZES = (torch.int64, torch.int32, torch.float64, torch.bool)
 PAIRS, REGIONS, LABELS = 128, 29, 1600
-MOST = 1400  # without the local scores and their gradients
-MOST_WITH_SCORES = 1750  # those of the plain path, by hardest negatives
-
-
-class WithValues(torch.autograd.Function):
-    """Gives scores numbers, so that some pairs are the hardest."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        numbers = torch.rand(scores.shape, generator=generator).pin_memory()
-        return numbers.to(CUDA, non_blocking=True)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+MOST = 1375  # without the local scores and their gradients
+MOST_OF_SCORES = 125  # of these by Triton's kernels; a GPU makes eight casts less than a processor
 
 
 class Nothing(torch.autograd.Function):
@@ -150,16 +140,12 @@ def model() -> Cpfean:
         )
 
 
-def second_step(*, scored: bool) -> Record:
+def second_step() -> Record:
     """What the second step does; the first one allocates."""
     patched = mock.patch.object(functional, "scaled_dot_product_attention", attention)
     with patched, pretended() as record:
         trained = model()
-        if scored:
-            score = trained.score
-            trained.score = lambda *sides: WithValues.apply(score(*sides))  # type: ignore[method-assign]
-        else:
-            trained.scorer = NoScorer(trained.scorer)  # type: ignore[assignment]
+        trained.scorer = NoScorer(trained.scorer)  # type: ignore[assignment]
         trained._apply(Pretended)
         step = GlobalBatchLoss(trained, margin=0.2)
         optimizer = build_optimizer(trained, FLICKR30K.optim)
@@ -175,16 +161,60 @@ def second_step(*, scored: bool) -> Record:
     return record
 
 
-@pytest.mark.parametrize(
-    ("scored", "most", "waits"),
-    [(False, MOST, 0), pytest.param(True, MOST_WITH_SCORES, 1, marks=pytest.mark.long)],
-    ids=["without the local scores", "with those of the plain path"],
-)
-def test_a_step_of_full_size_starts_so_many_operators(scored: bool, most: int, waits: int) -> None:
-    record = second_step(scored=scored)
+def test_a_step_of_full_size_starts_so_many_operators() -> None:
+    record = second_step()
     kernels = record.launches
     # BERT-base and the region Transformer, both ways.
     assert kernels["aten._scaled_dot_product_efficient_attention.default"] == 13
     assert kernels["aten._scaled_dot_product_efficient_attention_backward.default"] == 13
-    assert 1000 < kernels.total() <= most, kernels.most_common(12)
-    assert record.waits.total() == waits, record.waits
+    assert 1000 < kernels.total() <= MOST, kernels.most_common(12)
+    assert record.waits.total() == 0, record.waits
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that would start a kernel, those of the host's sizes left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        of_host = given and all(x.ndim < 2 and x.dtype in _OF_SIZES for x in given)
+        self.launches += starts_kernel(func) and not of_host
+        return func(*args, **kwargs)
+
+
+def test_the_local_scores_of_a_step_and_their_gradients_start_so_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = torch.from_numpy(np.sort(np.random.default_rng(0).integers(8, 21, PAIRS)))
+    inputs = Inputs(
+        regions=torch.randn(PAIRS, REGIONS, 16),
+        words=torch.randn(PAIRS, 20, 16),
+        num_regions=torch.full((PAIRS,), REGIONS),
+        num_words=lengths,
+        thresholds=torch.zeros(PAIRS, REGIONS),
+        lead=torch.zeros(PAIRS, 20),
+        constants=torch.tensor([10.0, 10.0, 9.0, 0.0]),
+        gate="soft",
+        prominence=False,
+        product_type=torch.bfloat16,
+    )
+    kernels = 0
+
+    def launch(*_: Any, **__: Any) -> None:
+        nonlocal kernels
+        kernels += 1
+
+    monkeypatch.setattr(Scoring, "launch", launch)
+    with Counted() as counted:
+        Scoring(inputs).scores()
+        Scoring(inputs).gradients(torch.zeros(PAIRS, PAIRS))
+    # Captions of up to 16 words and longer ones are two blocks, of a kernel forwards and two back.
+    assert kernels == 2 * (1 + 2)
+    assert 50 < counted.launches + kernels <= MOST_OF_SCORES
+    assert MOST + MOST_OF_SCORES <= 1500

@@ -203,9 +203,9 @@ def test_a_planted_tensor_of_the_host_is_refused(data: Path) -> None:
         one_step(data, plant=plant)
 
 
-def test_evaluation_waits_at_its_beginning_and_end_alone(data: Path) -> None:
+def test_evaluation_waits_at_its_beginning_and_end_and_once_a_block_of_scores(data: Path) -> None:
     config = small({})
-    waits = []
+    waits, blocks = [], []
     with pretended() as record:
         experiment = open_experiment(config, data_folder=data, cache_dir=data.parent, device=CUDA)
         for batch_size in (3, 1):
@@ -218,8 +218,12 @@ def test_evaluation_waits_at_its_beginning_and_end_alone(data: Path) -> None:
                 device=CUDA,
                 precision="bf16",
             )
-            waits.append(record.waits.copy())
+            found = record.waits.copy()
+            of_blocks = [line for line in found if "prominent_cuda.py" in line]
+            blocks.append(sum(found.pop(line) for line in of_blocks))
+            waits.append(found)
     assert waits[0] == waits[1]
+    assert blocks == [1, 3]  # of three images, whose captions are one group
 
 
 @pytest.mark.parametrize("kind", ["albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta"])

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
-from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring
+from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, sent
 from cpfean.model.scorers.prominent_plan import MOST_FRAGMENTS, bucket
 
 PRODUCT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,8 +45,7 @@ def cuda_scores(
     The lengths of images and captions are fetched from the GPU, the one time that it is waited for.
 
     Args:
-        images, captions: fragments, in float32; captions in the order of their lengths, or the
-            blocks are many.
+        images, captions: fragments, in float32.
         lead: log(s) / tau of each word; no gradient is made for it.
         constants: kappa, tau, lambda and beta; of kappa and beta there are gradients.
         gate: how gates work.
@@ -71,26 +70,40 @@ def cuda_scores(
         order = images.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         regions = regions.gather(1, order[..., None].expand_as(regions))
         thresholds = thresholds.gather(1, order)
-    # Images of like size next to each other: a block's tiles are as small as its images allow.
-    sizes = bucket(num_regions)
-    by_size = None
-    if bool((sizes.diff() < 0).any()):
-        by_size = sizes.argsort(stable=True)
-        rows = by_size.to(regions.device)
-        regions, thresholds, num_regions = regions[rows], thresholds[rows], num_regions[by_size]
+    words, lead = captions.words, lead.detach()
+    # Those of like size next to each other: blocks are large, and their tiles as small as it goes.
+    images_by_size, captions_by_size = _by_size(num_regions), _by_size(num_words)
+    if images_by_size is not None:
+        rows = sent(images_by_size, regions.device)
+        regions, thresholds = regions[rows], thresholds[rows]
+        num_regions = num_regions[images_by_size]
+    if captions_by_size is not None:
+        rows = sent(captions_by_size, words.device)
+        words, lead = words[rows], lead[rows]
+        num_words = num_words[captions_by_size]
     scores: Tensor = torch.ops.cpfean.prominent_scores(
         regions,
-        captions.words,
+        words,
         num_regions,
         num_words,
         thresholds,
-        lead.detach(),
+        lead,
         constants,
         gate,
         prominence,
         product_type,
     )
-    return scores if by_size is None else scores[by_size.argsort().to(scores.device)]
+    if images_by_size is not None:
+        scores = scores[sent(images_by_size.argsort(), scores.device)]
+    if captions_by_size is not None:
+        scores = scores[:, sent(captions_by_size.argsort(), scores.device)]
+    return scores
+
+
+def _by_size(counts: Int64[Tensor, "n"]) -> Int64[Tensor, "n"] | None:
+    """An order in which sizes only grow; None if they do so already."""
+    sizes = bucket(counts)
+    return sizes.argsort(stable=True) if bool((sizes.diff() < 0).any()) else None
 
 
 def _sizes(region_mask: Tensor, word_mask: Tensor) -> tuple[Int64[Tensor, "n"], bool]:

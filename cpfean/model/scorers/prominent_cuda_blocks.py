@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from cpfean.model.scorers.prominent_plan import Block, Tile, image_runs, plan_blocks, slots_for
@@ -35,6 +35,13 @@ COMPILER = {"num_stages": 1, "enable_fp_fusion": True}
 
 # dS may not reach the largest number of float16, 65504, when nothing upstream is above 1.
 _LARGEST_SLOPE = 1024.0
+
+
+def sent(numbers: Int64[Tensor, "n"] | Int32[Tensor, "n"], device: torch.device) -> Tensor:
+    """A few numbers of the host on the device, which is not waited for."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 class Inputs(NamedTuple):
@@ -154,11 +161,11 @@ class Scoring:
             for images, block in self._blocks():
                 found = self._block_gradients(images, block, upstream[block.images, block.captions])
                 real = min(block.slots, d_regions.shape[1])
-                d_regions[block.images, :real] += found.regions[:, :real]
-                d_thresholds[block.images, :real] += found.thresholds[:, :real]
-                d_rows[self._rows(block)] += found.rows
+                d_regions[block.images, :real].add_(found.regions[:, :real])
+                d_thresholds[block.images, :real].add_(found.thresholds[:, :real])
+                d_rows[self._rows(block)].add_(found.rows)
                 places = found.word_gram.shape[1]
-                d_word_gram[block.captions, :places, :places] += found.word_gram
+                d_word_gram[block.captions, :places, :places].add_(found.word_gram)
                 d_constants += found.constants
         d_words = self._through_words(d_rows, d_word_gram)
         return d_regions * scale, d_words * scale, d_thresholds * scale, d_constants * scale
@@ -192,7 +199,7 @@ class Scoring:
         missing = slots - regions.shape[1]
         regions = torch.nn.functional.pad(regions, (0, 0, 0, missing))
         thresholds = torch.nn.functional.pad(thresholds, (0, missing)).contiguous()
-        counts = counts.to(regions.device, torch.int32)
+        counts = sent(counts.int(), regions.device)
         none = torch.arange(slots, device=counts.device) >= counts[:, None]
         regions = regions.masked_fill(none[..., None], 0)
         return _Images(regions, self._gram(regions), thresholds, counts)
@@ -205,14 +212,14 @@ class Scoring:
         total = int(self.starts[-1])
         flat, place = words.flatten(0, 1), None
         if total < len(flat):
-            counts = inputs.num_words.to(device)
+            counts = sent(inputs.num_words, device)
             owner = torch.arange(len(counts), device=device).repeat_interleave(
                 counts, output_size=total
             )
-            starts = self.starts.to(device)
+            starts = sent(self.starts, device)
             place = owner * most + torch.arange(total, device=device) - starts[owner]
             flat = flat[place]
-        starts = self.starts.to(device, torch.int32)
+        starts = sent(self.starts.int(), device)
         return _Captions(flat, self._gram(words), inputs.lead.contiguous(), starts, place)
 
     def _gram(self, vectors: Float[Tensor, "n most dim"]) -> Float[Tensor, "n most most"]:
