@@ -69,8 +69,9 @@ class Listener:
         if killed := sorted(set(gone) - innocent):
             return killed
         moment = (self._ended_at if ended else time.monotonic()) - self._silence
-        if silent := sorted(rank for rank, at in self._heard.items() if at < moment):
-            return silent
+        silent = {rank for rank, at in self._heard.items() if at < moment} - innocent
+        if silent:
+            return sorted(silent)
         return [rank for rank in ended if rank not in waiting][:1]
 
     def close(self) -> None:
@@ -88,18 +89,19 @@ class Listener:
             threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
 
     def _listen(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as lines:
+        rank, said = None, b""
+        # A connection that is reset has ended like any other.
+        with suppress(OSError), connection, connection.makefile("rb") as lines:
             word, _, number = lines.readline(100).decode("ascii", "replace").strip().partition(" ")
             if word != self.address[2] or not number.isdecimal():
                 return
-            rank, said = int(number), b""
+            rank = int(number)
             self._heard[rank] = time.monotonic()
-            try:
-                while heard := lines.read1(_MOST_BYTES):
-                    self._heard[rank] = time.monotonic()
-                    said = (said + heard.strip(_BEAT))[:_MOST_BYTES]
-            except OSError:  # reset: it is gone as well
-                pass
+            while heard := lines.read1(_MOST_BYTES):
+                self._heard[rank] = time.monotonic()
+                said = (said + heard.strip(_BEAT))[:_MOST_BYTES]
+        if rank is None:
+            return
         if said:
             # The worker's own log, where this would be else, may be on a host that is gone.
             logger.warning("rank %d ended with: %s", rank, said.decode("utf-8", "replace"))
