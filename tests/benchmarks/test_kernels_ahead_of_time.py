@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.benchmarks.conftest import ROOT
 
-pytest.importorskip("triton", reason="Triton is not installed: it has no build for this system")
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed: it has no build for this system"
+)
 
 QUICK, LONG = "90", "80 89 100"
 KERNELS = {"forward", "words_backward", "regions_backward"}
@@ -72,6 +75,9 @@ def test_the_kernels_do_not_spill(rows: list[dict[str, Any]]) -> None:
     # On a B200 what tensor cores make comes out of a memory of their own, all at once; on an A100
     # two constants of the loop are read again in each round.
     few = {("forward", 100): 512, ("words_backward", 80): 16, ("words_backward", 89): 16}
+    # Triton 3.7 makes the weights of this kernel twice, as two products want them.
+    if Version(triton.__version__) < Version("3.9"):
+        few |= {("regions_backward", arch): 1024 for arch in (80, 89, 90, 100)}
     for row in rows:
         assert row["stack"] <= few.get((row["kernel"], row["sm"]), 0), row
 

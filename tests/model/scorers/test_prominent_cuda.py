@@ -176,8 +176,8 @@ def errors(
     relative = []
     for x, y in zip(found, expected, strict=True):
         assert x.isfinite().all()
-        # Of a single fragment some are 0 but for rounding, to which nothing is relative.
-        relative.append(float((x - y).norm() / y.norm().clamp(min=0.1)))
+        # One that cancels, as that of a lone region's threshold, is held to a part of `upstream`.
+        relative.append(float((x - y).norm() / y.norm().clamp(min=0.1 * scale)))
     return Errors(float((scores.double().cpu() - exact).abs().max().detach()), relative)
 
 
