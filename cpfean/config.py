@@ -354,7 +354,8 @@ class OptimConfig(_Part):
         decay_epoch: epochs trained before the learning rates are multiplied by `decay_factor`.
         clip_norm: largest norm of the gradient.
         patience: stop after so many epochs without a better rSum; 0 never stops early.
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 elsewhere.
+        precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 elsewhere; of the
+            encoders in evaluation too, whose scoring has `evaluation.products`.
         sharding: "none" keeps all weights, gradients and moments on every worker; "full" spreads
             them over the workers, for text encoders that do not fit. The results are the same.
     """
