@@ -328,6 +328,7 @@ def pretended() -> Iterator[Record]:
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(_without("triton"))  # its kernels want the addresses of a GPU
         exchange()
         stack.callback(exchange)
         # Numbers become tensors of the host first, and are copied from there, as on a GPU.
@@ -345,6 +346,19 @@ def pretended() -> Iterator[Record]:
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_Mode(record))
         yield record
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Inside, a module that may be installed is not."""
+    there = sys.modules.pop(module, None)
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        if there is not None:
+            sys.modules[module] = there
 
 
 def _switch() -> Callable[[], None]:
