@@ -55,7 +55,8 @@ class Scorer(nn.Module, ABC):
         """Every image with every caption by a kernel that does the same as `forward`, and faster.
 
         Args:
-            images, captions: fragments, on any device; captions in the order of their lengths.
+            images, captions: fragments, on any device; captions in the order of their lengths, on
+                a GPU in any order.
             product_type: S comes from matrix products in this type.
 
         Returns:
