@@ -32,6 +32,7 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
     "a mask as index": lambda x: x[x > 0],
     "writing at a mask": lambda x: x.clone().__setitem__(x > 0, x[0, 0]),
     "the host's index": lambda x: x[torch.tensor([0, 1])],
+    "the host's number among the device's": lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
     "different values": lambda x: x.unique(),
     "places of what is not zero": lambda x: x.nonzero(),
     "equality": lambda x: torch.equal(x, x),
