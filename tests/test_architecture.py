@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,13 @@ def test_an_import_that_the_table_allows_is_not_reported(module: str, source: st
 
 def test_importing_all_of_the_science_loads_no_cluster_or_tracking_library() -> None:
     """The syntax tree sees our own imports only; this sees those of every library we use, too."""
-    modules = [module for module, _ in sources() if within(module, "cpfean")]
+    modules = [
+        module
+        for module, _ in sources()
+        if within(module, "cpfean")
+        # Triton has no build for some systems, where nothing imports its kernels.
+        and (find_spec("triton") is not None or not module.startswith("cpfean.kernels.triton"))
+    ]
     program = (
         "import importlib, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"

@@ -6,10 +6,13 @@ docs/model.md derives it ("Blocks, the kernel and its gradient"); symbols are it
 kernels, since what belongs to an image, dK, is a sum over captions and what belongs to a caption,
 dG, is a sum over images. Each sum is made by one program in a fixed order, or by several whose
 parts the caller adds up, also in a fixed order: nothing is added atomically, and a gradient is the
-same at every call. Either half needs fewer registers, too, than one kernel for both: on an H100,
-with up to 64 regions and 32 words, neither spills if Triton 3.9 builds them. Triton 3.7 spills 0.7
-KB a thread of the second, and both spill beyond 64 regions. With hardest negatives that is bearable:
-3 B of B x B pairs have a gradient, and tiles without one are passed over.
+same at every call.
+
+Either half needs fewer registers, too, than one kernel for both: on an H100, with up to 64 regions
+and 32 words and products of half the bits, neither spills if Triton 3.9 builds them. Triton 3.7
+spills 0.7 KB a thread of the second; in float32, and beyond those sizes, either may spill. With
+hardest negatives that is bearable: 3 B of B x B pairs have a gradient, and tiles without one are
+passed over.
 
     words_backward     a program has an image and goes through captions: what comes through A, om
     regions_backward   a program has captions and goes through images: what comes through P, g

@@ -15,6 +15,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from cpfean.model.scorers.prominent_plan import shared_memory
 from tests.benchmarks.conftest import ROOT
 
 triton = pytest.importorskip(
@@ -69,6 +70,7 @@ def test_the_kernels_keep_to_what_a_gpu_has(rows: list[dict[str, Any]]) -> None:
         programs = 2 if row["kernel"] == "forward" else 1  # at least, on a multiprocessor
         assert programs * row["registers"] * 32 * row["warps"] <= 65536, row
         assert programs * row["shared"] <= 100 * 1024, row  # of an RTX 40; others have more
+        assert row["shared"] <= shared_memory(64, 16, width=2), row
 
 
 def test_the_kernels_do_not_spill(rows: list[dict[str, Any]]) -> None:

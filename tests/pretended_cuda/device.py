@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -313,6 +313,12 @@ def pretended() -> Iterator[Record]:
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "get_device_name", lambda *_: "a pretended card"),
+        # What an H100 tells.
+        (
+            torch.cuda,
+            "get_device_properties",
+            lambda *_: SimpleNamespace(shared_memory_per_block_optin=232_448),
+        ),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "manual_seed_all", lambda _: None),
         (torch.cuda, "max_memory_allocated", lambda *_: 0),

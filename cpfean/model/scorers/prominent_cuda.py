@@ -15,6 +15,7 @@ one operation at a time, for tests.
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, sent
-from cpfean.model.scorers.prominent_plan import MOST_FRAGMENTS, bucket
+from cpfean.model.scorers.prominent_plan import MOST_FRAGMENTS, bucket, shared_memory
 
 PRODUCT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -54,14 +55,18 @@ def cuda_scores(
             it.
 
     Returns:
-        None for what the kernels are not made for: other types, and more than 128 fragments; and
-        where Triton is not installed.
+        None for what the kernels are not made for: other types, more than 128 fragments, or more
+        than the GPU's shared memory has room for; and where Triton is not installed.
     """
     if find_spec("triton") is None:
         return None
     if images.regions.dtype != torch.float32 or product_type not in PRODUCT_TYPES:
         return None
-    if max(images.mask.shape[1], captions.mask.shape[1]) > MOST_FRAGMENTS:
+    most = images.mask.shape[1], captions.mask.shape[1]
+    if max(most) > MOST_FRAGMENTS:
+        return None
+    needed = shared_memory(*most, width=product_type.itemsize)
+    if needed > _available(images.regions.device):
         return None
     counts, first = _sizes(images.mask, captions.mask)
     num_regions, num_words = counts.split([len(images.mask), len(captions.mask)])
@@ -104,6 +109,14 @@ def _by_size(counts: Int64[Tensor, "n"]) -> Int64[Tensor, "n"] | None:
     """An order in which sizes only grow; None if they do so already."""
     sizes = bucket(counts)
     return sizes.argsort(stable=True) if bool((sizes.diff() < 0).any()) else None
+
+
+def _available(device: torch.device) -> float:
+    """Bytes of shared memory that a program can have; 0 on other GPUs than NVIDIA's."""
+    if device.type != "cuda":
+        return math.inf
+    properties = torch.cuda.get_device_properties(device)
+    return float(getattr(properties, "shared_memory_per_block_optin", 0))
 
 
 def _sizes(region_mask: Tensor, word_mask: Tensor) -> tuple[Int64[Tensor, "n"], bool]:

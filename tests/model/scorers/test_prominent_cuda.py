@@ -226,7 +226,8 @@ def test_kernels_equal_the_scorer_over_several_programs_of_a_block() -> None:
     assert max(found.gradients[:3]) < 1e-5
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+# Not of hard gates: a cosine next to its threshold, rounded, opens or closes one.
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name != "gate hard"])
 @pytest.mark.parametrize(
     ("product_type", "of_scores", "of_gradients"),
     [(torch.float16, 5e-4, 1e-2), (torch.bfloat16, 4e-3, 8e-2)],
@@ -235,8 +236,6 @@ def test_half_the_bits_keep_their_bounds(
     name: str, product_type: torch.dtype, of_scores: float, of_gradients: float
 ) -> None:
     """At width 24, where a cosine is the sum of few rounded numbers: more than at a real width."""
-    if name == "gate hard":
-        pytest.skip("a cosine next to its threshold, rounded, opens or closes a gate")
     found = errors(SWITCHES[name], make(REGIONS, WORDS), product_type=product_type)
     assert found.scores < of_scores
     assert max(found.gradients[:3]) < of_gradients
@@ -250,6 +249,7 @@ def test_half_products_follow_the_size_of_the_upstream_gradient() -> None:
         assert max(found.gradients[:3]) < 1.5 * max(plain.gradients[:3])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 def test_an_image_without_regions_gives_what_the_scorer_gives() -> None:
     case = make((4, 3), (2, 5)).of_type(torch.float32, DEVICE)
     case.images.mask[1] = False
@@ -271,6 +271,7 @@ def test_an_image_with_every_gate_closed_gives_what_the_scorer_gives() -> None:
         assert max(found.gradients[:2]) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("product_type", [torch.float32, torch.float16])
 def test_what_is_not_finite_is_not_hidden(bad: float, product_type: torch.dtype) -> None:
