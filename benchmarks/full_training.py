@@ -5,7 +5,8 @@
 
 The whole step: a text encoder of the shape of bert-base with random weights, fine-tuned, 36 regions
 of width 2048, joint width 1024, 128 pairs, hardest negatives, clipping and AdamW. Batches come from
-the mapped files as in training. On a GPU encoders and matrix products work in bfloat16.
+the mapped files as in training. On a GPU the precision is
+that of `optim.precision = "auto"`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import BatchRequest, GlobalBatches
 from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.optimizer import build_optimizer
+from cpfean.training.precision import autocast, chosen_precision
 from cpfean.training.setup import build_model
 
 
@@ -65,13 +67,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     model = build_model(config, split=split, tokenizer=tokenizer).to(device)
     step = GlobalBatchLoss(model, margin=config.loss.margin).train()
     optimizer = build_optimizer(model, config.optim)
+    precision = chosen_precision(config.optim.precision, device)
     requests = endless(len(dataset), arguments.batch)
 
     def steps(count: int) -> None:
         for _ in range(count):
             batch = dataset.training_batch(next(requests)).to(device)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast(precision, device):
                 loss = step(batch, "hardest", arguments.batch)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)

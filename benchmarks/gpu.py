@@ -6,8 +6,9 @@
 
 Checks what has to be right and measures what has to be fast, in about ten minutes, on any NVIDIA
 card; prints a table as it goes and writes all of it as JSON, with card, driver, versions and
-commit. Without a card, or with `--device cpu`, it does the same at small sizes, so that nothing is
-run on a card for the first time; what needs a card says so. Ends with 1 if a check does not hold.
+commit. Without a card, or with `--device cpu`, it does the same at small sizes, by the kernels for
+processors; those for cards have tests of their own. What needs a card says so. Ends with 1 if a
+check does not hold or a section fails.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,13 +58,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.model is None) != (arguments.data is None):
         parser.error("--model and --data go together")
-    if arguments.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {arguments.device}: this torch {torch.__version__} sees no card")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        parser.error(f"--device {arguments.device}: not a device, like cpu, cuda or cuda:1")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {arguments.device}: cpu or a card of NVIDIA")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            found = f"{torch.cuda.device_count()} card(s) by torch {torch.__version__}"
+            parser.error(f"--device {arguments.device}: {found}")
+        torch.cuda.set_device(device)  # what follows is of this card
     # float32 products are to be float32, so that what is compared is the kernel and not TF32.
     torch.backends.cuda.matmul.allow_tf32 = False
     checks = run(arguments)
     rows = [check.as_row() for check in checks]
-    publish(arguments.output, rows, device=arguments.device, **card(arguments.device))
+    publish(arguments.output, rows, device=arguments.device, **card(device))
     broken = [check for check in checks if check.holds is False]
     for check in broken:
         print(f"does not hold: {check.section}, {check.what}: {check.found}, {check.bound}")
@@ -79,7 +90,7 @@ def run(arguments: argparse.Namespace) -> list[Check]:
     with tempfile.TemporaryDirectory() as folder:
         given = Given(
             device=torch.device(arguments.device),
-            sizes=Sizes.for_device(arguments.device),
+            sizes=Sizes.for_device(torch.device(arguments.device).type),
             runs=arguments.runs,
             folder=Path(folder),
             model=arguments.model,
@@ -92,17 +103,29 @@ def run(arguments: argparse.Namespace) -> list[Check]:
             if spent > arguments.minutes:
                 found = [Check.left_out(name, f"no time left of --minutes {arguments.minutes:g}")]
             else:
-                found = SECTIONS[name](given)
+                found = tried(name, given)
             checks += found
             say(table([check.as_row() for check in found]))
     return checks
 
 
-def card(device: str) -> dict[str, object]:
+def tried(name: str, given: Given) -> list[Check]:
+    """A section's checks; one that does not hold, if it fails: the others are to be had still."""
+    try:
+        return SECTIONS[name](given)
+    except Exception as error:
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if given.on_card:
+            torch.cuda.empty_cache()
+        return [Check(section=name, what="runs", found="it failed", holds=False, note=why)]
+
+
+def card(device: torch.device) -> dict[str, object]:
     """Name, memory, capability and driver of the card."""
-    if device == "cpu":
+    if device.type == "cpu":
         return {"card": None}
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(device)
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"],
         capture_output=True,

@@ -21,6 +21,8 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
+
 _BEAT = b"."
 _BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 10.0  # a process may hold Python's lock for some seconds, e.g. to compile
@@ -49,6 +51,7 @@ class Listener:
         self._server = socket.create_server((host, 0), family=family)
         self.address = (host, int(self._server.getsockname()[1]), secrets.token_hex(8))
         self._silence = silence
+        self._closed = False
         self._heard: dict[int, float] = {}  # by rank, when it gave a sign of life
         self._ended: dict[int, bool] = {}  # by rank, in their order: whether it was aborted
         self._ended_at = 0.0  # the first of them
@@ -64,18 +67,27 @@ class Listener:
             gone: ranks that are known to have ended by themselves.
             waiting: ranks that told of having waited for another one in vain.
         """
+        self._wait_for(gone)
         ended = dict(self._ended)
         innocent = {rank for rank, aborted in ended.items() if aborted} | set(waiting)
         if killed := sorted(set(gone) - innocent):
             return killed
         moment = (self._ended_at if ended else time.monotonic()) - self._silence
-        silent = {rank for rank, at in self._heard.items() if at < moment} - innocent
+        silent = {rank for rank, at in dict(self._heard).items() if at < moment} - innocent
         if silent:
             return sorted(silent)
         return [rank for rank in ended if rank not in waiting][:1]
 
+    def _wait_for(self, gone: Collection[int]) -> None:
+        """A moment, until what those who are gone have said last is read."""
+        end = time.monotonic() + _BEAT_SECONDS
+        connected = set(gone) & set(self._heard)
+        while not connected <= set(self._ended) and time.monotonic() < end:
+            time.sleep(_BEAT_SECONDS / 20)
+
     def close(self) -> None:
         """Takes no more connections."""
+        self._closed = True
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # else it listens until the next one has come
         self._server.close()
@@ -84,17 +96,22 @@ class Listener:
         while True:
             try:
                 connection, _ = self._server.accept()
-            except OSError:  # it is closed
-                return
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(_BEAT_SECONDS)  # e.g. too many open files
+                continue
             threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
 
     def _listen(self, connection: socket.socket) -> None:
         rank, said = None, b""
         # A connection that is reset has ended like any other.
         with suppress(OSError), connection, connection.makefile("rb") as lines:
+            connection.settimeout(_CONNECT_SECONDS)  # a stranger may say nothing
             word, _, number = lines.readline(100).decode("ascii", "replace").strip().partition(" ")
             if word != self.address[2] or not number.isdecimal():
                 return
+            connection.settimeout(None)
             rank = int(number)
             self._heard[rank] = time.monotonic()
             while heard := lines.read1(_MOST_BYTES):
@@ -119,10 +136,10 @@ def leave_last_words(address: tuple[str, int, str], *, rank: int) -> None:
     host, port, word = address
     try:
         connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+        connection.settimeout(None)
+        connection.sendall(f"{word} {rank}\n".encode())
     except OSError:
         return
-    connection.settimeout(None)
-    connection.sendall(f"{word} {rank}\n".encode())
     _connections.append(connection)
     faulthandler.enable(file=connection.fileno(), all_threads=False)
     threading.Thread(target=_beat, args=(connection,), name="sign of life", daemon=True).start()

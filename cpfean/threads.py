@@ -47,17 +47,19 @@ def threads_for(config: ExperimentConfig, *, available: int, workers: int = 1) -
 
 
 @contextmanager
-def threads_chosen(config: ExperimentConfig, *, workers: int = 1) -> Iterator[int]:
+def threads_chosen(
+    config: ExperimentConfig, *, workers: int = 1, available: int | None = None
+) -> Iterator[int]:
     """Sets PyTorch's threads for a configuration, unless OMP_NUM_THREADS has; yields how many.
 
     Args:
-        config, workers: as in `threads_for`.
+        config, workers, available: as in `threads_for`; without a number, those there are now.
     """
     import torch
 
     before = torch.get_num_threads()
     if _VARIABLE not in os.environ:
-        torch.set_num_threads(threads_for(config, available=before, workers=workers))
+        torch.set_num_threads(threads_for(config, available=available or before, workers=workers))
     try:
         yield torch.get_num_threads()
     finally:

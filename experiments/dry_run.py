@@ -231,7 +231,7 @@ def _timed(base: ExperimentConfig, data: Path, cache: Path, *, workers: int, thr
         validation_seconds=timing.validation_seconds,
         line=f"timed           {timing.timed} steps at {timing.step_seconds:.3g} s, validation "
         f"{timing.validation_seconds:.3g} s an epoch, in this process on {device.type} with "
-        f"{threads} thread(s)",
+        f"{timing.threads} thread(s)",
         is_of_a_processor=device.type != "cuda",
     )
 
@@ -268,7 +268,7 @@ def _counted(base: ExperimentConfig, data: Path, cache: Path, *, workers: int, c
         cache_dir=cache,
         workers=workers,
         in_step=in_float32 if precision == "fp32" else in_16_bits,
-        in_validation=in_float32,
+        in_validation=in_float32 if precision == "fp32" else in_16_bits,
     )
     return Pace(
         steps=found.steps,

@@ -25,7 +25,9 @@ _EPILOG = """\
 A caption is drawn with its own image and with the wrong image that scores highest; an image with
 the best of its captions and with the wrong one that scores highest. --against compares two models,
 on the queries whose ranks changed most: a table, ranks.csv with every query, ranks.png, and
-pictures of the first few with each model's gates. Ranks are those of `evaluate.py --protocol full`.
+pictures of the first few with each model's gates. Ranks are those of
+`evaluate.py --protocol full`, which on a GPU encodes in the precision of training and not, as here,
+in float32.
 
 Exit codes: 0 done, 2 flags or a model without gates, 3 data, 5 checkpoint.
 """

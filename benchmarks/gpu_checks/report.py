@@ -94,7 +94,11 @@ class Sizes:
 
     @classmethod
     def for_device(cls, device: str) -> Sizes:
-        """Those of the full model on a card; what takes seconds on a processor."""
+        """Those of the full model on a card; what takes seconds on a processor.
+
+        Args:
+            device: "cpu" or "cuda".
+        """
         if device == "cpu":
             return cls(
                 product=512,

@@ -20,8 +20,9 @@ from cpfean.losses.triplet import triplet_loss
 from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.evaluation import evaluate
 from cpfean.training.global_batch import GlobalBatchLoss
-from cpfean.training.loop import EpochReport, autocast, fit
+from cpfean.training.loop import EpochReport, fit
 from cpfean.training.optimizer import build_optimizer
+from cpfean.training.precision import autocast, chosen_precision
 from cpfean.training.setup import build_model
 from gpu_checks.made_up import make_up
 from gpu_checks.report import Check, Given
@@ -94,6 +95,7 @@ class _Step:
         self.dataset, tokenizer = as_dataset(split)
         torch.manual_seed(0)
         self.device = given.device
+        self.precision = chosen_precision(self.config.optim.precision, given.device)
         self.model = build_model(self.config, split=split, tokenizer=tokenizer).to(given.device)
         self.loss = GlobalBatchLoss(self.model, margin=self.config.loss.margin).train()
         self.optimizer = build_optimizer(self.model, self.config.optim)
@@ -107,7 +109,7 @@ class _Step:
     def whole(self, batch: Batch) -> None:
         """Forward, backward, clipping and update."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.config.optim.precision, self.device):
+        with autocast(self.precision, self.device):
             loss = self.loss(batch, "hardest", self.pairs)
         loss.backward()
         self.update()
@@ -132,7 +134,7 @@ class _Step:
         with phase("batch to the device"):
             batch = self.batch()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.config.optim.precision, self.device):
+        with autocast(self.precision, self.device):
             with phase("encode images"):
                 images = self.model.encode_images(**batch.images._asdict())
             with phase("encode captions"):
@@ -163,8 +165,9 @@ def syncs(given: Given) -> list[Check]:
         warnings.simplefilter("always")
         step.whole(batch)
     torch.cuda.set_sync_debug_mode("default")
-    places = sorted({f"{warning.filename}:{warning.lineno}" for warning in caught})
-    return [Check.at_most("syncs", "of a step", len(caught), _SYNCS, note=", ".join(places))]
+    waits = [one for one in caught if "synchroniz" in str(one.message)]
+    places = sorted({f"{wait.filename}:{wait.lineno}" for wait in waits})
+    return [Check.at_most("syncs", "of a step", len(waits), _SYNCS, note=", ".join(places))]
 
 
 def steps(given: Given) -> list[Check]:

@@ -71,7 +71,7 @@ def in_products(products: Products, device: torch.device) -> torch.autocast:
     """A context in which `local_scores` makes S by products in this type.
 
     Args:
-        products: "auto" is fp16 on a GPU, as fast as bf16 there and eight times as exact, since
+        products: "auto" is fp16 on a GPU, as fast as bf16 there and seven times as exact, since
             unit vectors need no exponents; elsewhere fp32.
         device: of the embeddings.
     """

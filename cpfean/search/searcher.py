@@ -7,8 +7,9 @@ Axes:  image, caption   of the gallery, which is a split of a data folder
     for hit in searcher.images("a dog in the snow", k=10):
         print(hit.rank, hit.score, hit.text)
 
-Every pair is scored, and the order is that of `evaluate.py --protocol full`. With a shortlist, the
-cosines of the pooled vectors choose the candidates, and the same score orders these alone.
+Every pair is scored, and the order is that of `evaluate.py --protocol full`, but that on a GPU this
+encodes in the precision of training. With a shortlist, the cosines of the pooled vectors choose the
+candidates, and the same score orders these alone.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Counter(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         result = func(*args, **kwargs)
-        if not _is_view(func):
+        if not is_view(func):
             self._count(func, args, kwargs, result)
         return result
 
@@ -93,7 +93,7 @@ class Counter(TorchDispatchMode):
         )
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether an operation only looks at its argument in another way."""
     aliases = [found.alias_info for found in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)

@@ -221,7 +221,8 @@ def _fit(
     if resume_from is not None:
         restore_optimizer(resume_from, optimizer)
         logger.info("resumed after %s; %d epochs in all", state.moment, config.optim.epochs)
-        _warn_of_other_threads(state, threads)
+        if device.type == "cpu":  # a GPU's results do not depend on it
+            _warn_of_other_threads(state, threads)
     looks = _Looks(notice, device)
     precision = chosen_precision(config.optim.precision, device)
     scale = LossScale.to_go_on(precision, state.loss_scale)

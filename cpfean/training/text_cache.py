@@ -105,8 +105,8 @@ def _encode(
     done = 0
     on_gpu = device.type == "cuda"
     with prefetched(map(dataset.caption_batch, parts), pin=on_gpu) as batches:
-        for captions, made in zip(parts, batches, strict=True):
-            batch = made.to(device, non_blocking=on_gpu)
+        for captions, given in zip(parts, batches, strict=True):
+            batch = given.to(device, non_blocking=on_gpu)
             with torch.inference_mode():
                 features = backbone(
                     batch.tokens, batch.token_mask, batch.word_index, batch.word_mask.shape[1]

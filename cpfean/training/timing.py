@@ -29,7 +29,7 @@ from cpfean.losses.triplet import triplet_loss
 from cpfean.model.cpfean import Cpfean, LabelEmbeddings, ModelInputs
 from cpfean.model.embeddings import CaptionEmbeddings
 from cpfean.model.text_encoder import TextBackbone
-from cpfean.threads import threads_for
+from cpfean.threads import threads_chosen
 from cpfean.training.counting import Counter, Rates
 from cpfean.training.evaluation import COCO_FOLD, evaluate
 from cpfean.training.optimizer import build_optimizer
@@ -52,12 +52,14 @@ class Timing:
         timed: how many steps were timed.
         steps: of an epoch.
         validation_seconds: of an epoch; extrapolated if dev has more images than are timed.
+        threads: that were computed with.
     """
 
     step_seconds: float
     timed: int
     steps: int
     validation_seconds: float
+    threads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,10 @@ class Counted:
     """What was counted for a card that is not here: no measurement.
 
     Attributes:
-        step_seconds: of a training step of one worker, at least.
+        step_seconds: of a training step of one worker, about.
         flops, bytes: of such a step.
         steps: of an epoch.
-        validation_seconds: of an epoch, at least.
+        validation_seconds: of an epoch, about.
     """
 
     step_seconds: float
@@ -96,15 +98,13 @@ def time_training(
         cache_dir: for what can be made again.
         device: where to compute.
         workers: processes that would share the batch.
-        threads: that each may have.
+        threads: that each may have, unless OMP_NUM_THREADS says how many.
         enough_seconds: of steps, once there are ten.
 
     Raises:
         ConfigError, DataError: what is asked for does not fit the data.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_for(config, available=threads, workers=workers))
-    try:
+    with threads_chosen(config, workers=workers, available=threads) as used:
         experiment = _open(config, data_folder=data_folder, cache_dir=cache_dir, device=device)
         step_seconds, timed = _time_steps(
             experiment.model,
@@ -117,13 +117,12 @@ def time_training(
         validation = _validation_seconds(
             time.monotonic, experiment, config, data_folder=data_folder, device=device
         )
-    finally:
-        torch.set_num_threads(before)
     return Timing(
         step_seconds=step_seconds,
         timed=timed,
         steps=steps_of(config, data_folder),
         validation_seconds=validation / workers,
+        threads=used,
     )
 
 
@@ -138,7 +137,7 @@ def count_training(
 ) -> Counted:
     """Counts one step and a part of a validation, computed in this process, for a card.
 
-    The score is counted in plain torch, as a card without a kernel for it computes it.
+    The score is counted in plain torch, which reads and writes more than the kernels for cards do.
 
     Args:
         config: the experiment.
@@ -146,12 +145,14 @@ def count_training(
         cache_dir: for what can be made again.
         workers: processes that would share the batch.
         in_step: the card's rates in the type of a step's products.
-        in_validation: the same of float32, in which a split is encoded and scored.
+        in_validation: the same in the type in which a split is encoded and scored.
 
     Raises:
         ConfigError, DataError: what is asked for does not fit the data.
     """
     device = torch.device("cpu")
+    # The rates stand for the types; a processor would take its time for half precision.
+    config = config.with_overrides({"optim.precision": "fp32", "evaluation.products": "fp32"})
     experiment = _open(config, data_folder=data_folder, cache_dir=cache_dir, device=device)
     step, validation = Counter(in_step), Counter(in_validation)
     dataset = experiment.train

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from cpfean.last_words import Listener
+from cpfean.last_words import LOOPBACK, Listener
 from orchestration.cluster.capacity import Resources
 from orchestration.runners.mailbox import Mailbox
 from orchestration.runners.messages import Begun, Message, Order
@@ -68,7 +68,7 @@ class WorkerPool:
         asked = options.resources
         gpus = {"GPU": 1} if asked.use_gpu else {}
         self._group = ""
-        self.listener = Listener(ray.util.get_node_ip_address())  # who ended because of whom
+        self.listener = Listener(LOOPBACK if options.is_local else ray.util.get_node_ip_address())
         self._mailbox = (
             ray.remote(Mailbox)
             .options(name=name, num_cpus=0, resources={HEAD: 0.001}, scheduling_strategy="DEFAULT")

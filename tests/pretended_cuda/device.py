@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpfean.training.counting import is_view
 from tests.pretended_cuda import gru, scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,11 +220,7 @@ def _wait(
 def starts_kernel(func: Any) -> bool:
     """Whether it does more than to look at memory in another way, or to give some."""
     name = func._schema.name.removeprefix("aten::")
-    is_view = any(
-        returned.alias_info is not None and not returned.alias_info.is_write
-        for returned in func._schema.returns
-    )
-    return not is_view and not name.startswith(_ALLOCATING)
+    return not is_view(func) and not name.startswith(_ALLOCATING)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], *, on_device: bool) -> Any:

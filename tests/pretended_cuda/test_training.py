@@ -29,7 +29,7 @@ from tests.training.tiny import tiny_experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-MOST_WAITS = 2  # of a step, on average: one for the pairs that have a gradient, one for a look
+MOST_WAITS = 2  # of a step, on average: one for the sizes of what is scored, one for a look
 # Of the registry those that run other code on the device; the sizes do not.
 QUICK = ("filtered_regions", "generalized_pooling", "hard_gate", "scan")
 LONG = (

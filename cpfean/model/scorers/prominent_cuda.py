@@ -28,6 +28,7 @@ from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, sent
 from cpfean.model.scorers.prominent_plan import MOST_FRAGMENTS, bucket, shared_memory
 
+_SINCE = (8, 0)  # compute capability from which Triton builds for a card
 PRODUCT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -112,9 +113,11 @@ def _by_size(counts: Int64[Tensor, "n"]) -> Int64[Tensor, "n"] | None:
 
 
 def _available(device: torch.device) -> float:
-    """Bytes of shared memory that a program can have; 0 on other GPUs than NVIDIA's."""
+    """Bytes of shared memory that a program can have; 0 on GPUs that Triton does not know."""
     if device.type != "cuda":
         return math.inf
+    if torch.cuda.get_device_capability(device) < _SINCE:
+        return 0.0
     properties = torch.cuda.get_device_properties(device)
     return float(getattr(properties, "shared_memory_per_block_optin", 0))
 

@@ -33,8 +33,9 @@ SWITCHES = {
     "the default": {},
     "gate hard": {"gate": "hard"},
     "gate off": {"gate": "off"},
-    "no prominence": {"prominence": False},
-    "no fusion": {"fusion": False},
+    "weighted words": {"prominence": True},
+    "gate off, weighted words": {"gate": "off", "prominence": True},
+    "no fusion": {"fusion": False, "prominence": True},
     "other temperatures": {"word_temperature": 3.0, "region_temperature": 20.0},
 }
 
@@ -203,13 +204,14 @@ def test_kernels_equal_the_scorer_for_every_switch(name: str) -> None:
 def test_kernels_equal_the_scorer_at_the_edges_of_their_tiles(
     num_regions: tuple[int, ...], num_words: tuple[int, ...]
 ) -> None:
-    found = errors({}, make(num_regions, num_words))
+    found = errors({"prominence": True}, make(num_regions, num_words))
     assert found.scores < 1e-6
     assert max(found.gradients[:3]) < 1e-5
 
 
 def test_kernels_equal_the_scorer_with_regions_anywhere_and_few_upstream_gradients() -> None:
-    found = errors({}, make((9, 3, 20, 14), (2, 3, 3, 5, 8, 11), scattered=True), share=0.2)
+    case = make((9, 3, 20, 14), (2, 3, 3, 5, 8, 11), scattered=True)
+    found = errors({"prominence": True}, case, share=0.2)
     assert found.scores < 1e-6
     assert max(found.gradients[:3]) < 1e-5
 
