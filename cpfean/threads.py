@@ -7,6 +7,9 @@ chosen by the configuration where nobody has said one, and written down with eve
 
 from __future__ import annotations
 
+# It registers what is done around a fork. Where it is first imported while another thread is
+# forking, half of that is done, and Python prints a traceback.
+import concurrent.futures.thread  # noqa: F401
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
