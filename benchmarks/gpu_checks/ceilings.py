@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from measure import in_turns
 
-from gpu_checks.report import Check, Given
-
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from gpu_checks.report import TYPES, Check, Given
 
 
 def ceilings(given: Given) -> list[Check]:
@@ -15,7 +13,7 @@ def ceilings(given: Given) -> list[Check]:
     side = given.sizes.product
     source = torch.randn(side, side, device=given.device)
     calls = {"copy": lambda: source.clone()}
-    for name, kind in _TYPES.items():
+    for name, kind in TYPES.items():
         matrix = source.to(kind)
         calls[name] = lambda matrix=matrix: matrix @ matrix
     timings = in_turns(calls, runs=given.runs, device=given.device.type)
@@ -34,6 +32,6 @@ def ceilings(given: Given) -> list[Check]:
                 found=2 * side**3 / timings[name].fastest / 1e12,
                 unit="TFLOP/s",
             )
-            for name in _TYPES
+            for name in TYPES
         ),
     ]

@@ -14,7 +14,7 @@ from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.pairs import every_pair
 from cpfean.model.scorers.prominent import ProminentAlignment
 from cpfean.model.scoring import local_scores
-from gpu_checks.report import Check, Given
+from gpu_checks.report import TYPES, Check, Given
 
 SWITCHES: dict[str, dict[str, object]] = {
     "the default": {},
@@ -26,7 +26,7 @@ SWITCHES: dict[str, dict[str, object]] = {
     "two rounds": {"rounds": 2},
 }
 # What a type of the products may add to a score, by the rounding of unit vectors.
-_BOUNDS = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 3e-3}
+_BOUNDS = {"fp32": 2e-6, "fp16": 3e-4, "bf16": 3e-3}
 _GRADIENT = 1e-3
 _SMALL = 0.1
 _REPEATS = 10
@@ -40,12 +40,12 @@ def kernels(given: Given) -> list[Check]:
     checks = []
     for name, scorer in _scorers(given):
         exact = _exact_scores(scorer, images, captions)
-        for kind, most in _BOUNDS.items():
+        for type_name, most in _BOUNDS.items():
             _poison(given)
             with torch.no_grad():
-                found = _scores(scorer, images, captions, kind)
+                found = _scores(scorer, images, captions, TYPES[type_name])
             error = _largest_error(found, exact)
-            what = f"{name}, {_name(kind)} products"
+            what = f"{name}, {type_name} products"
             if scorer.gate == "hard":
                 note = "no bound: a relevance beside its threshold falls on its other side"
                 checks.append(Check(section="kernels", what=what, found=error, note=note))
@@ -205,7 +205,3 @@ def _poison(given: Given) -> None:
     """Leaves NaN in memory that is given out next, so that what nobody writes is seen."""
     for size in (2**12, 2**16, 2**20, 2**22):
         torch.full((size,), torch.nan, device=given.device)
-
-
-def _name(kind: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[kind]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:

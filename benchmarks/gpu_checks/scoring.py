@@ -20,9 +20,8 @@ from cpfean.model.scorers.scorer import Scorer
 from cpfean.model.scoring import local_scores
 from cpfean.training.setup import evaluate_checkpoint
 from cpfean.training.trained import trained_configuration
-from gpu_checks.report import Check, Given
+from gpu_checks.report import TYPES, Check, Given
 
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # At most so many bytes of cosines at a time.
 _ROOM = 2**30
 # The plain path is timed on so many pairs at most, and the rest is reckoned.
@@ -56,7 +55,7 @@ def _of_size(given: Given, num_images: int, num_captions: int) -> list[Check]:
         "CHAN's score": HardCoding(temperature=0.1),
     }
     calls: dict[str, Callable[[], object]] = {}
-    for name, kind in _TYPES.items():
+    for name, kind in TYPES.items():
         calls[f"bare product, {name}"] = partial(_bare_product, images, captions, kind)
         calls[f"kernel, {name} products"] = partial(_score, ours, images, captions, kind)
     for name, scorer in others.items():
@@ -66,7 +65,7 @@ def _of_size(given: Given, num_images: int, num_captions: int) -> list[Check]:
     for name, timing in timings.items():
         whole = name.startswith(("bare", "kernel"))
         seconds = timing.median * (1 if whole else num_captions / len(few.mask))
-        kind_name = next(kind for kind in _TYPES if kind in name)
+        kind_name = next(kind for kind in TYPES if kind in name)
         product = timings[f"bare product, {kind_name}"].median
         notes = [] if "bare" in name else [f"{product / seconds:.2f} of the bare product"]
         if not whole and len(few.mask) < num_captions:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
+from full_step import FullStep
 from measure import in_turns, peak_memory
 from random_data import as_dataset, write_split
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.batch import Batch
-from cpfean.data.dataset import BatchRequest, GlobalBatches
-from cpfean.losses.triplet import triplet_loss
 from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.evaluation import evaluate
-from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.loop import EpochReport, fit
-from cpfean.training.optimizer import build_optimizer
 from cpfean.training.precision import autocast, chosen_precision
 from cpfean.training.setup import build_model
 from gpu_checks.made_up import make_up
@@ -73,90 +67,24 @@ def losses(given: Given) -> list[Check]:
     return checks
 
 
-class _Step:
-    """A whole training step of the full model on random data, in its parts."""
-
-    def __init__(self, given: Given, *, pairs: int) -> None:
-        sizes = given.sizes
-        split = write_split(
-            given.folder / f"pairs-{pairs}",
-            images=max(2, pairs // 2),
-            regions=36,
-            feature_dim=sizes.feature_dim,
-        )
-        self.config = ExperimentConfig().with_overrides(
-            {
-                "model.dim": sizes.dim,
-                "model.text.scratch_dim": sizes.text_dim,
-                "model.text.scratch_layers": sizes.text_layers,
-                "optim.batch_size": pairs,
-            }
-        )
-        self.dataset, tokenizer = as_dataset(split)
-        torch.manual_seed(0)
-        self.device = given.device
-        self.precision = chosen_precision(self.config.optim.precision, given.device)
-        self.model = build_model(self.config, split=split, tokenizer=tokenizer).to(given.device)
-        self.loss = GlobalBatchLoss(self.model, margin=self.config.loss.margin).train()
-        self.optimizer = build_optimizer(self.model, self.config.optim)
-        self.pairs = pairs
-        self._requests = _endless(len(self.dataset), pairs)
-
-    def batch(self) -> Batch:
-        """The next one, on the device."""
-        return self.dataset.training_batch(next(self._requests)).to(self.device)
-
-    def whole(self, batch: Batch) -> None:
-        """Forward, backward, clipping and update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device):
-            loss = self.loss(batch, "hardest", self.pairs)
-        loss.backward()
-        self.update()
-
-    def update(self) -> None:
-        """Clipping and AdamW."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-
-    def seconds_by_phase(self, wait: Callable[[], None]) -> dict[str, float]:
-        """One step, the device waited for after every phase."""
-        found: dict[str, float] = {}
-
-        @contextmanager
-        def phase(name: str) -> Iterator[None]:
-            wait()
-            started = time.perf_counter()
-            yield
-            wait()
-            found[name] = time.perf_counter() - started
-
-        with phase("batch to the device"):
-            batch = self.batch()
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device):
-            with phase("encode images"):
-                images = self.model.encode_images(**batch.images._asdict())
-            with phase("encode captions"):
-                captions = self.model.encode_captions(**batch.captions._asdict())
-            with phase("score"):
-                scores = self.model.score(images, captions)
-            with phase("loss"):
-                loss = triplet_loss(
-                    scores, batch.image_ids, margin=self.config.loss.margin, mining="hardest"
-                )
-        with phase("backward"):
-            loss.backward()
-        with phase("update"):
-            self.update()
-        return found
+def _step(given: Given, *, pairs: int) -> FullStep:
+    sizes = given.sizes
+    return FullStep(
+        given.folder / f"pairs-{pairs}",
+        given.device,
+        pairs=pairs,
+        dim=sizes.dim,
+        feature_dim=sizes.feature_dim,
+        text_dim=sizes.text_dim,
+        text_layers=sizes.text_layers,
+    )
 
 
 def syncs(given: Given) -> list[Check]:
     """How often a step waits for the device."""
     if not given.on_card:
         return [Check.left_out("syncs", "needs a card")]
-    step = _Step(given, pairs=given.sizes.batches[0])
+    step = _step(given, pairs=given.sizes.batches[0])
     batch = step.batch()
     step.whole(batch)
     torch.cuda.synchronize()
@@ -174,7 +102,7 @@ def steps(given: Given) -> list[Check]:
     """A whole step: time, memory and launches, and its phases."""
     checks = []
     for pairs in given.sizes.batches:
-        step = _Step(given, pairs=pairs)
+        step = _step(given, pairs=pairs)
         batch = step.batch()
         peak = peak_memory(
             lambda step=step, batch=batch: step.whole(batch), device=given.device.type
@@ -201,12 +129,12 @@ def steps(given: Given) -> list[Check]:
     return checks
 
 
-def _several(step: _Step, batch: Batch, number: int) -> None:
+def _several(step: FullStep, batch: Batch, number: int) -> None:
     for _ in range(number):
         step.whole(batch)
 
 
-def _launches(step: _Step, batch: Batch) -> int:
+def _launches(step: FullStep, batch: Batch) -> int:
     """Kernels that a step launches."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         step.whole(batch)
@@ -238,8 +166,18 @@ def evaluation(given: Given) -> list[Check]:
     torch.manual_seed(0)
     model = build_model(config, split=split, tokenizer=tokenizer).to(given.device).eval()
 
+    precision = chosen_precision(config.optim.precision, given.device)
+
     def whole() -> object:
-        return evaluate(model, dataset, protocol="full", batch_size=128, device=given.device)
+        return evaluate(
+            model,
+            dataset,
+            protocol="full",
+            batch_size=128,
+            device=given.device,
+            products=config.evaluation.products,
+            precision=precision,
+        )
 
     @torch.inference_mode()
     def captions_alone() -> Tensor | None:
@@ -247,7 +185,8 @@ def evaluation(given: Given) -> list[Check]:
         for start in range(0, len(dataset), 128):
             some = range(start, min(start + 128, len(dataset)))
             batch = dataset.caption_batch(some).to(given.device)
-            pooled = model.encode_captions(**batch._asdict()).pooled
+            with autocast(precision, given.device):
+                pooled = model.encode_captions(**batch._asdict()).pooled
         return pooled
 
     timings = in_turns(
@@ -260,11 +199,3 @@ def evaluation(given: Given) -> list[Check]:
         Check(section="evaluation", what=f"{size}: {name}", found=timing.median, unit="s")
         for name, timing in timings.items()
     ]
-
-
-def _endless(num_pairs: int, batch_size: int) -> Iterator[BatchRequest]:
-    """Global batches, epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from GlobalBatches(num_pairs, batch_size, seed=0, epoch=epoch)
-        epoch += 1
