@@ -2,6 +2,7 @@
 
     python benchmarks/kernels_ahead_of_time.py
     python benchmarks/kernels_ahead_of_time.py --archs 90 --places 16x64 --products fp16
+    python benchmarks/kernels_ahead_of_time.py --prominence   # weights of words by prominence
 
 First table: each kernel built for GPUs of some compute capabilities (80 is an A100, 89 an L40S or
 an RTX 40, 90 an H100, 100 a B200), by Triton and its own ptxas, which need no GPU.
@@ -44,6 +45,7 @@ from cpfean.kernels.triton_forward import score_pairs
 from cpfean.kernels.triton_pairs import SOFT
 from cpfean.model.scorers.prominent_cuda_blocks import COMPILER, Inputs, Scoring
 from cpfean.model.scorers.prominent_plan import Tile, tiles_of
+from cpfean.training.evaluation import SCORED_ON_GPU
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = {
@@ -78,14 +80,17 @@ RATES = Rates()
 ISSUED = (1.0, 0.7)
 
 
-def build(name: str, *, arch: int, tile: Tile, products: str) -> dict[str, Any]:
-    """Builds a kernel with soft gates and prominence; what it takes.
+def build(
+    name: str, *, arch: int, tile: Tile, products: str, prominence: bool = False
+) -> dict[str, Any]:
+    """Builds a kernel with soft gates; what it takes.
 
     Args:
         name: in `KERNELS`.
         arch: compute capability, times 10.
         tile: what a program has at a time.
         products: type of S.
+        prominence: with weights of words by prominence.
     """
     kernel = KERNELS[name]
     constants = {
@@ -93,7 +98,7 @@ def build(name: str, *, arch: int, tile: Tile, products: str) -> dict[str, Any]:
         "L": tile.word_places,
         "R": tile.region_places,
         "GATE": SOFT.value,
-        "PROMINENCE": True,
+        "PROMINENCE": prominence,
         "HALF": products != "fp32",
     }
     signature, values, aligned = {}, {}, {}
@@ -236,14 +241,16 @@ def count(
     products: str,
     num_regions: int = 36,
     dim: int = 1024,
-    images_each: int = 128,
+    images_each: int = SCORED_ON_GPU,
+    prominence: bool = False,
 ) -> Work:
     """Counts what evaluation does: captions by their lengths, so many images at a time.
 
     Args:
         num_words: of each caption, in rising order.
         products: type of S.
-        images_each: `evaluation.batch_size`.
+        images_each: that are scored at a time.
+        prominence: with weights of words by prominence, of which the bytes are the same.
     """
     traffic, tiles, flops = _Traffic(), Counter[Tile](), 0.0
     for first in range(0, num_images, images_each):
@@ -260,7 +267,7 @@ def count(
                 lead=new(captions, length),
                 constants=new(4),
                 gate="soft",
-                prominence=True,
+                prominence=prominence,
                 product_type=TYPES[products],
             )
             with _on_shapes(), traffic:
@@ -330,6 +337,11 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=5000, help="0 for no estimate (5000)")
     parser.add_argument("--captions", type=int, default=25000)
+    parser.add_argument(
+        "--prominence",
+        action="store_true",
+        help="with weights of words by prominence, as the ablation prominent_words_weigh_more",
+    )
     arguments = parser.parse_args()
     if not isinstance(score_pairs, JITFunction):
         parser.error("TRITON_INTERPRET is set: nothing is built. Run it with TRITON_INTERPRET=0.")
@@ -340,12 +352,27 @@ def main() -> None:
             for name, tile in tiles_of(words, regions, width=TYPES[products].itemsize).items():
                 for arch in arguments.archs:
                     say(f"  {name} {products} {places} for sm_{arch}")
-                    rows.append(build(name, arch=arch, tile=tile, products=products))
+                    rows.append(
+                        build(
+                            name,
+                            arch=arch,
+                            tile=tile,
+                            products=products,
+                            prominence=arguments.prominence,
+                        )
+                    )
     estimates = arguments.images and [
         {"captions": name, **one}
         for name in LENGTHS
         for products in arguments.products
-        if (one := _estimate(arguments.images, LENGTHS[name](arguments.captions), products))
+        if (
+            one := _estimate(
+                arguments.images,
+                LENGTHS[name](arguments.captions),
+                products=products,
+                prominence=arguments.prominence,
+            )
+        )
     ]
     publish(arguments.output, rows, estimates=estimates or [])
     if not estimates:
@@ -361,11 +388,13 @@ def main() -> None:
     )
 
 
-def _estimate(num_images: int, num_words: Tensor, products: str) -> dict[str, Any]:
-    work = count(num_images, num_words, products=products)
+def _estimate(
+    num_images: int, num_words: Tensor, *, products: str, prominence: bool
+) -> dict[str, Any]:
+    work = count(num_images, num_words, products=products, prominence=prominence)
     instructions = {}
     for tile in work.tiles:
-        built = build("forward", arch=90, tile=tile, products=products)
+        built = build("forward", arch=90, tile=tile, products=products, prominence=prominence)
         instructions[tile] = built["loop"] * tile.num_warps
     return estimate(work, instructions, products=products)
 

@@ -6,6 +6,7 @@ Axes:  image, caption   of a batch or a whole split     region, word   fragments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ class ImageEmbeddings(NamedTuple):
     def rows(self, index: Tensor | slice) -> ImageEmbeddings:
         """The embeddings of some images."""
         return ImageEmbeddings(*(field[index] for field in self))
+
+    @classmethod
+    def joined(cls, parts: Sequence[ImageEmbeddings]) -> ImageEmbeddings:
+        """Those of several batches, all with as many regions, one after the other."""
+        return parts[0] if len(parts) == 1 else cls(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class CaptionEmbeddings(NamedTuple):

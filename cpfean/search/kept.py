@@ -25,7 +25,7 @@ from cpfean.model.cpfean import Cpfean
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.search.array_folders import Shapes, kept_arrays
 
-Precision = Literal["float32", "float16"]
+StoredPrecision = Literal["float32", "float16"]
 Rows = slice | Int64[np.ndarray, "row"]
 
 
@@ -110,7 +110,7 @@ def keep_images(
     *,
     batch_size: int,
     device: torch.device,
-    precision: Precision = "float32",
+    precision: StoredPrecision = "float32",
     about: Mapping[str, Any],
 ) -> KeptImages:
     """The images of a split from their folder, which is made if it is not there.

@@ -40,7 +40,7 @@ from cpfean.photographs.extractor import RegionExtractor
 from cpfean.search.hits import EncodedImage, Hit, Hits, check_counts
 from cpfean.search.kept import (
     KeptCaptions,
-    Precision,
+    StoredPrecision,
     content_name,
     keep_captions,
     keep_images,
@@ -82,7 +82,7 @@ class Searcher:
         key: dict[str, Any],
         batch_size: int = 128,
         products: Products = "fp32",
-        precision: Precision = "float32",
+        precision: StoredPrecision = "float32",
     ) -> None:
         self.trained = trained
         self.name = name
@@ -112,7 +112,7 @@ class Searcher:
         split: str | None = None,
         device: torch.device | str | None = None,
         cache_dir: Path | None = None,
-        precision: Precision = "float32",
+        precision: StoredPrecision = "float32",
         text_encoder: str | None = None,
     ) -> Searcher:
         """Opens a model and a gallery, and encodes the gallery if that was not done before.

@@ -3,9 +3,9 @@
 Axes:  image, caption   of a gallery: the whole split, or a fold of it
 
 Processes share the work: each encodes some captions and sends them to the others, then scores its
-own images against all captions. In memory are the captions' embeddings and one batch of images;
-the scores of a batch are counted and forgotten. Several models go through the images side by side,
-so that the mean of their scores is counted likewise.
+own images against all captions. In memory are the captions' embeddings and one batch of images, on
+a GPU several; their scores are counted and forgotten. Several models go through the images side by
+side, so that the mean of their scores is counted likewise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cpfean.errors import DataError
 from cpfean.metrics.best import BestCandidates
 from cpfean.metrics.retrieval import RankCounter, RetrievalMetrics, folds
 from cpfean.model.cpfean import Cpfean
-from cpfean.model.embeddings import CaptionEmbeddings
+from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scoring import in_products
 from cpfean.processes import place, sent_from, share
 from cpfean.progress import Progress
@@ -41,6 +41,9 @@ Protocol = Literal["full", "coco-1k"]
 # Fewer captions than this are no group: what scoring prepares once for all captions that it is
 # given, and for each image, would show.
 _FEW = 256
+# Images that a GPU scores at a time, so many of them in whole batches: what scoring prepares of all
+# captions is prepared that often. A processor goes by batches, whose memory is the smaller.
+SCORED_ON_GPU = 1024
 
 
 def evaluate(
@@ -61,7 +64,8 @@ def evaluate(
         dataset: the split.
         protocol: "full", or "coco-1k" for the mean over consecutive folds of images; a fold's
             images are scored with its own captions only.
-        batch_size: images or captions encoded at a time.
+        batch_size: images or captions encoded at a time, and images scored, of which a GPU takes
+            as many batches as 1,024 have room for.
         device: where to compute.
         products: type of the matrix products of scoring; all else of it is in the model's type.
         precision: of the encoders, that of the training for the model that was trained.
@@ -317,16 +321,22 @@ def _score_rows(
     progress = Progress(f"scoring {name}", total=len(own))
     blocks = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     on_gpu = device.type == "cuda"
+    together = max(1, SCORED_ON_GPU // batch_size) if on_gpu else 1
+    encoded: list[ImageEmbeddings] = []
     with prefetched(map(dataset.image_batch, blocks), pin=on_gpu) as batches:
         for block, batch in zip(blocks, batches, strict=True):
             fields = batch.to(device, non_blocking=on_gpu)._asdict()
             with autocast(precision, device):
-                images = model.encode_images(**fields)
-            scores = torch.empty(len(block), len(own_captions), dtype=dtype, device=device)
+                encoded.append(model.encode_images(**fields))
+            if len(encoded) < together and block.stop < own.stop:
+                continue
+            images = ImageEmbeddings.joined(encoded)
+            encoded.clear()
+            scores = torch.empty(len(images.pooled), len(own_captions), dtype=dtype, device=device)
             with in_products(products, device):
                 for columns, embedded in captions:
                     scores[:, columns] = model.score(images, embedded)
-            yield block.start, scores
+            yield block.stop - len(scores), scores
             progress.step(block.stop - own.start)
 
 

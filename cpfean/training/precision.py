@@ -26,7 +26,7 @@ from cpfean.processes import smallest
 
 logger = logging.getLogger(__name__)
 
-Setting = Literal["auto", "fp32", "bf16", "fp16"]
+AskedPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Capability = tuple[int, int]
 
@@ -43,31 +43,31 @@ _DOUBLED_AFTER = 2000  # steps in a row whose gradients were finite
 _FIRST_SCALE, _LARGEST_SCALE = 2.0**12, 2.0**24
 
 
-def precision_of(setting: Setting, capability: Capability | None) -> Precision:
-    """What a setting means on a card.
+def precision_of(asked: AskedPrecision, capability: Capability | None) -> Precision:
+    """What `optim.precision` means on a card.
 
     Args:
-        setting: "auto" or a precision, which is taken as it is.
+        asked: "auto" or a precision, which is taken as it is.
         capability: major and minor compute capability of the card; None: a processor.
     """
-    if setting != "auto":
-        return setting
+    if asked != "auto":
+        return asked
     if capability is None or capability < _FP16_SINCE:
         return "fp32"
     return "bf16" if capability >= _BF16_SINCE else "fp16"
 
 
-def chosen_precision(setting: Setting, device: torch.device) -> Precision:
-    """What a setting means for all processes that share a batch: the same on each of them.
+def chosen_precision(asked: AskedPrecision, device: torch.device) -> Precision:
+    """What `optim.precision` means for all processes that share a batch: the same on each of them.
 
     Args:
-        setting: "auto" or a precision.
+        asked: "auto" or a precision.
         device: of this process.
     """
     if device.type != "cuda":
-        return precision_of(setting, None)
+        return precision_of(asked, None)
     capability = least_capability(torch.cuda.get_device_capability(device), device)
-    precision = precision_of(setting, capability)
+    precision = precision_of(asked, capability)
     card = torch.cuda.get_device_name(device)
     logger.info("computes in %s: %s; least capability %d.%d", precision, card, *capability)
     return precision

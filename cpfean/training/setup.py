@@ -23,7 +23,7 @@ from cpfean.model.text_encoder import TextBackbone
 from cpfean.processes import place
 from cpfean.threads import threads_chosen
 from cpfean.training.evaluation import evaluate
-from cpfean.training.precision import Setting, chosen_precision
+from cpfean.training.precision import AskedPrecision, chosen_precision
 from cpfean.training.text_cache import encode_frozen
 from cpfean.training.text_check import check_places
 
@@ -198,7 +198,7 @@ def evaluate_checkpoint(
     num_regions: int,
     batch_size: int = 128,
     products: Products = "fp32",
-    precision: Setting = "fp32",
+    precision: AskedPrecision = "fp32",
     text_encoder: str | None = None,
 ) -> RetrievalMetrics:
     """Metrics of a checkpoint's best model on a split.

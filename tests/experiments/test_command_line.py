@@ -351,7 +351,7 @@ def test_the_line_that_goes_on_with_a_training_does_so_when_it_is_pasted(tmp_pat
     (tmp_path / "my tiny.toml").write_text(tiny.to_toml())
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     environment = mine | {"CPFEAN_CACHE": str(tmp_path / "cache")}
-    words = ["--config", "my tiny.toml", "--output", "it's $HOME `x`", "--set", "optim.patience=15"]
+    words = ["--config", "my tiny.toml", "--output", "it's $HOME `x`", "--set", "optim.patience=4"]
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(

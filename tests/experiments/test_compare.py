@@ -90,8 +90,6 @@ def test_on_ray_the_runs_come_to_what_they_come_to_here(tiny: Path) -> None:
     assert here.returncode == 0, here.stderr
     if torch.get_num_threads() <= 2:
         assert table(tiny / "on-ray/c") == table(tiny / "here/c")
-    again = call(
-        "compare.py", *options, "--name", "again", "--address", "local", cwd=tiny, timeout=60
-    )
+    again = call("compare.py", *options, "--name", "again", "--in-process", cwd=tiny, timeout=60)
     assert again.returncode == 0, again.stderr
     assert table(tiny / "on-ray/again") == table(tiny / "on-ray/c")

@@ -76,6 +76,7 @@ def test_a_head_that_is_gone_ends_the_process_and_one_that_answers_does_not(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_gives_the_bytes_of_this_process_and_its_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,15 @@
-"""How many operators a training step of full size starts on a GPU.
+"""How many operators a training step of full size starts on a GPU, and how long they may take.
 
 Counted is every operator that starts a kernel, once, though some start several: the optimizer's,
 one for all its weights, above all. Views and memory are not. Tensors have shapes alone. The local
-scores and their gradients are counted apart.
+scores and their gradients are counted apart. Seconds are an estimate from the operations and bytes
+of each operator, as `cpfean.training.counting` has it: no step was measured.
 """
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +29,8 @@ from cpfean.model.scorers.pairs import Pairs
 from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring
 from cpfean.model.scorers.scorer import Scorer
 from cpfean.model.text_encoder import TextBackbone
+from cpfean.records.cards import Cards
+from cpfean.training.counting import OF_MEMORY, Counter, Rates
 from cpfean.training.global_batch import GlobalBatchLoss, find_gradients
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.precision import autocast
@@ -38,6 +43,8 @@ PAIRS, REGIONS, LABELS = 128, 29, 1600
 # Together 1,500.
 MOST = 1375  # without the local scores and their gradients
 MOST_OF_SCORES = 125  # of these by Triton's kernels; a GPU makes eight casts less than a processor
+MOST_SECONDS = 0.012  # on an H100
+PRICES = Path(__file__).resolve().parents[2] / "experiments" / "prices.toml"
 
 
 class Nothing(torch.autograd.Function):
@@ -141,7 +148,16 @@ def model() -> Cpfean:
         )
 
 
-def second_step() -> Record:
+def h100() -> Counter:
+    """Counts for the card of the table; enter it."""
+    card = Cards.read(tomllib.loads(PRICES.read_text("utf-8")), nodes={}).known[
+        "NVIDIA H100 80GB HBM3"
+    ]
+    return Counter(Rates(products=card.tflops_16 * 1e12, memory=card.gb_per_second * 1e9))
+
+
+@pytest.fixture(scope="module")
+def second_step() -> tuple[Record, Counter]:
     """What the second step does; the first one allocates."""
     patched = mock.patch.object(functional, "scaled_dot_product_attention", attention)
     with patched, pretended() as record:
@@ -153,17 +169,18 @@ def second_step() -> Record:
         for _ in range(2):
             pinned = batch().pin_memory()
             record.clear()
-            given = pinned.to(CUDA, non_blocking=True)
-            optimizer.zero_grad(set_to_none=True)
-            with autocast("bf16", CUDA):
-                loss = step(given, "hardest", PAIRS)
-            find_gradients(step, loss, trained.parameters(), clip_norm=2.0)
-            optimizer.step()
-    return record
+            with h100() as counter:
+                given = pinned.to(CUDA, non_blocking=True)
+                optimizer.zero_grad(set_to_none=True)
+                with autocast("bf16", CUDA):
+                    loss = step(given, "hardest", PAIRS)
+                find_gradients(step, loss, trained.parameters(), clip_norm=2.0)
+                optimizer.step()
+    return record, counter
 
 
-def test_a_step_of_full_size_starts_so_many_operators() -> None:
-    record = second_step()
+def test_a_step_of_full_size_starts_so_many_operators(second_step: tuple[Record, Counter]) -> None:
+    record, _ = second_step
     kernels = record.launches
     # BERT-base and the region Transformer, both ways.
     assert kernels["aten._scaled_dot_product_efficient_attention.default"] == 13
@@ -189,32 +206,57 @@ class Counted(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def test_the_local_scores_of_a_step_and_their_gradients_start_so_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def of_scores(monkeypatch: pytest.MonkeyPatch) -> tuple[int, Counted, Counter]:
+    """The local scores of a step and their gradients: kernels of Triton's, and all else counted."""
     lengths = torch.from_numpy(np.sort(np.random.default_rng(0).integers(8, 21, PAIRS)))
+    with torch.device("meta"):
+        shapes = {
+            "regions": torch.zeros(PAIRS, REGIONS, FLICKR30K.model.dim),
+            "words": torch.zeros(PAIRS, 20, FLICKR30K.model.dim),
+            "thresholds": torch.zeros(PAIRS, REGIONS),
+            "lead": torch.zeros(PAIRS, 20),
+            "constants": torch.zeros(4),
+        }
+        upstream = torch.zeros(PAIRS, PAIRS)
     inputs = Inputs(
-        regions=torch.randn(PAIRS, REGIONS, 16),
-        words=torch.randn(PAIRS, 20, 16),
+        **shapes,
         num_regions=torch.full((PAIRS,), REGIONS),
         num_words=lengths,
-        thresholds=torch.zeros(PAIRS, REGIONS),
-        lead=torch.zeros(PAIRS, 20),
-        constants=torch.tensor([10.0, 10.0, 9.0, 0.0]),
         gate="soft",
         prominence=False,
         product_type=torch.bfloat16,
     )
-    kernels = 0
+    kernels, counter = 0, h100()
 
-    def launch(*_: Any, **__: Any) -> None:
+    def launch(kernel: Any, grid: Any, arguments: tuple[Any, ...], **_: Any) -> None:
         nonlocal kernels
         kernels += 1
+        moved = sum(x.numel() * x.element_size() for x in arguments if isinstance(x, Tensor))
+        counter.seconds += moved / (counter.rates.memory * OF_MEMORY)
 
-    monkeypatch.setattr(Scoring, "launch", launch)
-    with Counted() as counted:
+    monkeypatch.setattr(Scoring, "launch", staticmethod(launch))
+    with counter, Counted() as counted:
         Scoring(inputs).scores()
-        Scoring(inputs).gradients(torch.zeros(PAIRS, PAIRS))
+        Scoring(inputs).gradients(upstream)
+    return kernels, counted, counter
+
+
+def test_the_local_scores_of_a_step_and_their_gradients_start_so_many(
+    of_scores: tuple[int, Counted, Counter],
+) -> None:
+    kernels, counted, _ = of_scores
     # Captions of up to 16 words and longer ones are two blocks, of a kernel forwards and two back.
     assert kernels == 2 * (1 + 2)
     assert 50 < counted.launches + kernels <= MOST_OF_SCORES
+
+
+def test_a_step_of_full_size_is_estimated_at_12_ms_of_an_h100(
+    second_step: tuple[Record, Counter], of_scores: tuple[int, Counted, Counter]
+) -> None:
+    """The score's kernels by their bytes alone: their instructions take some 0.2 ms."""
+    _, step = second_step
+    *_, scores = of_scores
+    # A forward and two backward products of each weight of BERT's layers with 128 x 27 pieces.
+    assert step.flops > 6 * 12 * 12 * 768**2 * PAIRS * 27
+    assert 0.8 * MOST_SECONDS < step.seconds + scores.seconds <= MOST_SECONDS

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cpfean.config import ExperimentConfig
 from cpfean.data.dataset import GlobalBatches
 from cpfean.model.text_encoder import TextBackbone
+from cpfean.training import evaluation
 from cpfean.training.checkpoint import Checkpoint
 from cpfean.training.evaluation import evaluate, score_matrix
 from cpfean.training.global_batch import GlobalBatchLoss, find_gradients
@@ -204,27 +205,33 @@ def test_a_planted_tensor_of_the_host_is_refused(data: Path) -> None:
         one_step(data, plant=plant)
 
 
-def test_evaluation_waits_at_its_beginning_and_end_and_once_a_block_of_scores(data: Path) -> None:
+def test_evaluation_waits_at_its_beginning_and_end_and_once_a_block_of_scores(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small({})
-    waits, blocks = [], []
+    waits, blocks, metrics = [], [], []
     with pretended() as record:
         experiment = open_experiment(config, data_folder=data, cache_dir=data.parent, device=CUDA)
-        for batch_size in (3, 1):
+        for batch_size, scored in ((3, 1024), (1, 1024), (1, 2), (1, 0)):
+            monkeypatch.setattr(evaluation, "SCORED_ON_GPU", scored)
             record.clear()
-            evaluate(
-                experiment.model,
-                experiment.dev,
-                protocol="full",
-                batch_size=batch_size,
-                device=CUDA,
-                precision="bf16",
+            metrics.append(
+                evaluate(
+                    experiment.model,
+                    experiment.dev,
+                    protocol="full",
+                    batch_size=batch_size,
+                    device=CUDA,
+                    precision="bf16",
+                )
             )
             found = record.waits.copy()
             of_blocks = [line for line in found if "prominent_cuda.py" in line]
             blocks.append(sum(found.pop(line) for line in of_blocks))
             waits.append(found)
-    assert waits[0] == waits[1]
-    assert blocks == [1, 3]  # of three images, whose captions are one group
+    assert all(found == waits[0] for found in waits)
+    assert blocks == [1, 1, 2, 3]  # of three images, whose captions are one group
+    assert all(found == metrics[0] for found in metrics)
 
 
 @pytest.mark.parametrize("kind", ["albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta"])

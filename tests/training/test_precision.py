@@ -15,8 +15,8 @@ from cpfean.config import ExperimentConfig
 from cpfean.errors import DivergedError, StoppedError
 from cpfean.training.checkpoint import read_state
 from cpfean.training.precision import (
+    AskedPrecision,
     LossScale,
-    Setting,
     autocast,
     chosen_precision,
     least_capability,
@@ -48,11 +48,11 @@ def test_auto_is_what_the_card_is_fast_at(
     assert precision_of("auto", capability) == precision
 
 
-@pytest.mark.parametrize("setting", ["fp32", "bf16", "fp16"])
-def test_what_is_asked_for_by_name_is_taken(setting: Setting) -> None:
+@pytest.mark.parametrize("asked", ["fp32", "bf16", "fp16"])
+def test_what_is_asked_for_by_name_is_taken(asked: AskedPrecision) -> None:
     for capability in (None, (7, 5), (9, 0)):
-        assert precision_of(setting, capability) == setting
-    assert chosen_precision(setting, CPU) == setting
+        assert precision_of(asked, capability) == asked
+    assert chosen_precision(asked, CPU) == asked
     assert chosen_precision("auto", CPU) == "fp32"
 
 
@@ -78,7 +78,9 @@ def test_the_weakest_card_decides_for_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_products_are_made_in_the_precision_and_its_bits_are_told(precision: Setting) -> None:
+def test_products_are_made_in_the_precision_and_its_bits_are_told(
+    precision: AskedPrecision,
+) -> None:
     chosen = chosen_precision(precision, CPU)
     with autocast(chosen, CPU):
         product = torch.ones(2, 3) @ torch.ones(3, 2)
@@ -123,7 +125,7 @@ def test_a_scale_that_fits_is_doubled_up_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_without_float16_there_is_no_scale(precision: Setting) -> None:
+def test_without_float16_there_is_no_scale(precision: AskedPrecision) -> None:
     chosen = chosen_precision(precision, CPU)
     scale = LossScale.to_go_on(chosen, LossScale(precision="fp16", value=8.0))
     assert scale.value == 1.0

@@ -162,15 +162,6 @@ def check_the_three_records_agree(driver: Driver) -> None:
 
 
 @pytest.mark.long
-def test_a_sweep_that_is_killed_in_mid_trial_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    config = SHORT.with_overrides({"optim.epochs": 2})
-    driver = Driver(tmp_path, config=config, trials=2, workers=2)
-    driver.kill(driver.start(), lambda: driver.epochs_recorded() >= 1)
-    assert driver.start("--resume").wait(timeout=600) == 0, driver.log.read_text()
-    check_the_three_records_agree(driver)
-
-
-@pytest.mark.long
 def test_a_sweep_that_is_killed_stopped_and_killed_ends_as_if_it_had_not_been(
     tmp_path: Path,
 ) -> None:

@@ -77,6 +77,7 @@ def plain_scores(model: Path, where: Settings, data: Path) -> pandas.DataFrame:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_s_best_model_is_registered_and_gives_the_scores_of_the_plain_model(
     where: Settings, tmp_path: Path
 ) -> None:

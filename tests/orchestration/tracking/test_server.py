@@ -226,7 +226,8 @@ def test_a_server_with_passwords_answers_nobody_without_one(tmp_path: Path) -> N
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, SCRIPT, *words],
-            env=os.environ | {PASSWORD: GOOD},
+            # Each of its processes imports MLflow first, for seconds.
+            env=os.environ | {PASSWORD: GOOD, "MLFLOW_WORKERS": "1"},
             stdout=log,
             stderr=log,
             start_new_session=True,
