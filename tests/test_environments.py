@@ -176,7 +176,7 @@ ROWS = [
         Row(place=place, command=f"{FAULTY} --json", code=3, lists=2)
         for place in ("ASCII", "Latin 1", "Windows 1252", "C", "C, not UTF-8")
     ),
-    Row(place="ASCII", command=ODDLY, trains=True),
+    Row(place="ASCII", command=ODDLY, trains=True, long=True),
     Row(place="C", command=ODDLY, trains=True, long=True),
     Row(place="C, not UTF-8", command=ODDLY, code=2, says=("PYTHONUTF8=1", "--data")),
     Row(place="reader has gone", command=FAULTY, code=3),

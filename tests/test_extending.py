@@ -117,6 +117,7 @@ def test_every_section_has_its_example_and_a_scorer_is_three_files() -> None:
     assert len(files["A scorer"]) == 3
 
 
+@pytest.mark.long
 def test_an_ablation_a_setting_and_a_scorer_pass_the_tests_that_they_will_have(
     project: Path,
 ) -> None:

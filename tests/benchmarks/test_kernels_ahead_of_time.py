@@ -22,11 +22,14 @@ triton = pytest.importorskip(
     "triton", reason="Triton is not installed: it has no build for this system"
 )
 
-QUICK, LONG = "90", "80 89 90 100 --prominence"
+OPTIONS = ("80 89 90 100", "90 --prominence")
 KERNELS = {"forward", "words_backward", "regions_backward"}
 
 
-@pytest.fixture(scope="module", params=[QUICK, pytest.param(LONG, marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(options, marks=pytest.mark.long) for options in OPTIONS],
+)
 def rows(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:

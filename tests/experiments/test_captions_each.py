@@ -136,10 +136,8 @@ def of_study(folder: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(name, marks=[] if name == "4 to 7" else [pytest.mark.long]) for name in SETS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", SETS)
 def test_a_sweep_runs_on_a_set(number: str, tmp_path: Path) -> None:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     config = make(tmp_path / "data", number).with_overrides({"optim.epochs": 1})

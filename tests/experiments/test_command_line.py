@@ -346,6 +346,7 @@ def test_what_is_to_be_resumed_is_fetched_if_it_is_not_here(
     assert sorted(path.name for path in where.output.iterdir()) == names
 
 
+@pytest.mark.long
 def test_the_line_that_goes_on_with_a_training_does_so_when_it_is_pasted(tmp_path: Path) -> None:
     tiny = TINY.with_overrides({"optim.epochs": 200})
     (tmp_path / "my tiny.toml").write_text(tiny.to_toml())

@@ -110,6 +110,7 @@ def write_coco(folder: Path, tiny: Path, own: dict[int, list[int]]) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_cocos_test_split_is_judged_by_ids_whatever_its_order(
     place: Path, call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_model_comes_back_from_the_hub_with_the_same_scores(
     assert f"**{told['rsum']:.1f}**" in card
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_frozen_text_encoder_is_named_and_not_sent(
     hub: LocalHub, data: Path, tmp_path: Path

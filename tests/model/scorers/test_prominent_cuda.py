@@ -191,6 +191,7 @@ def test_kernels_equal_the_scorer_for_every_switch(name: str) -> None:
     assert max(found.gradients[3:], default=0) < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_regions", "num_words"),
     [
@@ -222,6 +223,7 @@ def test_kernels_equal_the_scorer_without_salience() -> None:
     assert max(found.gradients[:3]) < 1e-5
 
 
+@pytest.mark.long
 def test_kernels_equal_the_scorer_over_several_programs_of_a_block() -> None:
     found = errors({}, make((2,) * 9, (1, 1, 2, 2, 3)), share=0.5)
     assert found.scores < 1e-6
@@ -229,6 +231,7 @@ def test_kernels_equal_the_scorer_over_several_programs_of_a_block() -> None:
 
 
 # Not of hard gates: a cosine next to its threshold, rounded, opens or closes one.
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in SWITCHES if name != "gate hard"])
 @pytest.mark.parametrize(
     ("product_type", "of_scores", "of_gradients"),
@@ -243,6 +246,7 @@ def test_half_the_bits_keep_their_bounds(
     assert max(found.gradients[:3]) < of_gradients
 
 
+@pytest.mark.long
 def test_half_products_follow_the_size_of_the_upstream_gradient() -> None:
     case = make((9, 6), (3, 5))
     plain = errors({}, case, product_type=torch.float16)
@@ -285,6 +289,7 @@ def test_what_is_not_finite_is_not_hidden(bad: float, product_type: torch.dtype)
     assert scores[[0, 2]].isfinite().all()
 
 
+@pytest.mark.long
 def test_ten_calls_are_equal_to_the_last_bit() -> None:
     scorer = scorer_of({}).to(DEVICE, torch.float32)
     first: list[Tensor] = []

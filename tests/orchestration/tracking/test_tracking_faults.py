@@ -76,7 +76,7 @@ def follow(uri: str, id: str) -> Tracked:
 @pytest.mark.parametrize(
     "fault",
     [
-        "refuse",
+        pytest.param("refuse", marks=pytest.mark.long),
         "hang",
         "lose",
         500,
@@ -419,6 +419,7 @@ def test_eight_processes_may_open_an_empty_database_at_once(tmp_path: Path, roun
     assert done.stdout.strip() == "all opened", done.stderr
 
 
+@pytest.mark.long
 def test_files_of_a_server_that_has_them_on_its_own_disk_are_not_written_to_ours(
     tmp_path: Path,
 ) -> None:
