@@ -30,6 +30,7 @@ def test_comments_and_docstrings_are_no_code(
     assert len(code_fingerprint()) == 12
 
 
+@pytest.mark.long
 def test_what_no_training_runs_trains_nothing_anew(tmp_path: Path) -> None:
     package = tmp_path / "cpfean"
     shutil.copytree(Path(cpfean.__path__[0]), package, ignore=shutil.ignore_patterns("*.pyc"))

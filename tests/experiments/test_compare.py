@@ -39,6 +39,7 @@ def test_the_same_command_twice_gives_the_same_table_and_trains_nothing_again(
     assert table(tiny / "runs/second") == table(tiny / "runs/first")
 
 
+@pytest.mark.long
 def test_results_of_two_machines_merge_and_one_of_them_has_only_torch(run: Run, tiny: Path) -> None:
     (tiny / "bare.py").write_text(
         "import runpy, sys\n"

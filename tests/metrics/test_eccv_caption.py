@@ -40,6 +40,7 @@ def slow(ranked: list[int], matches: set[int]) -> tuple[float, float, float]:
     return float(hits[0]), sum(precisions) / size, sum(hits) / size
 
 
+@pytest.mark.long
 def test_metrics_are_those_of_sorting_every_judged_query(
     judged: Any, ids: tuple[list[int], list[int], list[int]], capfd: pytest.CaptureFixture[str]
 ) -> None:

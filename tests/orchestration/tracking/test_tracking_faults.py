@@ -408,7 +408,10 @@ print("all opened")
 """
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.drill)])
+@pytest.mark.parametrize(
+    "rounds",
+    [pytest.param(1, marks=pytest.mark.long), pytest.param(20, marks=pytest.mark.drill)],
+)
 def test_eight_processes_may_open_an_empty_database_at_once(tmp_path: Path, rounds: int) -> None:
     done: Any = subprocess.run(
         [sys.executable, "-c", _OPEN_TOGETHER, str(tmp_path), str(rounds)],
