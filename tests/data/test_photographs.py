@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 from cpfean.data.convert.photographs import Photograph, find_photographs
 from cpfean.errors import ConfigError, DataError
+from tests.memory_store import s3_in_memory
 
 Rows = Sequence[tuple[str, str]]
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data/photographs"
@@ -362,28 +362,8 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store() -> Iterator[MemoryFileSystem]:
-    """Objects under s3:// that are in memory, with an ETag each."""
-
-    class Store(MemoryFileSystem):
-        protocol = "s3"
-        store: dict = {}  # noqa: RUF012
-        pseudo_dirs: list = [""]  # noqa: RUF012
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return "/" + path.removeprefix("s3://").strip("/")
-
-        def find(self, path: str, **options: object) -> dict:
-            entries = super().find(path, **options)
-            for name, entry in entries.items():
-                entry["ETag"] = f'"{hash(self.cat_file(name))}"'
-            return entries
-
-    known = fsspec.registry.get("s3")
-    fsspec.register_implementation("s3", Store, clobber=True)
-    yield Store()
-    if known is not None:
-        fsspec.register_implementation("s3", known, clobber=True)
+    with s3_in_memory() as store:
+        yield store
 
 
 def test_a_bucket_is_read_as_a_folder_is(store: MemoryFileSystem, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -23,6 +22,7 @@ from cpfean.photographs.decoding import (
     decode_photograph,
     read_photograph,
 )
+from tests.memory_store import s3_in_memory
 from tests.photographs.odd import HEIGHT, WIDTH, Odd, odd_photographs, picture, png_of_size
 
 
@@ -158,22 +158,8 @@ def test_threads_read_side_by_side_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store() -> Iterator[MemoryFileSystem]:
-    """Objects under s3:// that are in memory."""
-
-    class Store(MemoryFileSystem):
-        protocol = "s3"
-        store: dict = {}  # noqa: RUF012
-        pseudo_dirs: list = [""]  # noqa: RUF012
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return "/" + path.removeprefix("s3://").strip("/")
-
-    known = fsspec.registry.get("s3")
-    fsspec.register_implementation("s3", Store, clobber=True)
-    yield Store()
-    if known is not None:
-        fsspec.register_implementation("s3", known, clobber=True)
+    with s3_in_memory() as store:
+        yield store
 
 
 def test_an_object_is_read_as_a_file_is(store: MemoryFileSystem, tmp_path: Path) -> None:
