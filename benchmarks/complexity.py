@@ -36,10 +36,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from full_step import take_step
 from measure import parser_of, peak_memory, publish, say
 from random_data import as_dataset, write_split
 from scorers import make_embeddings
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +53,7 @@ from cpfean.model.scorers.pairs import every_pair
 from cpfean.model.scorers.scorer import scorer_class
 from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.optimizer import build_optimizer
+from cpfean.training.precision import LossScale, chosen_precision
 from cpfean.training.setup import build_model
 from experiments.ablations import ABLATIONS
 from experiments.methods import METHODS
@@ -360,16 +361,13 @@ def step_of(
     pairs = np.arange(batch) * (len(dataset) // batch)  # each of an image of its own
     request = BatchRequest(epoch=0, step=0, pairs=pairs, start=0, stop=batch)
     given = dataset.training_batch(request).to(arguments.device)
-    bf16 = arguments.device == "cuda"
+    precision = chosen_precision("auto", torch.device(arguments.device))
+    scale = LossScale.to_go_on(precision, LossScale())
 
     def step() -> None:
         loss_of.train()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(arguments.device, torch.bfloat16, enabled=bf16):
-            loss = loss_of(given, "hardest", batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
+        clip_norm = config.optim.clip_norm
+        take_step(loss_of, optimizer, given, pairs=batch, clip_norm=clip_norm, scale=scale)
 
     return step
 

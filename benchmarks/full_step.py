@@ -21,7 +21,7 @@ from cpfean.data.dataset import BatchRequest, GlobalBatches
 from cpfean.losses.triplet import triplet_loss
 from cpfean.training.global_batch import GlobalBatchLoss
 from cpfean.training.optimizer import build_optimizer
-from cpfean.training.precision import autocast, chosen_precision
+from cpfean.training.precision import LossScale, autocast, chosen_precision
 from cpfean.training.setup import build_model
 
 
@@ -64,7 +64,8 @@ class FullStep:
         self.dataset, tokenizer = as_dataset(split)
         torch.manual_seed(0)
         self.device = device
-        self.precision = chosen_precision(self.config.optim.precision, device)
+        precision = chosen_precision(self.config.optim.precision, device)
+        self.scale = LossScale.to_go_on(precision, LossScale())
         self.model = build_model(self.config, split=split, tokenizer=tokenizer).to(device)
         self.loss = GlobalBatchLoss(self.model, margin=self.config.loss.margin).train()
         self.optimizer = build_optimizer(self.model, self.config.optim)
@@ -77,16 +78,14 @@ class FullStep:
 
     def whole(self, batch: Batch) -> None:
         """Forward, backward, clipping and update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device):
-            loss = self.loss(batch, "hardest", self.pairs)
-        loss.backward()
-        self.update()
-
-    def update(self) -> None:
-        """Clipping and AdamW."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
+        take_step(
+            self.loss,
+            self.optimizer,
+            batch,
+            pairs=self.pairs,
+            clip_norm=self.config.optim.clip_norm,
+            scale=self.scale,
+        )
 
     def seconds_by_phase(self, wait: Callable[[], None]) -> dict[str, float]:
         """One step, the device waited for after every phase."""
@@ -103,7 +102,7 @@ class FullStep:
         with phase("batch to the device"):
             batch = self.batch()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.precision, self.device):
+        with autocast(self.scale.precision, self.device):
             with phase("encode images"):
                 images = self.model.encode_images(**batch.images._asdict())
             with phase("encode captions"):
@@ -115,10 +114,43 @@ class FullStep:
                     scores, batch.image_ids, margin=self.config.loss.margin, mining="hardest"
                 )
         with phase("backward"):
-            loss.backward()
+            (loss * self.scale.value).backward()
         with phase("update"):
-            self.update()
+            update(self.optimizer, clip_norm=self.config.optim.clip_norm, scale=self.scale)
         return found
+
+
+def take_step(
+    loss_of: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    pairs: int,
+    clip_norm: float,
+    scale: LossScale,
+) -> None:
+    """Forward with the hardest negatives, backward, clipping and update.
+
+    Args:
+        loss_of: a `GlobalBatchLoss`.
+        optimizer: of its parameters.
+        batch: on the device.
+        pairs: in the batch.
+        clip_norm: largest norm of the gradient.
+        scale: of the loss, with the precision of the step.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(scale.precision, batch.image_ids.device):
+        loss = loss_of(batch, "hardest", pairs)
+    (loss * scale.value).backward()
+    update(optimizer, clip_norm=clip_norm, scale=scale)
+
+
+def update(optimizer: torch.optim.Optimizer, *, clip_norm: float, scale: LossScale) -> None:
+    """Clipping and AdamW, with gradients of the scaled loss."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm * scale.value)
+    scale.step(optimizer, parameters, norm)
 
 
 def _endless(num_pairs: int, batch_size: int) -> Iterator[BatchRequest]:

@@ -9,8 +9,9 @@ parts the caller adds up, also in a fixed order: nothing is added atomically, an
 same at every call.
 
 Either half needs fewer registers, too, than one kernel for both: on an H100, with up to 64 regions
-and 32 words and products of half the bits, neither spills if Triton 3.9 builds them. Triton 3.7
-spills 0.7 KB a thread of the second; in float32, and beyond those sizes, either may spill. With
+and 32 words and products of half the bits, the first does not spill. The second spills 0.5 KB a
+thread as Triton 3.7 builds it, and 5 KB with more than 16 words; in float32, and beyond those
+sizes, either may spill. With
 hardest negatives that is bearable: 3 B of B x B pairs have a gradient, and tiles without one are
 passed over.
 

@@ -33,7 +33,7 @@ from cpfean.threads import threads_chosen
 from cpfean.training.counting import Counter, Rates
 from cpfean.training.evaluation import COCO_FOLD, evaluate
 from cpfean.training.optimizer import build_optimizer
-from cpfean.training.precision import Precision, autocast, chosen_precision
+from cpfean.training.precision import LossScale, autocast, chosen_precision
 from cpfean.training.setup import Experiment, open_experiment
 
 _WARM_UP = 2  # steps that compile, allocate and open files
@@ -162,7 +162,7 @@ def count_training(
         experiment.model.train()
         with step:
             total = min(config.optim.batch_size, len(dataset))
-            _step(experiment.model, optimizer, batch, config, precision="fp32", total=total)
+            _step(experiment.model, optimizer, batch, config, scale=LossScale(), total=total)
         with validation:
             validation_seconds = _validation_seconds(
                 lambda: validation.seconds,
@@ -278,6 +278,7 @@ def _time_steps(
     total = min(config.optim.batch_size, len(dataset))
     on_gpu = device.type == "cuda"
     precision = chosen_precision(config.optim.precision, device)
+    scale = LossScale.to_go_on(precision, LossScale())
     model.train()
     times: list[float] = []
     requests = _requests(len(dataset), config, workers=workers)
@@ -286,7 +287,7 @@ def _time_steps(
             # A batch that is not ready is waited for, as in training.
             started = time.monotonic()
             batch = next(gathered).to(device, non_blocking=on_gpu)
-            _step(model, optimizer, batch, config, precision=precision, total=total)
+            _step(model, optimizer, batch, config, scale=scale, total=total)
             if on_gpu:
                 torch.cuda.synchronize(device)
             if number >= _WARM_UP:
@@ -303,17 +304,17 @@ def _step(
     batch: Batch,
     config: ExperimentConfig,
     *,
-    precision: Precision,
+    scale: LossScale,
     total: int,
 ) -> None:
     """One training step of one worker."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    with autocast(precision, batch.image_ids.device):
+    with autocast(scale.precision, batch.image_ids.device):
         loss = _share_of_loss(model, batch, config, total=total)
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-    optimizer.step()
+    (loss * scale.value).backward()
+    norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm * scale.value)
+    scale.step(optimizer, parameters, norm)
 
 
 def _requests(num_pairs: int, config: ExperimentConfig, *, workers: int) -> Iterator[BatchRequest]:

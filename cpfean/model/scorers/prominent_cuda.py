@@ -26,7 +26,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, sent
-from cpfean.model.scorers.prominent_plan import MOST_FRAGMENTS, bucket, shared_memory
+from cpfean.model.scorers.prominent_plan import (
+    MOST_FRAGMENTS,
+    bucket,
+    can_be_built,
+    shared_memory,
+)
 
 _SINCE = (8, 0)  # compute capability from which Triton builds for a card
 PRODUCT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,7 +62,7 @@ def cuda_scores(
 
     Returns:
         None for what the kernels are not made for: other types, more than 128 fragments, or more
-        than the GPU's shared memory has room for; and where Triton is not installed.
+        than the GPU's shared memory has room for; where Triton is not installed, or breaks off.
     """
     if find_spec("triton") is None:
         return None
@@ -66,9 +71,13 @@ def cuda_scores(
     most = images.mask.shape[1], captions.mask.shape[1]
     if max(most) > MOST_FRAGMENTS:
         return None
-    needed = shared_memory(*most, width=product_type.itemsize)
-    if needed > _available(images.regions.device):
+    device, width = images.regions.device, product_type.itemsize
+    if shared_memory(*most, width=width) > _available(device):
         return None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if not can_be_built(most[1], width=width, capability=capability):
+            return None
     counts, first = _sizes(images.mask, captions.mask)
     num_regions, num_words = counts.split([len(images.mask), len(captions.mask)])
     regions, thresholds = images.regions, images.thresholds

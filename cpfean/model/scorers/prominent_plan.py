@@ -43,7 +43,8 @@ _TILE_ROWS = 64  # words of a tile: what a product of an H100 takes at a time
 _TILE_NUMBERS = 4096  # of S in a tile, more only where a single caption has more
 
 # Numbers of a tile's S that a thread has: as many as its registers hold with what is made of each.
-_FORWARD, _WORDS_BACKWARD, _REGIONS_BACKWARD = 32, 16, 8
+# Those of the last do not hold it whatever there are; with more warps, each does more over again.
+_FORWARD, _WORDS_BACKWARD, _REGIONS_BACKWARD = 32, 16, 16
 _MOST_WARPS = 8  # with more, each thread has fewer registers
 
 
@@ -96,6 +97,20 @@ def shared_memory(most_regions: int, most_words: int, *, width: int) -> int:
     """
     regions, words = bucket(torch.tensor([most_regions, most_words])).tolist()
     return _SHARED[max(_TILE_NUMBERS, regions * words), regions > 64, width]
+
+
+def can_be_built(most_words: int, *, width: int, capability: tuple[int, int]) -> bool:
+    """Whether Triton has a gradient for captions of so many words on such a GPU.
+
+    On those with tensor memory (10.0 to 10.3: B200, B300) Triton 3.7 breaks off at a product of 64
+    rows and more in 16 bits that is reshaped afterwards.
+
+    Args:
+        most_words: of a caption.
+        width: bytes of a number of S.
+        capability: compute capability, major and minor.
+    """
+    return capability[0] != 10 or width > 2 or most_words <= 32
 
 
 def slots_for(num_regions: Int64[Tensor, "image"]) -> int:

@@ -11,6 +11,7 @@ from cpfean.model.scorers.prominent_plan import (
     MOST_FRAGMENTS,
     Tile,
     bucket,
+    can_be_built,
     image_runs,
     plan_blocks,
     shared_memory,
@@ -63,3 +64,12 @@ def test_larger_tiles_need_more_shared_memory(width: int) -> None:
     assert all(column == sorted(column) for column in map(list, zip(*needed, strict=True)))
     # 36 regions and a sentence have room on any GPU that there are tensor cores on.
     assert needed[1][0] <= 99 * 1024
+
+
+def test_what_triton_breaks_off_at_is_not_asked_of_it() -> None:
+    for capability in ((10, 0), (10, 3)):
+        assert can_be_built(32, width=2, capability=capability)
+        assert not can_be_built(33, width=2, capability=capability)
+        assert can_be_built(128, width=4, capability=capability)
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        assert can_be_built(128, width=2, capability=capability)
