@@ -19,10 +19,11 @@ from cpfean.config import ExperimentConfig
 from cpfean.data.batch import Batch
 from cpfean.data.dataset import BatchRequest, GlobalBatches
 from cpfean.losses.triplet import triplet_loss
-from cpfean.training.global_batch import GlobalBatchLoss
+from cpfean.training.global_batch import GlobalBatchLoss, find_gradients
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.precision import LossScale, autocast, chosen_precision
 from cpfean.training.setup import build_model
+from cpfean.training.sharding import clip_gradients
 
 
 class FullStep:
@@ -116,7 +117,10 @@ class FullStep:
         with phase("backward"):
             (loss * self.scale.value).backward()
         with phase("update"):
-            update(self.optimizer, clip_norm=self.config.optim.clip_norm, scale=self.scale)
+            parameters = list(self.model.parameters())
+            largest = self.config.optim.clip_norm * self.scale.value
+            norm = clip_gradients(parameters, largest_norm=largest)
+            self.scale.step(self.optimizer, parameters, norm)
         return found
 
 
@@ -142,14 +146,9 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     with autocast(scale.precision, batch.image_ids.device):
         loss = loss_of(batch, "hardest", pairs)
-    (loss * scale.value).backward()
-    update(optimizer, clip_norm=clip_norm, scale=scale)
-
-
-def update(optimizer: torch.optim.Optimizer, *, clip_norm: float, scale: LossScale) -> None:
-    """Clipping and AdamW, with gradients of the scaled loss."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm * scale.value)
+    largest = clip_norm * scale.value
+    norm = find_gradients(loss_of, loss * scale.value, parameters, clip_norm=largest)
     scale.step(optimizer, parameters, norm)
 
 

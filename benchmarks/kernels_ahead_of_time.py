@@ -242,7 +242,6 @@ def count(
     num_regions: int = 36,
     dim: int = 1024,
     images_each: int = SCORED_ON_GPU,
-    prominence: bool = False,
 ) -> Work:
     """Counts what evaluation does: captions by their lengths, so many images at a time.
 
@@ -250,7 +249,6 @@ def count(
         num_words: of each caption, in rising order.
         products: type of S.
         images_each: that are scored at a time.
-        prominence: with weights of words by prominence, of which the bytes are the same.
     """
     traffic, tiles, flops = _Traffic(), Counter[Tile](), 0.0
     for first in range(0, num_images, images_each):
@@ -267,7 +265,7 @@ def count(
                 lead=new(captions, length),
                 constants=new(4),
                 gate="soft",
-                prominence=prominence,
+                prominence=False,  # the bytes are the same with it
                 product_type=TYPES[products],
             )
             with _on_shapes(), traffic:
@@ -391,7 +389,7 @@ def main() -> None:
 def _estimate(
     num_images: int, num_words: Tensor, *, products: str, prominence: bool
 ) -> dict[str, Any]:
-    work = count(num_images, num_words, products=products, prominence=prominence)
+    work = count(num_images, num_words, products=products)
     instructions = {}
     for tile in work.tiles:
         built = build("forward", arch=90, tile=tile, products=products, prominence=prominence)

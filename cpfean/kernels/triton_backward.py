@@ -11,9 +11,8 @@ same at every call.
 Either half needs fewer registers, too, than one kernel for both: on an H100, with up to 64 regions
 and 32 words and products of half the bits, the first does not spill. The second spills 0.5 KB a
 thread as Triton 3.7 builds it, and 5 KB with more than 16 words; in float32, and beyond those
-sizes, either may spill. With
-hardest negatives that is bearable: 3 B of B x B pairs have a gradient, and tiles without one are
-passed over.
+sizes, either may spill. With hardest negatives that is bearable: 3 B of B x B pairs have a
+gradient, and tiles without one are passed over.
 
     words_backward     a program has an image and goes through captions: what comes through A, om
     regions_backward   a program has captions and goes through images: what comes through P, g

@@ -17,7 +17,7 @@ from itertools import chain, count
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpfean.config import ExperimentConfig
 from cpfean.data.batch import Batch
@@ -32,6 +32,7 @@ from cpfean.model.text_encoder import TextBackbone
 from cpfean.threads import threads_chosen
 from cpfean.training.counting import Counter, Rates
 from cpfean.training.evaluation import COCO_FOLD, evaluate
+from cpfean.training.global_batch import find_gradients
 from cpfean.training.optimizer import build_optimizer
 from cpfean.training.precision import LossScale, autocast, chosen_precision
 from cpfean.training.setup import Experiment, open_experiment
@@ -312,8 +313,8 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     with autocast(scale.precision, batch.image_ids.device):
         loss = _share_of_loss(model, batch, config, total=total)
-    (loss * scale.value).backward()
-    norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm * scale.value)
+    largest = config.optim.clip_norm * scale.value
+    norm = find_gradients(model, loss * scale.value, parameters, clip_norm=largest)
     scale.step(optimizer, parameters, norm)
 
 

@@ -15,7 +15,6 @@ one operation at a time, for tests.
 
 from __future__ import annotations
 
-import math
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -71,13 +70,8 @@ def cuda_scores(
     most = images.mask.shape[1], captions.mask.shape[1]
     if max(most) > MOST_FRAGMENTS:
         return None
-    device, width = images.regions.device, product_type.itemsize
-    if shared_memory(*most, width=width) > _available(device):
+    if not _runs_on(images.regions.device, *most, width=product_type.itemsize):
         return None
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if not can_be_built(most[1], width=width, capability=capability):
-            return None
     counts, first = _sizes(images.mask, captions.mask)
     num_regions, num_words = counts.split([len(images.mask), len(captions.mask)])
     regions, thresholds = images.regions, images.thresholds
@@ -121,14 +115,16 @@ def _by_size(counts: Int64[Tensor, "n"]) -> Int64[Tensor, "n"] | None:
     return sizes.argsort(stable=True) if bool((sizes.diff() < 0).any()) else None
 
 
-def _available(device: torch.device) -> float:
-    """Bytes of shared memory that a program can have; 0 on GPUs that Triton does not know."""
+def _runs_on(device: torch.device, most_regions: int, most_words: int, *, width: int) -> bool:
+    """Whether Triton builds for such a GPU, and its shared memory has room for a program."""
     if device.type != "cuda":
-        return math.inf
-    if torch.cuda.get_device_capability(device) < _SINCE:
-        return 0.0
+        return True
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _SINCE or not can_be_built(most_words, width=width, capability=capability):
+        return False
     properties = torch.cuda.get_device_properties(device)
-    return float(getattr(properties, "shared_memory_per_block_optin", 0))
+    available = int(getattr(properties, "shared_memory_per_block_optin", 0))
+    return shared_memory(most_regions, most_words, width=width) <= available
 
 
 def _sizes(region_mask: Tensor, word_mask: Tensor) -> tuple[Int64[Tensor, "n"], bool]:
