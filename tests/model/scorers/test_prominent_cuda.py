@@ -177,8 +177,8 @@ def errors(
     relative = []
     for x, y in zip(found, expected, strict=True):
         assert x.isfinite().all()
-        # One that cancels, as that of a lone region's threshold, is held to a part of `upstream`.
-        relative.append(float((x - y).norm() / y.norm().clamp(min=0.1 * scale)))
+        # One that cancels, as of a lone region's threshold, is held to a hundredth of `upstream`.
+        relative.append(float((x - y).norm() / y.norm().clamp(min=0.01 * scale)))
     return Errors(float((scores.double().cpu() - exact).abs().max().detach()), relative)
 
 
@@ -186,9 +186,7 @@ def errors(
 def test_kernels_equal_the_scorer_for_every_switch(name: str) -> None:
     found = errors(SWITCHES[name], make(REGIONS, WORDS))
     assert found.scores < 1e-6
-    assert max(found.gradients[:3]) < 1e-5
-    # kappa and beta: sums of many terms that nearly cancel.
-    assert max(found.gradients[3:], default=0) < 1e-4
+    assert max(found.gradients) < 1e-5
 
 
 @pytest.mark.long
@@ -207,27 +205,27 @@ def test_kernels_equal_the_scorer_at_the_edges_of_their_tiles(
 ) -> None:
     found = errors({"prominence": True}, make(num_regions, num_words))
     assert found.scores < 1e-6
-    assert max(found.gradients[:3]) < 1e-5
+    assert max(found.gradients) < 1e-5
 
 
 def test_kernels_equal_the_scorer_with_regions_anywhere_and_few_upstream_gradients() -> None:
     case = make((9, 3, 20, 14), (2, 3, 3, 5, 8, 11), scattered=True)
     found = errors({"prominence": True}, case, share=0.2)
     assert found.scores < 1e-6
-    assert max(found.gradients[:3]) < 1e-5
+    assert max(found.gradients) < 1e-5
 
 
 def test_kernels_equal_the_scorer_without_salience() -> None:
     found = errors({}, make(REGIONS, WORDS, salience=False))
     assert found.scores < 1e-6
-    assert max(found.gradients[:3]) < 1e-5
+    assert max(found.gradients) < 1e-5
 
 
 @pytest.mark.long
 def test_kernels_equal_the_scorer_over_several_programs_of_a_block() -> None:
     found = errors({}, make((2,) * 9, (1, 1, 2, 2, 3)), share=0.5)
     assert found.scores < 1e-6
-    assert max(found.gradients[:3]) < 1e-5
+    assert max(found.gradients) < 1e-5
 
 
 # Not of hard gates: a cosine next to its threshold, rounded, opens or closes one.
