@@ -233,7 +233,7 @@ def test_a_sweep_whose_disk_gets_full_says_so(tmp_path: Path, full: str) -> None
         if full == "records":
             (tmp_path / "runs").symlink_to(disk)
         driver = sweep.start()
-        wait_until(lambda: sweep.epochs >= 2, seconds=300, what="two epochs")
+        wait_until(lambda: len(sweep.seconds) >= 2, seconds=300, what="two epochs")
         with (disk / "filler").open("wb", buffering=0) as filler:
             filler.write(bytes(shutil.disk_usage(disk).free))
         code = driver.wait(timeout=600)
