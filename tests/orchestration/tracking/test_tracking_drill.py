@@ -102,7 +102,7 @@ class Sweep:
 
 
 def disturbed(sweep: Sweep, server: TrackingServer) -> tuple[list[Window], list[Window]]:
-    """Runs it, and kills the server again and again.
+    """Runs it, kills the server again and again, and holds it to be complete after a resume.
 
     Returns:
         When it had a server, and when none. What lies between is no part of either: to start a
@@ -128,6 +128,11 @@ def disturbed(sweep: Sweep, server: TrackingServer) -> tuple[list[Window], list[
         server.start()
         time.sleep(SETTLING_SECONDS)
     assert driver.returncode == 0, sweep.log.read_text()
+    # Ends at once, with what was not sent before the end.
+    assert sweep.start("--resume").wait() == 0, sweep.log.read_text()
+    check_complete(sweep, server.url)
+    lines = sweep.log.read_text().splitlines()
+    assert sum("does not take our numbers" in line for line in lines) == 1
     return present, away
 
 
@@ -157,9 +162,6 @@ def test_a_server_that_is_away_a_third_of_the_time_costs_less_than_five_percent(
     sweep = Sweep(tmp_path, "hurt", tracking=server.url, trials=20)
     try:
         present, away = disturbed(sweep, server)
-        # Ends at once, with what was not sent before the end.
-        assert sweep.start("--resume").wait() == 0, sweep.log.read_text()
-        check_complete(sweep, server.url)
     finally:
         server.kill()
     # A machine's own speed drifts: each window without a server stands between two with one.
@@ -173,12 +175,25 @@ def test_a_server_that_is_away_a_third_of_the_time_costs_less_than_five_percent(
         (a, b), (own, whole), (c, d) = times
         ratios.append((2 * own / (a + c), 2 * whole / (b + d)))
         print(f"{[len(part) for part in parts]} epochs, without to with: {ratios[-1]}")
-    lines = sweep.log.read_text().splitlines()
-    assert sum("does not take our numbers" in line for line in lines) == 1
     assert len(ratios) >= 4
     for what, of_all in zip(("steps", "all"), zip(*ratios, strict=True), strict=True):
         print(f"{what}: {mean(of_all):.3f} +- {stdev(of_all) / len(of_all) ** 0.5:.3f}")
         assert mean(of_all) <= 1.05
+
+
+def test_a_sweep_whose_server_is_away_trains_the_same_epochs(tmp_path: Path) -> None:
+    server = TrackingServer(tmp_path)
+    server.start()
+    clean, hurt = (
+        Sweep(tmp_path, name, tracking=server.url, trials=4) for name in ("clean", "hurt")
+    )
+    try:
+        assert clean.start().wait() == 0, clean.log.read_text()
+        check_complete(clean, server.url)
+        disturbed(hurt, server)
+    finally:
+        server.kill()
+    assert set(hurt.seconds) == set(clean.seconds)
 
 
 def test_a_sweep_has_its_data_and_checkpoints_in_an_object_store(tmp_path: Path) -> None:
