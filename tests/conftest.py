@@ -12,11 +12,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.environment import FAIR
+
 # Before the libraries that read them are imported; Ray's workers inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # whatever token this user has for clusters
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(FAIR)
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels for GPUs, on the processor
 
 import hypothesis
