@@ -217,7 +217,8 @@ def batches(work: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ray", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ray", [False, True])
 def test_after_a_kill_the_same_command_makes_what_is_missing_and_nothing_twice(
     tmp_path: Path, run: Run, words: list[str], ray: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

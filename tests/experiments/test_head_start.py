@@ -45,6 +45,7 @@ def none_left(driver: int) -> bool:
     return not processes_of(driver)
 
 
+@pytest.mark.long
 def test_faulty_data_ends_the_ray_that_was_started_meanwhile(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train_ims.npy").write_bytes(b"no array")

@@ -119,9 +119,8 @@ def test_no_function_of_the_page_can_be_called_by_name(home: Path) -> None:
 
 @needs_gradio
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_when_it_is_told_to_and_leaves_nothing(
     home: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_frozen_text_encoder_is_named_and_not_sent(
     assert fingerprint in card
 
 
+@pytest.mark.long
 def test_a_model_of_another_kind_is_not_replaced(
     hub: LocalHub, run_folder: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ class Weighing:
         {"model.regions.prior": False, "model.regions.layers": 0},
         {"model.alignment.global_weight": 1.0, "model.alignment.pooling": "generalized"},
         {"model.text.encoder": "minilm", "model.text.trainable": False, "data.word_noise": 0.0},
-        {"model.text.encoder": "minilm"},
+        pytest.param({"model.text.encoder": "minilm"}, marks=pytest.mark.long),
     ],
 )
 def test_a_checkpoint_is_as_large_as_was_said(

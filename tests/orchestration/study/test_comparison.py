@@ -276,6 +276,7 @@ def _runs(where: Settings):
     return client.search_runs([experiment])
 
 
+@pytest.mark.long
 def test_a_comparison_that_used_up_its_budget_tells_so_and_goes_on_with_a_larger_one(
     where: Settings,
 ) -> None:

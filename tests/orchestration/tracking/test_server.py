@@ -220,6 +220,7 @@ def ask(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_server_with_passwords_answers_nobody_without_one(tmp_path: Path) -> None:
     port = free_port()
     words = ["--output", str(tmp_path), "--port", str(port), "--auth"]

@@ -116,9 +116,9 @@ def digest(file: Path) -> str:
     ("word", "number"),
     [
         ("CREATE TABLE", 1),
-        ("CREATE TABLE experiment_tags", 1),
-        ("UPDATE alembic_version", 20),
-        ("INSERT INTO experiments", 1),
+        pytest.param("CREATE TABLE experiment_tags", 1, marks=pytest.mark.long),
+        pytest.param("UPDATE alembic_version", 20, marks=pytest.mark.long),
+        pytest.param("INSERT INTO experiments", 1, marks=pytest.mark.long),
         ("INSERT INTO experiments", 2),
     ],
 )
@@ -260,6 +260,7 @@ def test_a_relative_store_is_one_of_the_folder_that_we_stand_in(
     assert (tmp_path / "mlflow.db").is_file()
 
 
+@pytest.mark.long
 def test_a_deleted_experiment_is_brought_back_by_the_line_that_is_told(
     tmp_path: Path, empty_store: bytes
 ) -> None:

@@ -230,6 +230,7 @@ def test_a_parameter_that_somebody_else_has_set_costs_no_number(
     assert children["1"].data.params["loss.margin"] == str(TINY.loss.margin)
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_and_started_again_has_all_of_a_training(
     where: Settings, server: TrackingServer
 ) -> None:
