@@ -164,8 +164,14 @@ ROWS = [
         code=2,
         says=("--output", "set HOME"),
     ),
-    Row(place="no home", command=DOCTOR, says=("ok    tracking",)),
-    Row(place="no place for a cache", command=DOCTOR, code=5, says=("FAIL  disk", "CPFEAN_CACHE")),
+    Row(place="no home", command=DOCTOR, says=("ok    tracking",), long=True),
+    Row(
+        place="no place for a cache",
+        command=DOCTOR,
+        code=5,
+        says=("FAIL  disk", "CPFEAN_CACHE"),
+        long=True,
+    ),
     Row(
         place="cache with nothing in it and checkout, read-only",
         command=TRAIN,

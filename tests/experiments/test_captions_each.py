@@ -84,7 +84,10 @@ def counted(model: Path, data: Path, cache: Path, sizes: list[int]) -> dict[str,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", SETS)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=[pytest.mark.long] if number == "10" else []) for number in SETS],
+)
 def test_a_set_is_checked_trained_on_and_evaluated(number: str, run: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     config = make(data, number)

@@ -243,6 +243,7 @@ def test_after_a_kill_the_same_command_makes_what_is_missing_and_nothing_twice(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stop_by_ctrl_c_says_what_goes_on(tmp_path: Path, run: Run, words: list[str]) -> None:
     image_folder(tmp_path / "photos", train=60)
     line = ["photos", "out", *words, "--batch-size", "1", "--workers", "1", "--in-process"]

@@ -111,6 +111,7 @@ def round_of(
     return run
 
 
+@pytest.mark.long
 def test_a_round_is_compared_with_the_one_before(tiny: Path, round_of: RoundOf) -> None:
     code, said = round_of("20261101T020000Z")
     assert (code, "nothing to compare it with" in said) == (0, True)

@@ -138,6 +138,7 @@ def test_two_models_are_compared_by_the_ranks_of_the_evaluation(
     assert all(panels_in(file) == 2 for file in files)
 
 
+@pytest.mark.long
 def test_a_model_without_gates_can_be_compared_and_leaves_its_panel_out(
     called: Run, tmp_path: Path
 ) -> None:

@@ -184,6 +184,7 @@ print(files.revision, files.kind, files.sha256[:8])
 """
 
 
+@pytest.mark.long
 def test_a_name_in_the_hubs_cache_is_found_with_its_commit(made: Made, tmp_path: Path) -> None:
     commit = "0123456789" * 4
     home = tmp_path / "hub/models--someone--dinov2-tiny"

@@ -32,8 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuD
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MOST_WAITS = 2  # of a step, on average: one for the sizes of what is scored, one for a look
 # Of the registry those that run other code on the device; the sizes do not.
-QUICK = ("filtered_regions", "generalized_pooling", "hard_gate", "scan")
+QUICK = ("generalized_pooling", "hard_gate")
 LONG = (
+    *("filtered_regions", "scan"),
     *("no_fusion", "no_priors", "no_consensus", "no_static_words", "no_reasoning", "no_global"),
     *(
         "window_words",

@@ -365,6 +365,7 @@ def save_and_freeze_meanwhile(uri: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_was_frozen_and_thaws_after_the_retry_is_fenced(tmp_path: Path) -> None:
     folder = CheckpointFolder(str(tmp_path / "trial"))
     folder.create()

@@ -51,6 +51,7 @@ def train(data: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_batch_size_peak_and_remedy_are_told_when_memory_runs_out(
     tmp_path: Path, data_folder: Path
 ) -> None:

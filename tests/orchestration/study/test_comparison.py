@@ -238,6 +238,7 @@ def test_the_saved_model_has_the_rsum_of_the_table(where: Settings) -> None:
     assert "model           not on this machine" in closing_lines(known, where)
 
 
+@pytest.mark.long
 def test_a_comparison_that_was_stopped_goes_on_where_it_was(where: Settings) -> None:
     def stop_in_the_last_run(line: str) -> None:
         if "pooled/seed-2  epoch 1/" in line:

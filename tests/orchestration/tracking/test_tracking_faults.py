@@ -146,7 +146,7 @@ def test_a_slow_server_slows_nobody_down(proxy: Proxy, server: TrackingServer) -
     assert steps(server.url, child) == list(range(1, 40))
 
 
-@pytest.mark.parametrize("fault", ["refuse", "hang"])
+@pytest.mark.parametrize("fault", ["refuse", pytest.param("hang", marks=pytest.mark.long)])
 def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
     proxy: Proxy, server: TrackingServer, fault: Fault
 ) -> None:
@@ -167,6 +167,7 @@ def test_the_end_does_not_wait_for_a_server_that_is_known_to_be_away(
     assert steps(server.url, child) == [1, 2]
 
 
+@pytest.mark.long
 def test_a_deleted_run_is_told_of_once_and_the_others_are_sent(
     proxy: Proxy, server: TrackingServer
 ) -> None:
@@ -496,14 +497,8 @@ def test_the_doctor_names_a_database_that_is_read_only(tmp_path: Path, empty_sto
             doctor.check_tracking(where)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "lose",
-        pytest.param("refuse", marks=pytest.mark.long),
-        pytest.param(500, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["lose", "refuse", 500])
 def test_a_model_that_a_server_did_not_take_is_there_once_after_the_next_driver(
     proxy: Proxy, server: TrackingServer, tmp_path: Path, fault: Fault
 ) -> None:
