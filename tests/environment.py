@@ -9,5 +9,4 @@ FAIR = {"RAY_worker_niceness": "0"}
 
 def of_a_user() -> dict[str, str]:
     """This process's, without what it says of clusters and trackers."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    return own | FAIR
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from cpfean.data.synthetic import write_synthetic
 from cpfean.training.setup import open_checkpoint
 from cpfean.training.trained import trained_configuration
 from experiments import command_line, evaluate, prepare, probe, show, train, validate
+from tests.environment import FAIR, of_a_user
 from tests.metrics.naive import naive_recalls
 from tests.training.conftest import TINY
 from tests.training.tiny import tiny_experiment
@@ -142,7 +142,7 @@ def of_study(folder: Path) -> dict[str, float]:
 @pytest.mark.long
 @pytest.mark.parametrize("number", SETS)
 def test_a_sweep_runs_on_a_set(number: str, tmp_path: Path) -> None:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    clean = of_a_user() | FAIR
     config = make(tmp_path / "data", number).with_overrides({"optim.epochs": 1})
     (tmp_path / "tiny.toml").write_text(config.to_toml(), encoding="utf-8")
     words = [

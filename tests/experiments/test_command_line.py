@@ -21,7 +21,7 @@ from cpfean.records.trial_record import TUNING
 from experiments import command_line
 from experiments.baselines import BASELINES
 from orchestration.settings import Settings
-from tests.environment import of_a_user
+from tests.environment import FAIR, of_a_user
 from tests.experiments.conftest import Run
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY
@@ -42,7 +42,7 @@ def call(
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=of_a_user() | {"CPFEAN_CACHE": str(cwd / "cache")} | dict(environment or {}),
+        env=of_a_user() | FAIR | {"CPFEAN_CACHE": str(cwd / "cache")} | dict(environment or {}),
         timeout=timeout,
     )
 
@@ -350,7 +350,7 @@ def test_what_is_to_be_resumed_is_fetched_if_it_is_not_here(
 def test_the_line_that_goes_on_with_a_training_does_so_when_it_is_pasted(tmp_path: Path) -> None:
     tiny = TINY.with_overrides({"optim.epochs": 200})
     (tmp_path / "my tiny.toml").write_text(tiny.to_toml())
-    environment = of_a_user() | {"CPFEAN_CACHE": str(tmp_path / "cache")}
+    environment = of_a_user() | FAIR | {"CPFEAN_CACHE": str(tmp_path / "cache")}
     words = ["--config", "my tiny.toml", "--output", "it's $HOME `x`", "--set", "optim.patience=4"]
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as stream:

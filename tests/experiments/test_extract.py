@@ -18,6 +18,7 @@ import pytest
 
 from cpfean.data.provenance import read_provenance
 from cpfean.data.split import open_split
+from tests.environment import FAIR, of_a_user
 from tests.experiments.conftest import Run
 from tests.experiments.test_command_line import ROOT
 from tests.extraction.tiny import files_of, write_photographs
@@ -189,7 +190,7 @@ def test_places_that_cannot_be_are_refused(tmp_path: Path, run: Run, photos: Pat
 @contextmanager
 def running(folder: Path, line: list[str]) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    environment = of_a_user() | FAIR
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / "extract.py"), *line],
         cwd=folder,

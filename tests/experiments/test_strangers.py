@@ -19,7 +19,7 @@ from tests.experiments.conftest import Run
 from tests.orchestration.samples import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS, QUICK = 3, 1  # of killed commands: in all, and of them those that are always run
+ROUNDS, QUICK = 6, 1  # of killed commands: in all, and of them those that are always run
 
 # Files of somebody else where ours would be looked for: names that ours have, had, or could have.
 STRANGERS = (

@@ -34,15 +34,16 @@ MOST_WAITS = 2  # of a step, on average: one for the sizes of what is scored, on
 # Of the registry those that run other code on the device; the sizes do not.
 QUICK = ("generalized_pooling", "hard_gate")
 LONG = (
-    *("filtered_regions", "scan"),
     *("no_fusion", "no_priors", "no_consensus", "no_static_words", "no_reasoning", "no_global"),
     *(
         "window_words",
         "prominent_words_weigh_more",
         "two_rounds",
         "mean_pooling",
+        "scan",
         "chan",
         "chan_mean",
+        "filtered_regions",
     ),
 )
 REGISTRY = {entry.name: dict(entry.overrides) for entry in (*ABLATIONS, *METHODS)}

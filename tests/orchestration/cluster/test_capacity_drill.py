@@ -1,6 +1,5 @@
 """A head that was started by hand, with one CPU, and a sweep that asks for two."""
 
-import os
 import re
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 
 from cpfean.records.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
+from tests.environment import of_a_user
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]
@@ -26,7 +26,7 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    mine = of_a_user()
     mine |= {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",

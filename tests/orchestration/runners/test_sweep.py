@@ -23,7 +23,7 @@ from cpfean.config import ExperimentConfig
 from cpfean.records.run_folder import RunFolder
 from cpfean.records.trial_record import TrialRecord
 from orchestration.tracking.stores import open_store
-from tests.environment import of_a_user
+from tests.environment import FAIR, of_a_user
 from tests.faults import actors
 from tests.orchestration.samples import TINY
 
@@ -50,7 +50,7 @@ class Driver:
         self.log = home / "log"
         self.snapshots: list[list[TrialRecord]] = []
         self._words = ["--trials", str(trials), "--workers", str(workers)]
-        self._environment = of_a_user() | {"CPFEAN_CACHE": str(home / "cache")} | environment
+        self._environment = of_a_user() | FAIR | {"CPFEAN_CACHE": str(home / "cache")} | environment
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         words = ["--config", "config.toml", "--name", "s", *self._words, *more]

@@ -1,7 +1,6 @@
 """A real sweep on a real Ray whose hours are used up in the middle."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from cpfean.records.budget import SPENT
 from cpfean.records.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
+from tests.environment import of_a_user
 from tests.orchestration.samples import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill, pytest.mark.timeout(900)]
@@ -21,7 +21,7 @@ TRIALS, HOURS = 600, 0.012
 
 def sweep(home: Path, *words: str) -> subprocess.CompletedProcess:
     (home / "tiny.toml").write_text(TINY.to_toml())
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    mine = of_a_user()
     command = [sys.executable, str(ROOT / "experiments/sweep.py"), "--config", "tiny.toml"]
     command += ["--name", "s", "--trials", str(TRIALS), "--address", "local", *words]
     return subprocess.run(

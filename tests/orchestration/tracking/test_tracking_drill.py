@@ -1,6 +1,5 @@
 """Real sweeps on Ray: the tracking server killed for a third of the time, S3, full disks."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from mlflow import MlflowClient
 
 from cpfean.records.run_folder import RunFolder
 from orchestration.tracking.stores import open_store
+from tests.environment import of_a_user
 from tests.faults import ObjectStore, TrackingServer, small_disk
 from tests.lab.hosts import wait_until
 from tests.orchestration.samples import TINY
@@ -52,7 +52,7 @@ class Sweep:
         self._words = ["--config", "tiny.toml", "--name", name, "--trials", str(trials)]
         # One trial at a time: which ones are stopped early does not depend on chance.
         self._words += ["--tracking-uri", tracking, "--workers", "2"]
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+        clean = of_a_user()
         self._environment = clean | {"CPFEAN_CACHE": str(home / "cache")} | environment
         self._recorded: dict[Epoch, float] = {}
 
