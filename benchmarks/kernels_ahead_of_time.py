@@ -43,7 +43,7 @@ from triton.runtime.jit import JITFunction
 from cpfean.kernels.triton_backward import regions_backward, words_backward
 from cpfean.kernels.triton_forward import score_pairs
 from cpfean.kernels.triton_pairs import SOFT
-from cpfean.model.scorers.prominent_cuda_blocks import COMPILER, Inputs, Scoring
+from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, compiler_options
 from cpfean.model.scorers.prominent_plan import Tile, tiles_of
 from cpfean.training.evaluation import SCORED_ON_GPU
 
@@ -111,7 +111,7 @@ def build(
     built = triton.compile(
         ASTSource(kernel, signature, constexprs=values, attrs=aligned),
         target=GPUTarget("cuda", arch, 32),
-        options={**COMPILER, "num_warps": tile.num_warps},
+        options=compiler_options(tile),
     )
     usage, code = _disassembled(built.asm["cubin"])
     loop = _longest_loop(code)

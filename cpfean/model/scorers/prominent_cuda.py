@@ -28,7 +28,6 @@ from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, sent
 from cpfean.model.scorers.prominent_plan import (
     MOST_FRAGMENTS,
     bucket,
-    can_be_built,
     shared_memory,
 )
 
@@ -119,8 +118,7 @@ def _runs_on(device: torch.device, most_regions: int, most_words: int, *, width:
     """Whether Triton builds for such a GPU, and its shared memory has room for a program."""
     if device.type != "cuda":
         return True
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _SINCE or not can_be_built(most_words, width=width, capability=capability):
+    if torch.cuda.get_device_capability(device) < _SINCE:
         return False
     properties = torch.cuda.get_device_properties(device)
     available = int(getattr(properties, "shared_memory_per_block_optin", 0))

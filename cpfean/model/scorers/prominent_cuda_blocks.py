@@ -24,17 +24,24 @@ from cpfean.model.scorers.prominent_plan import Block, Tile, image_runs, plan_bl
 
 _GATES = {"soft": 0, "hard": 1, "off": 2}  # SOFT, HARD and OFF of the kernels
 
-# So many programs of a backward kernel keep a GPU of some 130 multiprocessors busy. A constant,
-# not the GPU's own number: it decides in which parts gradients are added up.
-_PROGRAMS = 264
+# So many warps of a backward kernel keep a GPU of some 130 multiprocessors busy, each of which has
+# registers for 8. A constant, not the GPU's own number: it decides in which parts gradients are
+# added up.
+_WARPS = 2112
 _IMAGES_EACH = 8  # images of a program of the forward kernel
 
 # One stage: to load the next image's K and S early takes more registers than there are. Products
 # and sums are fused, which Triton will stop to do unasked.
-COMPILER = {"num_stages": 1, "enable_fp_fusion": True}
+_COMPILER = {"num_stages": 1, "enable_fp_fusion": True}
 
 # dS may not reach the largest number of float16, 65504, when nothing upstream is above 1.
 _LARGEST_SLOPE = 1024.0
+
+
+def compiler_options(tile: Tile) -> dict[str, int]:
+    """What Triton is to know of a kernel's program besides its constants."""
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {**_COMPILER, "num_warps": tile.num_warps, **limit}
 
 
 def sent(numbers: Int64[Tensor, "n"] | Int32[Tensor, "n"], device: torch.device) -> Tensor:
@@ -246,7 +253,7 @@ class Scoring:
             tile: what each program has at a time.
         """
         sizes = {"C": tile.captions, "L": tile.word_places, "R": tile.region_places}
-        kernel[grid](*arguments, **sizes, **self.switches, **COMPILER, num_warps=tile.num_warps)
+        kernel[grid](*arguments, **sizes, **self.switches, **compiler_options(tile))
 
     def _block_gradients(
         self, images: _Images, block: Block, upstream: Float[Tensor, "image caption"]
@@ -258,10 +265,12 @@ class Scoring:
         num_images, num_captions = upstream.shape
         # Either kernel goes through shares of what it sums over, whose sums are added up below.
         tiles = -(-num_captions // block.words_backward.captions)
-        tiles_each = -(-tiles // min(tiles, -(-_PROGRAMS // num_images)))
+        programs = _WARPS // block.words_backward.num_warps
+        tiles_each = -(-tiles // min(tiles, -(-programs // num_images)))
         tile_shares = -(-tiles // tiles_each)
         tiles = -(-num_captions // block.regions_backward.captions)
-        images_each = -(-num_images // min(num_images, -(-_PROGRAMS // tiles)))
+        programs = _WARPS // block.regions_backward.num_warps
+        images_each = -(-num_images // min(num_images, -(-programs // tiles)))
         image_shares = -(-num_images // images_each)
         S = self._cosines(images, block)
         most_words = captions.lead.shape[1]

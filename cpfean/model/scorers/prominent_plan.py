@@ -42,10 +42,13 @@ _BLOCK_IMAGES = 128
 _TILE_ROWS = 64  # words of a tile: what a product of an H100 takes at a time
 _TILE_NUMBERS = 4096  # of S in a tile, more only where a single caption has more
 
-# Numbers of a tile's S that a thread has: as many as its registers hold with what is made of each.
-# Those of the last do not hold it whatever there are; with more warps, each does more over again.
-_FORWARD, _WORDS_BACKWARD, _REGIONS_BACKWARD = 32, 16, 16
-_MOST_WARPS = 8  # with more, each thread has fewer registers
+# Numbers of a tile's S that a thread has in the first two kernels: as many as its registers hold
+# with what is made of each.
+_NUMBERS = 32
+_LEAST_WARPS, _MOST_WARPS = 4, 8  # with more, each thread has fewer registers
+# For some sizes of the last kernel the assemblers of CUDA 12.8 and 13.1 take 32 registers and spill
+# everything else, unless they are told how many there are.
+_REGISTERS = 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +58,14 @@ class Tile:
     Attributes:
         captions, word_places, region_places: C, L and R, each a power of two.
         num_warps: of 32 threads, that have it.
+        registers: that a thread may have, where the assembler has to be told; else None.
     """
 
     captions: int
     word_places: int
     region_places: int
     num_warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,20 +102,6 @@ def shared_memory(most_regions: int, most_words: int, *, width: int) -> int:
     """
     regions, words = bucket(torch.tensor([most_regions, most_words])).tolist()
     return _SHARED[max(_TILE_NUMBERS, regions * words), regions > 64, width]
-
-
-def can_be_built(most_words: int, *, width: int, capability: tuple[int, int]) -> bool:
-    """Whether Triton has a gradient for captions of so many words on such a GPU.
-
-    On those with tensor memory (10.0 to 10.3: B200, B300) Triton 3.7 breaks off at a product of 64
-    rows and more in 16 bits that is reshaped afterwards.
-
-    Args:
-        most_words: of a caption.
-        width: bytes of a number of S.
-        capability: compute capability, major and minor.
-    """
-    return capability[0] != 10 or width > 2 or most_words <= 32
 
 
 def slots_for(num_regions: Int64[Tensor, "image"]) -> int:
@@ -162,26 +153,32 @@ def tiles_of(word_places: int, region_places: int, *, width: int) -> dict[str, T
         word_places, region_places: L and R.
         width: bytes of a number of S.
     """
-    sizes = word_places, region_places
-    half = 1 if width == 2 else 2  # what the products take is twice as much in float32
+    captions = max(1, min(_TILE_ROWS, _TILE_NUMBERS // region_places) // word_places)
+
+    def tile(captions: int, *, numbers: int) -> Tile:
+        num_warps = captions * word_places * region_places // (32 * numbers)
+        least = min(_LEAST_WARPS, 2 * captions)
+        return Tile(
+            captions=captions,
+            word_places=word_places,
+            region_places=region_places,
+            num_warps=max(least, min(_MOST_WARPS, num_warps)),
+        )
+
+    half = 1 if width == 2 else 2  # what the forward kernel makes is twice as much in float32
     return {
-        "forward": _tile(*sizes, numbers=_FORWARD // half),
-        "words_backward": _tile(*sizes, numbers=_WORDS_BACKWARD // half),
-        "regions_backward": _tile(*sizes, numbers=_REGIONS_BACKWARD // half, share=2),
+        # Of longer captions one has more than its registers already.
+        "forward": tile(captions if word_places <= 16 else 1, numbers=_NUMBERS // half),
+        "words_backward": tile(captions, numbers=_NUMBERS),
+        # One warp: if there are more, each makes the small products of all of them once more.
+        "regions_backward": Tile(
+            captions=1,
+            word_places=word_places,
+            region_places=region_places,
+            num_warps=1,
+            registers=_REGISTERS,
+        ),
     }
-
-
-def _tile(word_places: int, region_places: int, *, numbers: int, share: int = 1) -> Tile:
-    """A tile with one in so many of the captions that it can have, so many numbers a thread."""
-    rows = min(_TILE_ROWS, _TILE_NUMBERS // region_places)
-    captions = max(1, rows // word_places // share)
-    num_warps = captions * word_places * region_places // (32 * numbers)
-    return Tile(
-        captions=captions,
-        word_places=word_places,
-        region_places=region_places,
-        num_warps=max(4, min(_MOST_WARPS, num_warps)),
-    )
 
 
 def _runs(values: Int64[Tensor, "n"]) -> list[slice]:

@@ -11,7 +11,6 @@ from cpfean.model.scorers.prominent_plan import (
     MOST_FRAGMENTS,
     Tile,
     bucket,
-    can_be_built,
     image_runs,
     plan_blocks,
     shared_memory,
@@ -53,7 +52,10 @@ def test_buckets_are_the_powers_of_two_from_16() -> None:
 
 def test_a_tile_is_a_few_captions_for_a_few_warps() -> None:
     (block,) = plan_blocks(slice(0, 2), torch.tensor([36, 36]), torch.tensor([9, 13]), width=2)
-    assert block.forward == Tile(captions=4, word_places=16, region_places=64, num_warps=4)
+    sizes = {"word_places": 16, "region_places": 64}
+    assert block.forward == Tile(captions=4, num_warps=4, **sizes)
+    assert block.words_backward == Tile(captions=4, num_warps=4, **sizes)
+    assert block.regions_backward == Tile(captions=1, num_warps=1, registers=255, **sizes)
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -64,12 +66,3 @@ def test_larger_tiles_need_more_shared_memory(width: int) -> None:
     assert all(column == sorted(column) for column in map(list, zip(*needed, strict=True)))
     # 36 regions and a sentence have room on any GPU that there are tensor cores on.
     assert needed[1][0] <= 99 * 1024
-
-
-def test_what_triton_breaks_off_at_is_not_asked_of_it() -> None:
-    for capability in ((10, 0), (10, 3)):
-        assert can_be_built(32, width=2, capability=capability)
-        assert not can_be_built(33, width=2, capability=capability)
-        assert can_be_built(128, width=4, capability=capability)
-    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
-        assert can_be_built(128, width=2, capability=capability)
