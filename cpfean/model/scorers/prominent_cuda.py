@@ -25,11 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cpfean.model.embeddings import CaptionEmbeddings, ImageEmbeddings
 from cpfean.model.scorers.prominent_cuda_blocks import Inputs, Scoring, sent
-from cpfean.model.scorers.prominent_plan import (
-    MOST_FRAGMENTS,
-    bucket,
-    shared_memory,
-)
+from cpfean.model.scorers.prominent_plan import MOST_FRAGMENTS, bucket, shared_memory
 
 _SINCE = (8, 0)  # compute capability from which Triton builds for a card
 PRODUCT_TYPES = (torch.float16, torch.bfloat16, torch.float32)

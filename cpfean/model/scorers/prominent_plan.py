@@ -153,31 +153,24 @@ def tiles_of(word_places: int, region_places: int, *, width: int) -> dict[str, T
         word_places, region_places: L and R.
         width: bytes of a number of S.
     """
+    places = {"word_places": word_places, "region_places": region_places}
     captions = max(1, min(_TILE_ROWS, _TILE_NUMBERS // region_places) // word_places)
 
     def tile(captions: int, *, numbers: int) -> Tile:
         num_warps = captions * word_places * region_places // (32 * numbers)
-        least = min(_LEAST_WARPS, 2 * captions)
-        return Tile(
-            captions=captions,
-            word_places=word_places,
-            region_places=region_places,
-            num_warps=max(least, min(_MOST_WARPS, num_warps)),
-        )
+        least = min(_LEAST_WARPS, 2 * captions)  # those of one caption are small: 2 do
+        num_warps = max(least, min(_MOST_WARPS, num_warps))
+        return Tile(captions=captions, num_warps=num_warps, **places)
 
     half = 1 if width == 2 else 2  # what the forward kernel makes is twice as much in float32
     return {
         # Of longer captions one has more than its registers already.
         "forward": tile(captions if word_places <= 16 else 1, numbers=_NUMBERS // half),
         "words_backward": tile(captions, numbers=_NUMBERS),
-        # One warp: if there are more, each makes the small products of all of them once more.
-        "regions_backward": Tile(
-            captions=1,
-            word_places=word_places,
-            region_places=region_places,
-            num_warps=1,
-            registers=_REGISTERS,
-        ),
+        # One warp: if there are more, each makes the small products of all of them once more. And
+        # the tensor memory of a B200 takes 4: at its products, reshaped, Triton 3.7 breaks off
+        # from 64 words on.
+        "regions_backward": Tile(captions=1, num_warps=1, registers=_REGISTERS, **places),
     }
 
 
